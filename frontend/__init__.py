@@ -1,0 +1,1 @@
+"""HTTP in, text out: tokenizing, the journal of each request, detokenizing. No torch."""

@@ -1,0 +1,27 @@
+"""Everything that can be set about a frontend; the command line, environment and file fill it (`cli.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protocol.times import Times
+
+
+@dataclass(frozen=True)
+class FrontendSettings:
+    """Endpoints are ZeroMQ's; sizes are in bytes, durations in seconds."""
+
+    run_dir: Path
+    name: str = "frontend-0"
+    schedulers: tuple[str, ...] = ()  # endpoints of schedulers' frontend sockets; empty: the run directory's
+    host: str = "127.0.0.1"
+    port: int = 8000
+    listen_fd: int = -1  # a listening socket handed over by the supervisor; −1: bind host and port
+    tokenizer: str = ""  # a path; empty: asked for over the wire
+    served_model_name: str = ""
+    shutdown_timeout: float = 3.0
+    max_body: int = 16 << 20
+    log_level: str = "info"
+    telemetry: str = ""  # endpoint; empty: the run directory's
+    times: Times = field(default_factory=Times)

@@ -1,0 +1,1 @@
+"""The worker: weights, KV blocks, and one step after another. The loop knows no model; a runner does the step."""

@@ -1,0 +1,37 @@
+"""Everything that can be set about a worker; the command line, environment and file fill it (`cli.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protocol.times import Times
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Endpoints are ZeroMQ's, sizes are in tokens or blocks, durations in seconds."""
+
+    run_dir: Path
+    name: str = "worker-0"
+    schedulers: tuple[str, ...] = ()  # endpoints of schedulers' worker sockets; empty: the run directory's
+    model: str = ""  # a folder, a .gguf file or a hub id; empty: the packaged SmolLM2
+    served_model_name: str = ""
+    runner: str = "torch"  # torch, oracle, simulated
+    device: str = "auto"  # auto, cpu, cuda
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    load_format: str = "auto"  # auto, safetensors, gguf, dummy
+    attention: str = "auto"  # auto, torch, triton, flash_attn
+    block_size: int = 16
+    num_gpu_blocks: int = 0  # 0: from gpu_memory_utilization
+    num_cpu_blocks: int = 0
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 0  # 0: min(4096, the model's)
+    seed: int = 0  # of dummy weights
+    threads: int = 0  # CPU threads of the model; 0: chosen
+    step_time: float = 0.002  # of the simulated runner, seconds
+    log_level: str = "info"
+    telemetry: str = ""
+    times: Times = field(default_factory=Times)

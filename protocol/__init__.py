@@ -1,0 +1,1 @@
+"""What the services share: messages, codec, links, sessions, times. Read `messages.py` first."""

@@ -1,0 +1,1 @@
+"""Who runs next, and in which blocks. No torch, no tokenizer."""

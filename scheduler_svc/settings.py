@@ -1,0 +1,30 @@
+"""Everything that can be set about a scheduler; the command line, environment and file fill it (`cli.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protocol.times import Times
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """Endpoints are ZeroMQ's, sizes are in tokens or blocks, durations in seconds."""
+
+    run_dir: Path
+    name: str = "scheduler-0"
+    bind_frontends: str = ""  # endpoint; empty: the run directory's
+    bind_workers: str = ""
+    policy: str = "fcfs"
+    depth: int = 2  # plans in flight per worker
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    enable_prefix_caching: bool = True
+    long_prefill_token_threshold: int = 0  # 0: a prefill chunk may fill the step
+    max_waiting_requests: int = 10_000
+    max_waiting_tokens: int = 50_000_000
+    hash_key_file: str = ""
+    log_level: str = "info"
+    telemetry: str = ""
+    times: Times = field(default_factory=Times)
