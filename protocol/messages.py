@@ -43,7 +43,7 @@ class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
 # ---------------------------------------------------------------- what a worker is
 
 
-class Geometry(Part):
+class Geometry(Part, frozen=True):
     """The sizes of a worker. Every index in a step message is checked against them."""
 
     block_size: int  # tokens
@@ -60,7 +60,7 @@ class Geometry(Part):
         return -(-self.max_model_len // self.block_size)
 
 
-class Defaults(Part):
+class Defaults(Part, frozen=True):
     """The model's own sampling defaults (generation_config.json), used where a client names none."""
 
     temperature: float = 1.0
@@ -70,7 +70,7 @@ class Defaults(Part):
     repetition_penalty: float = 1.0
 
 
-class ModelInfo(Part):
+class ModelInfo(Part, frozen=True):
     """A model as frontends see it: enough to validate and to answer /v1/models."""
 
     name: str
@@ -88,7 +88,7 @@ class ModelInfo(Part):
 # ---------------------------------------------------------------- opening a session
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, tag="hello", frozen=True):
     """Peer → scheduler, unsequenced: who I am. Repeated with the same attempt until answered."""
 
     role: str  # "frontend" or "worker"
@@ -114,7 +114,7 @@ class Hello(Message, tag="hello"):
             raise BadMessage("epoch", "is negative")
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, tag="welcome", frozen=True):
     """Scheduler → peer, unsequenced: the session is open. Everything later carries its id."""
 
     attempt: int
@@ -131,33 +131,33 @@ class Welcome(Message, tag="welcome"):
             raise BadMessage("session", "is 0, which means none")
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, tag="refused", frozen=True):
     """Scheduler → peer, unsequenced: no session, and why. The peer says it to its user and tries again, slowly."""
 
     attempt: int
     reason: str
 
 
-class Stale(Message, tag="stale"):
+class Stale(Message, tag="stale", frozen=True):
     """Peer → scheduler, unsequenced: I have seen a higher epoch than yours."""
 
     epoch: int
 
 
-class Join(Message, tag="join"):
+class Join(Message, tag="join", frozen=True):
     """Worker → scheduler, unsequenced: opens the results connection of a session."""
 
     session: int
 
 
-class Phase(Message, tag="phase"):
+class Phase(Message, tag="phase", frozen=True):
     """Worker → scheduler: a long phase (loading, compiling, capture, serving) that suspends the progress deadline."""
 
     name: str
     seconds: float = 0.0  # expected, 0 if unknown
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, tag="ready", frozen=True):
     """Worker → scheduler, first message of its session once it can serve: what it is and which blocks it still holds."""
 
     model: str
@@ -189,20 +189,20 @@ class Ready(Message, tag="ready"):
         rows(self.eos, "eos")
 
 
-class Models(Message, tag="models"):
+class Models(Message, tag="models", frozen=True):
     """Scheduler → frontend, at the start of a session and at each change."""
 
     models: list[ModelInfo]
 
 
-class FileRequest(Message, tag="file?"):
+class FileRequest(Message, tag="file?", frozen=True):
     """Frontend → scheduler → worker: a piece of the tokenizer files with this hash. One outstanding."""
 
     tokenizer: bytes
     offset: int
 
 
-class FileChunk(Message, tag="file"):
+class FileChunk(Message, tag="file", frozen=True):
     """The answer: at most 256 KiB of the bundle. total < 0: not to be had."""
 
     tokenizer: bytes
@@ -214,7 +214,7 @@ class FileChunk(Message, tag="file"):
 # ---------------------------------------------------------------- a request's life
 
 
-class SamplingParams(Part):
+class SamplingParams(Part, frozen=True):
     """How a request's choices are sampled and ended. Frontends resolve defaults; nothing inside guesses."""
 
     max_tokens: int
@@ -258,7 +258,7 @@ class SamplingParams(Part):
             rows(word, "bad_words")
 
 
-class Choice(Part):
+class Choice(Part, frozen=True):
     """One output: its seed decides every draw, `known` is what the journal has committed so far."""
 
     index: int
@@ -267,7 +267,7 @@ class Choice(Part):
     ended: bool = False
 
 
-class Submit(Message, tag="submit"):
+class Submit(Message, tag="submit", frozen=True):
     """Frontend → scheduler: a new request, or one that lives on after a lost session (`admitted`)."""
 
     request: bytes  # 16 bytes
@@ -306,7 +306,7 @@ class Submit(Message, tag="submit"):
         self.params.check()
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, tag="abort", frozen=True):
     """Frontend → scheduler: stop these choices (none listed: all). Unknown ids are a no-op, counted."""
 
     request: bytes
@@ -316,44 +316,44 @@ class Abort(Message, tag="abort"):
         rows(self.choices, "choices")
 
 
-class Done(Message, tag="done"):
+class Done(Message, tag="done", frozen=True):
     """Frontend → scheduler: the last byte has gone to the client; forget the request."""
 
     request: bytes
 
 
-class Attach(Message, tag="attach"):
+class Attach(Message, tag="attach", frozen=True):
     """Frontend → scheduler: take over a dead frontend's request."""
 
     request: bytes
     handle: int
 
 
-class Resumed(Message, tag="resumed"):
+class Resumed(Message, tag="resumed", frozen=True):
     """Frontend → scheduler, once per session: everything that lives has been named (`count` requests)."""
 
     count: int
 
 
-class Journal(Message, tag="journal"):
+class Journal(Message, tag="journal", frozen=True):
     """Scheduler → frontend: the answer to ATTACH, the request with its known tokens and its new owner number."""
 
     submit: Submit
 
 
-class Gone(Message, tag="gone"):
+class Gone(Message, tag="gone", frozen=True):
     """Scheduler → frontend: the answer to ATTACH of a request that nobody has."""
 
     request: bytes
 
 
-class Moved(Message, tag="moved"):
+class Moved(Message, tag="moved", frozen=True):
     """Scheduler → frontend: another frontend owns this request now."""
 
     request: bytes
 
 
-class Failed(Message, tag="failed"):
+class Failed(Message, tag="failed", frozen=True):
     """Scheduler → frontend: the request ends with this error. HTTP status, OpenAI-style code."""
 
     request: bytes
@@ -364,13 +364,13 @@ class Failed(Message, tag="failed"):
     retry_after: float = 0.0
 
 
-class Credit(Message, tag="credit"):
+class Credit(Message, tag="credit", frozen=True):
     """Scheduler → frontend: a new credit limit in tokens."""
 
     limit: int
 
 
-class Tokens(Message, tag="tokens"):
+class Tokens(Message, tag="tokens", frozen=True):
     """Scheduler → frontend, one per step: token runs, one row per choice that got any.
 
     Row i adds counts[i] tokens to choice choices[i] of handles[i], the first of them at index firsts[i].
@@ -406,7 +406,7 @@ class Tokens(Message, tag="tokens"):
 # ---------------------------------------------------------------- a step
 
 
-class Admit(Part):
+class Admit(Part, frozen=True):
     """A choice that its worker has not met in this session: everything about it, sent once."""
 
     record: int
@@ -416,7 +416,7 @@ class Admit(Part):
     params: SamplingParams
 
 
-class Plan(Message, tag="plan"):
+class Plan(Message, tag="plan", frozen=True):
     """Scheduler → worker: one step. Applied in the order of the fields; never depends on a sampled value.
 
     Rows: row i computes tokens starts[i] … starts[i] + counts[i] − 1 (absolute positions) of the record bound to
@@ -528,7 +528,7 @@ NAN = 2  # flag of an output: its logits held a NaN; no token
 DEAD = 4  # flag of an output: its slot was dead already; no token
 
 
-class Result(Message, tag="result"):
+class Result(Message, tag="result", frozen=True):
     """Worker → scheduler: what a step sampled, one entry per output of its plan, in the plan's order."""
 
     step: int
@@ -560,7 +560,7 @@ class Result(Message, tag="result"):
             _check_logprobs(self.lp_counts, counts, self.lp_ids, self.lp_values, self.lp_ranks)
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, tag="progress", frozen=True):
     """Worker → scheduler, while work is outstanding: a counter that moves as long as the step does."""
 
     step: int
