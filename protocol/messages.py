@@ -12,6 +12,7 @@ Words
     choice    one output of a request (`n` choices, indices from 0)
     handle    a small integer by which one frontend incarnation names its request in step messages
     record    a choice as its worker knows it, from ADMIT to drop; named by an integer of the session
+    epoch     orders schedulers: a counter above 32 random bits of the scheduler's start, so that two never tie
     slot      a row of the worker's device state; a record is bound to it while it runs
     step      one plan and its result; numbered from 1 in each session
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import msgspec
 
-from protocol.columns import BadMessage, equal_rows, rows, within
+from protocol.columns import BadMessage, Int32, equal_rows, rows, within
 
 PROTOCOL = 1  # newest version spoken
 PROTOCOL_OLDEST = 1  # oldest version spoken
@@ -567,7 +568,7 @@ class Progress(Message, tag="progress", frozen=True):
     counter: int
 
 
-def _check_logprobs(lp_counts: bytes, counts: object, ids: bytes, values: bytes, ranks: bytes) -> None:
+def _check_logprobs(lp_counts: bytes, counts: Int32, ids: bytes, values: bytes, ranks: bytes) -> None:
     per_token = within(lp_counts, "lp_counts", 0, 1 << 16)
     pairs = int((per_token * counts).sum())
     if rows(ids, "lp_ids") != pairs or rows(values, "lp_values") != pairs:
