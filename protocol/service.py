@@ -1,0 +1,196 @@
+"""What every service does from its start to its end: logging, signals, its file in the run directory.
+
+    with Service("scheduler", settings.name, settings.run_dir, settings.log_level) as service:
+        ...bind, connect...
+        service.state("ready")
+        while not service.stopping.is_set():
+            poller.poll()           # `service.stop_fd` is among its sockets
+
+A service dies with the process that started it if that process asked for it (`PAGEWIRE_PARENT`), and never outlives
+a request to stop by more than a few seconds, even if its main thread hangs: a thread of its own sees to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import threading
+import time
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TextIO
+
+from protocol.flight import FlightRecorder
+from protocol.rundir import RunDir, RunDirError, new_incarnation
+
+LOG_BYTES = 50_000_000  # of one log file
+LOG_FILES = 3  # rotated ones kept
+STOP_LIMIT = 5.0  # seconds from the request to stop to SIGKILL
+PARENT = "PAGEWIRE_PARENT"  # environment: pid of the supervisor whose death ends this process
+PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+
+EXIT_FAILED = 1  # the service died; starting it again may help
+EXIT_REFUSED = 78  # it cannot run as configured (EX_CONFIG); starting it again will not help
+
+
+class Service:
+    """The process as a service: a context manager around its whole life, entered in the main thread.
+
+    Raises RunDirError on entry if the run directory or the name is not to be had. On exit by an exception, that is
+    logged with its stack and the flight recorder is written; in every case the file in the run directory goes.
+
+    Attributes
+        stopping: set when SIGTERM, SIGINT or SIGHUP asked the service to stop.
+        stop_fd: a file descriptor that is readable from then on, for pollers and event loops.
+        rundir, incarnation, log, flight: the run directory, the random number of this start, the logger, the recorder.
+    """
+
+    def __init__(self, role: str, name: str, run_dir: Path, log_level: str = "info", stop_limit: float = STOP_LIMIT) -> None:
+        self.role = role
+        self.name = name
+        self.incarnation = new_incarnation()
+        self.stopping = threading.Event()
+        self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.log = logging.getLogger(role)
+        self._log_level = log_level
+        self._stop_limit = stop_limit
+        self._waiting = ""
+        self.rundir = RunDir(run_dir)
+        self.flight = FlightRecorder(self.rundir.flight, name)
+
+    def __enter__(self) -> Service:
+        die_with_parent()
+        self._catch_signals()
+        self._registration = self.rundir.register(self.role, self.name, self.incarnation)
+        start_logging(self.rundir.logs / f"{self.name}.log", self.name, self._log_level)
+        self.log.info("started: pid %d, incarnation %d, run directory %s", os.getpid(), self.incarnation, self.rundir.path)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt | RunDirError):
+            self.log.critical("died of %s", kind.__name__ if kind else "", exc_info=error)
+            self.log.critical("flight recorder: %s", self.flight.dump(f"{type(error).__name__}: {error}"))
+        else:
+            self.log.info("ended")
+        self._registration.remove()
+        self.rundir.tidy()
+
+    def state(self, state: str) -> None:
+        """Tell `pagewire ps` and the supervisor what this service is doing: loading, waiting, ready, stopping."""
+        self._registration.state(state)
+
+    def waiting(self, peers: str) -> None:
+        """Say, once, that peers are missing; `present` says that they have come."""
+        if self._waiting != peers:
+            self._waiting = peers
+            self.log.info("waiting for %s", peers)
+
+    def present(self, peers: str) -> None:
+        """Say, once, that the peers that were waited for are there."""
+        if self._waiting:
+            self._waiting = ""
+            self.log.info("found %s", peers)
+
+    def fenced(self, reason: str) -> None:
+        """Note that a session ended otherwise than by a goodbye, with the messages that led to it."""
+        self.log.warning("session over: %s; flight recorder: %s", reason, self.flight.dump(f"session over: {reason}"))
+
+    def request_stop(self) -> None:
+        """Ask the service to stop, as SIGTERM does. May be called from any thread, and repeated."""
+        if not self.stopping.is_set():
+            self.stopping.set()
+            os.eventfd_write(self.stop_fd, 1)
+            threading.Thread(target=self._end_in_time, name="stop-limit", daemon=True).start()
+
+    def _catch_signals(self) -> None:
+        """Notice signals in a thread as well: the main thread may be deep in a library and run no Python for long."""
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(reader, True)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup keeps its promise
+                signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._await_signals, args=(reader,), name="signals", daemon=True).start()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.request_stop()
+
+    def _await_signals(self, reader: int) -> None:
+        while data := os.read(reader, 64):
+            if not STOP_SIGNALS.isdisjoint(data):
+                self.request_stop()
+
+    def _end_in_time(self) -> None:
+        time.sleep(self._stop_limit)
+        self.log.critical("did not stop within %.1f s: killed; stacks follow", self._stop_limit)
+        faulthandler.dump_traceback(_log_stream(), all_threads=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGTERM when the supervisor named in the environment dies; exit if it is dead already."""
+    parent = os.environ.pop(PARENT, "")
+    if parent.isdigit():
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+        if os.getppid() != int(parent):
+            sys.exit(EXIT_FAILED)
+
+
+class _Fields(logging.Formatter):
+    """`time LEVEL service logger: message key=value …`; the pairs are what the call gave as `extra`."""
+
+    _standard = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "service"}
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"%(asctime)s.%(msecs)03d %(levelname)s {service} %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        extra = "".join(f" {key}={value}" for key, value in vars(record).items() if key not in self._standard)
+        return super().formatMessage(record) + extra
+
+
+class _File(logging.handlers.RotatingFileHandler):
+    """A rotated log that stack dumps go to as well, wherever it has been rotated to."""
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        faulthandler.enable(stream, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, stream, all_threads=True, chain=False)
+        return stream
+
+
+def start_logging(path: Path, name: str, level: str) -> None:
+    """Send the process's logging to a rotated file and to stderr; fatal signals and SIGUSR1 write all stacks there."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise RunDirError(f"log level {level!r}: name one of debug, info, warning, error")
+    handlers: list[logging.Handler] = [
+        _File(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"),
+        logging.StreamHandler(sys.stderr),
+    ]
+    for handler in handlers:
+        handler.setFormatter(_Fields(name))
+    logging.basicConfig(level=number, handlers=handlers, force=True)
+    logging.captureWarnings(True)
+
+
+def _log_stream() -> TextIO:
+    files = (handler.stream for handler in logging.getLogger().handlers if isinstance(handler, _File))
+    return next((stream for stream in files if stream is not None), sys.stderr)
+
+
+def refuse(error: Exception) -> None:
+    """End the process with one line on stderr, as one that cannot run as it is configured."""
+    with contextlib.suppress(OSError):
+        print(f"pagewire: {error}", file=sys.stderr)
+    sys.exit(EXIT_REFUSED)

@@ -1,0 +1,73 @@
+"""Telemetry: figures that services publish and the admin server collects. Lossy on purpose; never carries state."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import msgspec
+import zmq
+
+HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
+
+
+class Telemetry(msgspec.Struct, array_like=True, tag="telemetry", frozen=True):
+    """One service's figures at one moment. Counters only grow within an incarnation."""
+
+    role: str
+    name: str
+    incarnation: int
+    pid: int
+    values: dict[str, float]
+
+
+class Publisher:
+    """The sending side, for one thread: connects to the collector, there or not, and never blocks."""
+
+    def __init__(self, endpoint: str, role: str, name: str, incarnation: int, pid: int, context: zmq.Context[Any]) -> None:
+        self._about = (role, name, incarnation, pid)
+        self._encoder = msgspec.msgpack.Encoder()
+        # An asyncio context would make an asyncio socket, whose `send` is a coroutine.
+        self._socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.PUB)
+        self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 1000)  # no collector is a normal state: look for one seldom
+        self._socket.connect(endpoint)
+
+    def publish(self, values: dict[str, float]) -> None:
+        """Send the figures, by names of prometheus' alphabet; dropped if nobody listens or the listener is slow."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(self._encoder.encode(Telemetry(*self._about, values)), zmq.DONTWAIT)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+class Collector:
+    """The receiving side, for one thread: binds, and is read when the poller says so. The caller guards the endpoint."""
+
+    def __init__(self, endpoint: str, context: zmq.Context[Any]) -> None:
+        self._decoder = msgspec.msgpack.Decoder(Telemetry)
+        self.socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.SUB)
+        self.socket.setsockopt(zmq.RCVHWM, 1000)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 1 << 20)
+        self.socket.subscribe(b"")
+        self.socket.bind(endpoint)
+        self.refused = 0  # messages that were no telemetry
+
+    def receive(self) -> list[Telemetry]:
+        """What has arrived since the last call, oldest first."""
+        received = []
+        with contextlib.suppress(zmq.Again):
+            while True:
+                try:
+                    received.append(self._decoder.decode(self.socket.recv(zmq.DONTWAIT)))
+                except (msgspec.DecodeError, RecursionError):
+                    self.refused += 1
+        return received
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()
