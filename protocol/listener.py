@@ -49,6 +49,7 @@ class PeerClosed:
 
     session: int
     reason: str
+    hello: Hello
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ class Listener:
             if route is not None:
                 self._by_route.pop(route, None)
         self.counters.add("session_closed")
-        return [PeerClosed(session, reason)]
+        return [PeerClosed(session, reason, peer.hello)]
 
     def receive(self, route: Route, frames: list[bytes], now: float) -> list[PeerEvent]:
         """Take what arrived on a route. Bad frames are counted and dropped."""

@@ -288,8 +288,7 @@ class Submit(Message, tag="submit", frozen=True):
     header: bytes = b""  # what another frontend needs to go on answering; opaque to the scheduler
 
     def check(self, geometry: Geometry | None = None) -> None:
-        if len(self.request) != 16:
-            raise BadMessage("request", "must be 16 bytes")
+        _check_id(self.request)
         if not 0 <= self.handle <= INT32_MAX:
             raise BadMessage("handle", "is out of range")
         if not rows(self.prompt, "prompt"):
@@ -314,6 +313,7 @@ class Abort(Message, tag="abort", frozen=True):
     choices: bytes = b""
 
     def check(self, geometry: Geometry | None = None) -> None:
+        _check_id(self.request)
         rows(self.choices, "choices")
 
 
@@ -322,12 +322,18 @@ class Done(Message, tag="done", frozen=True):
 
     request: bytes
 
+    def check(self, geometry: Geometry | None = None) -> None:
+        _check_id(self.request)
+
 
 class Attach(Message, tag="attach", frozen=True):
     """Frontend → scheduler: take over a dead frontend's request."""
 
     request: bytes
     handle: int
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        _check_id(self.request)
 
 
 class Resumed(Message, tag="resumed", frozen=True):
@@ -341,17 +347,26 @@ class Journal(Message, tag="journal", frozen=True):
 
     submit: Submit
 
+    def check(self, geometry: Geometry | None = None) -> None:
+        self.submit.check(geometry)
+
 
 class Gone(Message, tag="gone", frozen=True):
     """Scheduler → frontend: the answer to ATTACH of a request that nobody has."""
 
     request: bytes
 
+    def check(self, geometry: Geometry | None = None) -> None:
+        _check_id(self.request)
+
 
 class Moved(Message, tag="moved", frozen=True):
     """Scheduler → frontend: another frontend owns this request now."""
 
     request: bytes
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        _check_id(self.request)
 
 
 class Failed(Message, tag="failed", frozen=True):
@@ -363,6 +378,9 @@ class Failed(Message, tag="failed", frozen=True):
     reason: str
     param: str = ""
     retry_after: float = 0.0
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        _check_id(self.request)
 
 
 class Credit(Message, tag="credit", frozen=True):
@@ -566,6 +584,11 @@ class Progress(Message, tag="progress", frozen=True):
 
     step: int
     counter: int
+
+
+def _check_id(request: bytes) -> None:
+    if len(request) != 16:
+        raise BadMessage("request", "must be 16 bytes")
 
 
 def _check_logprobs(lp_counts: bytes, counts: Int32, ids: bytes, values: bytes, ranks: bytes) -> None:
