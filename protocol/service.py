@@ -41,11 +41,16 @@ EXIT_FAILED = 1  # the service died; starting it again may help
 EXIT_REFUSED = 78  # it cannot run as configured (EX_CONFIG); starting it again will not help
 
 
+class CannotRun(Exception):
+    """The service cannot run as configured; the message is one line and says what would help."""
+
+
 class Service:
     """The process as a service: a context manager around its whole life, entered in the main thread.
 
-    Raises RunDirError on entry if the run directory or the name is not to be had. On exit by an exception, that is
-    logged with its stack and the flight recorder is written; in every case the file in the run directory goes.
+    Raises RunDirError on entry if the run directory or the name is not to be had. If an exception ends it, that is
+    logged with its stack, the flight recorder is written and the process exits with EXIT_FAILED; CannotRun and
+    RunDirError pass through. In every case the file in the run directory goes.
 
     Attributes
         stopping: set when SIGTERM, SIGINT or SIGHUP asked the service to stop.
@@ -75,13 +80,16 @@ class Service:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt | RunDirError):
-            self.log.critical("died of %s", kind.__name__ if kind else "", exc_info=error)
+        crashed = isinstance(error, Exception) and not isinstance(error, CannotRun | RunDirError)
+        if crashed:
+            self.log.critical("died of %s", type(error).__name__, exc_info=error)
             self.log.critical("flight recorder: %s", self.flight.dump(f"{type(error).__name__}: {error}"))
         else:
-            self.log.info("ended")
+            self.log.info("ended" if error is None else f"ended: {error}")
         self._registration.remove()
         self.rundir.tidy()
+        if crashed:
+            raise SystemExit(EXIT_FAILED) from error
 
     def state(self, state: str) -> None:
         """Tell `pagewire ps` and the supervisor what this service is doing: loading, waiting, ready, stopping."""

@@ -1,0 +1,4 @@
+from frontend.cli import main
+from protocol.options import start
+
+start(main, "pagewire frontend")

@@ -1,0 +1,190 @@
+"""From settings to a command line: flags, environment, an optional TOML file, and defaults, in that order.
+
+A service declares its settings as a dataclass (`settings.py`) and gets its command from `service_command`; what a
+setting is called, means and is measured in stands in `flags.py`, once for all services.
+
+    flag         --max-num-seqs 64
+    environment  PAGEWIRE_WORKER_MAX_NUM_SEQS for workers alone, or PAGEWIRE_MAX_NUM_SEQS
+    file         --config FILE: `max_num_seqs = 64` at the top, or in a table `[worker]`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from protocol.flags import FLAGS, TABLES, Flag
+from protocol.rundir import RunDirError, default_run_dir
+from protocol.service import EXIT_FAILED, CannotRun, die_with_parent, refuse
+from protocol.times import Times
+
+Settings = Any  # a dataclass instance; which one, the service knows
+
+
+def service_command(role: str, settings: type, load: Callable[[], Callable[[Settings], None]], text: str) -> click.Command:
+    """The command that runs one service.
+
+    `load` imports the service and returns its `run`; it is called only after the flags have been read, so that
+    `--help` and mistakes answer at once. `run` raises CannotRun or RunDirError for what the user must mend.
+    """
+
+    def callback(**values: Any) -> None:
+        die_with_parent()
+        try:
+            load()(build(settings, values))
+        except (CannotRun, RunDirError) as error:
+            refuse(error)
+
+    params = options(role, settings_fields(settings))
+    return click.Command(role, params=params, callback=callback, help=text, context_settings=CONTEXT)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A setting: its name, type and default as the dataclass has them."""
+
+    name: str
+    type: Any
+    default: Any
+
+
+def settings_fields(settings: type) -> list[Field]:
+    """The settings of a dataclass, in order."""
+    hints = typing.get_type_hints(settings)
+    return [Field(f.name, hints[f.name], f.default) for f in dataclasses.fields(settings)]
+
+
+def options(role: str, fields: Iterable[Field]) -> list[click.Parameter]:
+    """Click's parameters for these settings, `--config` included. `role` names the environment's and file's own part."""
+    params: list[click.Parameter] = [
+        click.Option(
+            ["--config"],
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            envvar="PAGEWIRE_CONFIG",
+            is_eager=True,
+            expose_value=False,
+            callback=lambda context, _, path: _read_config(context, role, path),
+            help="TOML file with settings; flags and environment go first.",
+        )
+    ]
+    for field in fields:
+        params.append(_option(role, field, FLAGS[field.name]))
+        if field.name == "device":
+            params += [_only_one("--tensor-parallel-size"), _only_one("--pipeline-parallel-size")]
+            params += [_refused("--trust-remote-code", "remote code is never run"), _refused("--worker-use-ray", "workers are processes")]
+    return params
+
+
+def build(settings: type, values: dict[str, Any]) -> Settings:
+    """Make the settings from click's values; those of other services are left out."""
+    names = {f.name for f in dataclasses.fields(settings)}
+    return settings(**{name: value for name, value in values.items() if name in names})
+
+
+def _option(role: str, field: Field, flag: Flag) -> click.Option:
+    name = flag.name or "--" + field.name.replace("_", "-")
+    declaration = [name, field.name]
+    default = field.default
+    extra: dict[str, Any] = {}
+    if field.type is bool:
+        declaration[0] = f"{name}/--no-{name[2:]}"
+    elif field.type is Times:
+        extra, default = {"type": click.FloatRange(min=0, min_open=True), "callback": lambda c, p, factor: Times().scaled(factor)}, 1.0
+    elif field.name == "run_dir":
+        extra, default = {"type": click.Path(file_okay=False, path_type=Path), "show_default": "one per working directory"}, _run_dir
+    elif flag.choices:
+        extra["type"] = click.Choice(flag.choices)
+    elif field.type is int:
+        low, high = (None if bound is None else int(bound) for bound in (flag.low, flag.high))
+        extra["type"] = click.IntRange(low, high)
+    elif field.type is float:
+        extra["type"] = click.FloatRange(flag.low, flag.high)
+    elif typing.get_origin(field.type) is tuple:
+        extra, default = {"multiple": True, "type": str}, ()
+    if default == "" and "type" not in extra:
+        extra["show_default"] = flag.empty or False
+    elif default == 0 and field.type is int and flag.empty:
+        extra["show_default"] = flag.empty
+    variables = [f"PAGEWIRE_{role.upper()}_{field.name.upper()}"]
+    if not flag.own:
+        variables.append(f"PAGEWIRE_{field.name.upper()}")
+    keywords = {"default": default, "show_default": True, "envvar": variables, "help": flag.help, "hidden": flag.hidden}
+    return click.Option(declaration, **{**keywords, **extra})
+
+
+def _run_dir() -> Path:
+    try:
+        return default_run_dir()
+    except RunDirError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _read_config(context: click.Context, role: str, path: Path | None) -> None:
+    """Make a TOML file's values click's defaults. What no service knows is an error: nothing is ignored in silence."""
+    if path is None:
+        return
+    try:
+        with path.open("rb") as file:
+            data = tomllib.load(file)
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise click.BadParameter(f"{path}: {error}") from None
+    mine = {param.name for param in context.command.params}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = key.replace("-", "_")
+        if isinstance(value, dict):
+            if key not in TABLES:
+                raise click.BadParameter(f"{path}: there is no table [{key}]; there are {', '.join(TABLES)}")
+        elif name not in FLAGS:
+            raise click.BadParameter(f"{path}: nothing has a setting {key!r}")
+        elif name in mine:
+            values[name] = value
+    for key, value in data.get(role, {}).items():
+        name = key.replace("-", "_")
+        if name not in mine:
+            raise click.BadParameter(f"{path}: {role} has no setting {key!r}")
+        values[name] = value
+    context.default_map = {**(context.default_map or {}), **values}
+
+
+def _only_one(name: str) -> click.Option:
+    def check(context: click.Context, param: click.Parameter, value: int) -> int:
+        if value != 1:
+            raise click.BadParameter("1 is the only size supported", context, param)
+        return value
+
+    return click.Option([name], type=int, default=1, show_default=True, callback=check, expose_value=False, help="Ranks; only 1 today.")
+
+
+def _refused(name: str, why: str) -> click.Option:
+    def check(context: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            raise Usage(f"{name} is not supported: {why}")
+
+    return click.Option([name], is_flag=True, callback=check, expose_value=False, hidden=True)
+
+
+class Usage(click.ClickException):
+    """A mistake on the command line that takes one line to say."""
+
+    exit_code = 2
+
+
+def start(command: click.Command, program: str) -> None:
+    """Run a command as a program."""
+    try:
+        command.main(prog_name=program)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
