@@ -163,6 +163,13 @@ class Listener:
         session = self._by_route.get(route)
         return self.close(session, "disconnected") if session is not None else []
 
+    def probe(self, now: float) -> None:
+        """Send an acknowledgement on every route of every session."""
+        for peer in self.peers.values():
+            for route in (peer.route, peer.joined):
+                if route is not None:
+                    self.out.append((route, peer.link.frame_now(now)))
+
     def tick(self, now: float) -> list[PeerEvent]:
         """Resend, acknowledge, and judge silence. Call at `next_time()` at the latest."""
         late = max(0.0, now - self._expected)

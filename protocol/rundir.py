@@ -237,6 +237,16 @@ class RunDir:
         """The services that run here now, by name. Files of dead processes and unreadable ones do not count."""
         return [record for _, record in self._records() if record is not None and record.alive]
 
+    def last_record(self, name: str) -> ServiceRecord | None:
+        """What the service `name` last told of itself, dead or alive; None if it ended in order or never was."""
+        return next((record for path, record in self._records() if path.stem == name), None)
+
+    def forget(self, name: str, pid: int) -> None:
+        """Remove what the dead process `pid` left under its service name."""
+        record = self.last_record(name)
+        if record is not None and record.pid == pid:
+            (self._services / f"{name}.json").unlink(missing_ok=True)
+
     def _records(self) -> Iterator[tuple[Path, ServiceRecord | None]]:
         for path in sorted(self._services.glob("*.json")):
             try:
@@ -277,6 +287,14 @@ class RunDir:
         if len(key) != KEY_BYTES:
             raise RunDirError(f"{path} must hold {KEY_BYTES} bytes; remove it to have a new one made")
         return key
+
+    def known_hash_key(self) -> bytes:
+        """The deployment's key if this run directory knows one, else nothing."""
+        return self.hash_key() if (self.path / "hash.key").exists() else b""
+
+    def keep_hash_key(self, key: bytes) -> None:
+        """Take over the key that the deployment uses already."""
+        _write(self.path / "hash.key", key)
 
     def epoch(self) -> int:
         """The highest epoch that a scheduler of this run directory has claimed; 0 if none has."""

@@ -59,6 +59,11 @@ class Core:
         """resync, active or standby."""
         return self.epochs.state.value
 
+    @property
+    def has_worker(self) -> bool:
+        """Whether a worker has said READY."""
+        return any(peer.geometry is not None for peer in self.listener.peers.values())
+
     def receive(self, route: Route, frames: list[bytes], now: float) -> None:
         """Take one multipart message without its routing frame."""
         self._handle(self.listener.receive(route, frames, now), now)
@@ -66,6 +71,10 @@ class Core:
     def disconnected(self, route: Route, now: float) -> None:
         """A frame could not be routed: its connection is gone."""
         self._handle(self.listener.disconnected(route), now)
+
+    def probe(self, now: float) -> None:
+        """Send a frame on every route, so that those which are gone show."""
+        self.listener.probe(now)
 
     def turn(self, now: float) -> None:
         """Timers, then plans, then whatever the engine has to say."""
