@@ -1,0 +1,261 @@
+"""How the outputs of a request are written: whole, or as the events of a stream; as a chat or as a completion."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from frontend.entries import Choice, Entry, TokenLogprobs
+from frontend.errors import ApiError, from_failed
+from frontend.sse import DONE, WAITING
+from frontend.streams import Stream
+from frontend.tokenizer import Tokenizer
+from protocol.columns import unpack
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a client asked about the form of its answer."""
+
+    model: str  # as the client knows it
+    created: int  # seconds since 1970
+    eos: frozenset[int] = frozenset()
+    include_usage: bool = False
+    return_token_ids: bool = False
+    logprobs: bool = False
+    echoes: Sequence[str] = ()  # completions with `echo`: the text of each prompt
+
+
+class Answer:
+    """Base of the two kinds. Says nothing twice: a choice's role, its end, and each token are told once."""
+
+    id_prefix = ""
+    object = ""
+    chunk_object = ""
+    text_open = b""  # what stands around a chunk's text, from the choice's index on
+    text_close = b""
+
+    def __init__(self, stream: Stream, tokenizer: Tokenizer, form: Form) -> None:
+        self._stream = stream
+        self._tokenizer = tokenizer
+        self._form = form
+        self.id = self.id_prefix + stream.entries[0].request.hex()
+        self._about = {"id": self.id, "object": self.chunk_object, "created": form.created, "model": form.model}
+        self._head = b"data: " + _encode(self._about)[:-1] + b',"choices":[{"index":'
+        self._tail = (b'}],"usage":null}' if form.include_usage else b"}]}") + b"\n\n"
+        self._plain = not (form.logprobs or form.return_token_ids)
+        self._names = [entry.request.hex().encode() for entry in stream.entries]
+        self._places: dict[int, tuple[int, int]] = {}  # handle → (place of its prompt, index of its first choice)
+        self._ended: set[tuple[int, int]] = set()
+        self._offsets: dict[tuple[int, int], int] = {}  # characters of the tokens told, for text_offset
+        first = 0
+        for place, entry in enumerate(stream.entries):
+            self._places[entry.handle] = place, first
+            first += len(entry.choices)
+
+    # ---------------------------------------------------------------- streamed
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The events of the whole stream, those of one step together; ends early if the client has gone."""
+        stream = self._stream
+        while True:
+            await stream.news()
+            if stream.gone:
+                return
+            out: list[bytes] = []
+            for entry in stream.take():
+                if entry.moved:
+                    return
+                self.entry_events(entry, out)
+                if entry.error is not None:
+                    stream.error = from_failed(entry.error)
+            if stream.error is not None:
+                out += (b"data: ", _encode(stream.error.body()), b"\n\n", DONE)
+                yield b"".join(out)
+                return
+            if stream.ended:
+                if self._form.include_usage:
+                    out += (b"data: ", _encode({**self._about, "choices": [], "usage": self.usage()}), b"\n\n")
+                out.append(DONE)
+                yield b"".join(out)
+                return
+            if stream.quiet and not out:
+                out.append(WAITING)
+            stream.quiet = False
+            if out:
+                yield b"".join(out)
+
+    def entry_events(self, entry: Entry, out: list[bytes]) -> None:
+        """Append the events of what is new about an entry."""
+        place, first = self._places[entry.handle]
+        for choice in entry.choices:
+            length = len(choice.tokens)
+            if length > choice.taken:
+                if not choice.taken:
+                    self.begin(entry, place, first, choice, out)
+                if self._plain:
+                    if choice.fresh:
+                        text = _encode(choice.take())
+                        where = (self._names[place], choice.index, length, choice.characters)
+                        index = first + choice.index
+                        out.append(b"id: %b:%d:%d:%d\n" % where)
+                        out.append(b"%b%d%b%b%b%b" % (self._head, index, self.text_open, text, self.text_close, self._tail))
+                    else:
+                        choice.take()
+                else:
+                    self._full_event(place, first, choice, out)
+            reason = choice.finish_reason
+            if reason and reason != "error" and (entry.handle, choice.index) not in self._ended:
+                self._ended.add((entry.handle, choice.index))
+                if choice.fresh:  # withheld until the end, and let out by something that was no token
+                    self._full_event(place, first, choice, out)
+                end = {"finish_reason": reason, "stop_reason": self.stop_reason(choice)}
+                self._event(place, first, choice, self.delta("") | {"logprobs": None} | end, out)
+
+    def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
+        """Append the event that comes before a choice's first token, if this kind of answer has one."""
+
+    def delta(self, text: str) -> dict[str, Any]:
+        """The part of a chunk's choice that holds its text."""
+        raise NotImplementedError
+
+    def logprobs(self, choice: Choice, place: int) -> dict[str, Any] | None:
+        """The log probabilities of the tokens since the last call; None if none were asked for."""
+        raise NotImplementedError
+
+    def _full_event(self, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
+        body: dict[str, Any] = {}
+        if self._form.return_token_ids:
+            body["token_ids"] = choice.tokens[choice.taken :]
+        body = self.delta(choice.take()) | {"logprobs": self.logprobs(choice, place), "finish_reason": None} | body
+        self._event(place, first, choice, body, out)
+
+    def _event(self, place: int, first: int, choice: Choice, body: dict[str, Any], out: list[bytes]) -> None:
+        out.append(b"id: %b:%d:%d:%d\n" % (self._names[place], choice.index, choice.taken, choice.characters))
+        out.append(b"%b%d,%b%b" % (self._head, first + choice.index, _encode(body)[1:-1], self._tail))
+
+    # ---------------------------------------------------------------- whole
+
+    def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed. Raises ApiError if a request failed."""
+        choices = []
+        for entry in self._stream.entries:
+            if entry.error is not None:
+                raise from_failed(entry.error)
+            if entry.moved:
+                raise ApiError(503, "another frontend answers this request now", code="moved")
+            place, first = self._places[entry.handle]
+            for choice in entry.choices:
+                text = choice.take()
+                body = {"index": first + choice.index} | self.body(text, place) | {"logprobs": self.logprobs(choice, place)}
+                body |= {"finish_reason": choice.finish_reason, "stop_reason": self.stop_reason(choice)}
+                if self._form.return_token_ids:
+                    body |= {"token_ids": choice.tokens, "prompt_token_ids": unpack(entry.new.prompt).tolist()}
+                choices.append(body)
+        return {**self._about, "object": self.object, "choices": choices, "usage": self.usage()}
+
+    def body(self, text: str, place: int) -> dict[str, Any]:
+        """The part of a whole choice that holds its text."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage, of all prompts and choices together."""
+        entries = self._stream.entries
+        prompt = sum(entry.prompt_tokens for entry in entries)
+        completion = sum(len(choice.tokens) for entry in entries for choice in entry.choices)
+        cached = sum(max(entry.cached, 0) for entry in entries)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def stop_reason(self, choice: Choice) -> str | int | None:
+        """What the client named that ended the choice: a stop string or a stop id; None for EOS and length."""
+        return None if choice.stop_reason in self._form.eos else choice.stop_reason
+
+    def _token(self, token: int) -> str:
+        return self._tokenizer.token_bytes(token).decode(errors="replace")
+
+
+class ChatAnswer(Answer):
+    """`chat.completion` and its chunks."""
+
+    id_prefix = "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    text_open = b',"delta":{"content":'
+    text_close = b'},"logprobs":null,"finish_reason":null'
+
+    def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
+        body: dict[str, Any] = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        if self._form.return_token_ids:
+            body["prompt_token_ids"] = unpack(entry.new.prompt).tolist()
+        self._event(place, first, choice, body, out)
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def body(self, text: str, place: int) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, choice: Choice, place: int) -> dict[str, Any] | None:
+        if not self._form.logprobs:
+            return None
+        return {"content": [self._one(item) | {"top_logprobs": self._top(item)} for item in choice.take_logprobs()]}
+
+    def _one(self, item: TokenLogprobs, at: int = 0) -> dict[str, Any]:
+        data = self._tokenizer.token_bytes(item.ids[at])
+        return {"token": data.decode(errors="replace"), "logprob": item.values[at], "bytes": list(data)}
+
+    def _top(self, item: TokenLogprobs) -> list[dict[str, Any]]:
+        return [self._one(item, at) for at in range(1, len(item.ids))]
+
+
+class CompletionAnswer(Answer):
+    """`text_completion`, whole and as chunks."""
+
+    id_prefix = "cmpl-"
+    object = "text_completion"
+    chunk_object = "text_completion"
+    text_open = b',"text":'
+    text_close = b',"logprobs":null,"finish_reason":null'
+
+    def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
+        echo = self._form.echoes[place] if self._form.echoes else ""
+        if echo or self._form.return_token_ids:
+            body: dict[str, Any] = self.delta(echo) | {"logprobs": None, "finish_reason": None}
+            if self._form.return_token_ids:
+                body["prompt_token_ids"] = unpack(entry.new.prompt).tolist()
+            self._event(place, first, choice, body, out)
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def body(self, text: str, place: int) -> dict[str, Any]:
+        return {"text": (self._form.echoes[place] if self._form.echoes else "") + text}
+
+    def logprobs(self, choice: Choice, place: int) -> dict[str, Any] | None:
+        if not self._form.logprobs:
+            return None
+        items = choice.take_logprobs()
+        tokens = [self._token(item.ids[0]) for item in items]
+        offset = self._offsets.get((place, choice.index), 0)
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        self._offsets[place, choice.index] = offset
+        return {
+            "tokens": tokens,
+            "token_logprobs": [item.values[0] for item in items],
+            # OpenAI's form: the alternatives, and the sampled token whether or not it is among them
+            "top_logprobs": [{self._token(i): v for i, v in zip(item.ids, item.values, strict=True)} for item in items],
+            "text_offset": offsets,
+        }

@@ -1,0 +1,50 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from frontend.api.answers import ChatAnswer
+from frontend.api.completions import form_of, new_request
+from frontend.api.handling import client_of, read_body, respond, tenant_of
+from frontend.client import Model
+from frontend.errors import ApiError
+from frontend.sampling import room
+from frontend.templates import TemplateError
+from frontend.validation import ChatBody, check_chat, check_stream, parse, require
+
+
+async def chat_completions(request: Request) -> ASGIApp:
+    """Answer a conversation."""
+    client = client_of(request)
+    body = parse(await read_body(request), ChatBody)
+    check_chat(body)
+    check_stream(body)
+    model = client.model(body.model)
+    ids = await client.offload(lambda: encode(model, body))
+    require(len(ids) > 0, "messages", "make an empty prompt")
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else -1
+    max_tokens = room(model.info, len(ids), asked, None, "messages")
+    new = new_request(model, body, ids, max_tokens, logprobs, tenant_of(request), body.continue_final_message)
+    stream = client.submit([new])
+    form = form_of(client, model, body, logprobs >= 0, [])
+    return await respond(request, stream, ChatAnswer(stream, model.tokenizer, form), bool(body.stream))
+
+
+def encode(model: Model, body: ChatBody) -> list[int]:
+    """The token ids of a conversation under the model's template. Raises ApiError."""
+    if model.tokenizer.chat is None:
+        raise ApiError(400, "this model has no chat template; use /v1/completions", "model", "no_chat_template")
+    generation = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    try:
+        text = model.tokenizer.chat.render(
+            body.messages,
+            add_generation_prompt=generation,
+            continue_final_message=body.continue_final_message,
+            **(body.chat_template_kwargs or {}),
+        )
+    except TemplateError as error:
+        raise ApiError(400, str(error), error.param, "invalid_value") from None
+    return model.tokenizer.encode_batch([text], add_special_tokens=False)[0]

@@ -1,0 +1,141 @@
+"""`POST /v1/completions` and `POST /generate`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from frontend.api.answers import CompletionAnswer, Form
+from frontend.api.handling import client_of, json_response, read_body, respond, tenant_of, wait_whole
+from frontend.client import Client, Model
+from frontend.detokenizer import TextStream
+from frontend.entries import NewRequest
+from frontend.errors import ApiError, from_failed
+from frontend.sampling import checked_ids, resolve, room, seeds_of
+from frontend.validation import (
+    CompletionBody,
+    GenerateBody,
+    Sampling,
+    check_completion,
+    check_stream,
+    parse,
+    prompts_of,
+    require,
+    stops_of,
+)
+from protocol.columns import pack, unpack
+
+COMPLETION_TOKENS = 16  # OpenAI's default
+
+
+async def completions(request: Request) -> ASGIApp:
+    """Continue one or several prompts."""
+    client = client_of(request)
+    body = parse(await read_body(request), CompletionBody)
+    check_completion(body)
+    check_stream(body)
+    model = client.model(body.model)
+    prompts = await encode(client, model, body)
+    logprobs = -1 if body.logprobs is None else body.logprobs
+    new = [
+        new_request(
+            model, body, ids, room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt"), logprobs, tenant_of(request), True
+        )
+        for ids in prompts
+    ]
+    echoes = [model.tokenizer.decode(ids) for ids in prompts] if body.echo else []
+    form = form_of(client, model, body, logprobs >= 0, echoes)
+    stream = client.submit(new)
+    return await respond(request, stream, CompletionAnswer(stream, model.tokenizer, form), bool(body.stream))
+
+
+async def generate(request: Request) -> Response:
+    """The simplest way in: a prompt, and its continuation in one piece."""
+    client = client_of(request)
+    body = parse(await read_body(request), GenerateBody)
+    model = client.model(body.model)
+    asked = Sampling(temperature=body.temperature)
+    [ids] = await client.offload(lambda: model.tokenizer.encode_batch([body.prompt]))
+    require(len(ids) > 0, "prompt", "is empty")
+    max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
+    stream = client.submit([new_request(model, asked, ids, max_tokens, -1, tenant_of(request), True, every_step=False)])
+    try:
+        await wait_whole(request, stream)
+        [entry] = stream.entries
+        if entry.error is not None:
+            raise from_failed(entry.error)
+        if entry.moved:
+            raise ApiError(503, "another frontend answers this request now", code="moved")
+        [choice] = entry.choices
+        return json_response({"request_id": entry.request.hex(), "text": choice.take(), "tokens_generated": len(choice.tokens)})
+    finally:
+        stream.close()
+
+
+async def encode(client: Client, model: Model, body: CompletionBody) -> list[list[int]]:
+    """The token ids of each prompt. Raises ApiError for ids outside the vocabulary and for a prompt without tokens."""
+    prompts = prompts_of(body.prompt)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts:
+        encoded = await client.offload(lambda: model.tokenizer.encode_batch(texts, body.add_special_tokens))
+    else:
+        encoded = [checked_ids(prompt, "prompt", model.info.vocab_size) for prompt in prompts if not isinstance(prompt, str)]
+    for ids in encoded:
+        require(len(ids) > 0, "prompt", "is empty")
+    return encoded
+
+
+def new_request(
+    model: Model,
+    body: Sampling,
+    ids: list[int],
+    max_tokens: int,
+    logprobs: int,
+    tenant: str,
+    continues: bool,
+    every_step: bool | None = None,
+) -> NewRequest:
+    """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text."""
+    stops = stops_of(body.stop)
+    params = resolve(body, model.info, model.tokenizer, max_tokens, logprobs)
+    open_text = functools.partial(
+        TextStream,
+        model.tokenizer,
+        stops,
+        body.include_stop_str_in_output,
+        body.skip_special_tokens,
+        continues=continues,
+        min_tokens=body.min_tokens,
+    )
+    return NewRequest(
+        request=os.urandom(16),
+        model=model.info.name,
+        prompt=pack(ids),
+        params=params,
+        seeds=seeds_of(body.seed, body.n or 1),
+        open_text=open_text,
+        has_stop_strings=bool(stops),
+        show_stop_ids=body.include_stop_str_in_output,
+        every_step=bool(body.stream) if every_step is None else every_step,
+        priority=body.priority,
+        tenant=tenant,
+        cache_salt=(body.cache_salt or "").encode(),
+    )
+
+
+def form_of(client: Client, model: Model, body: Sampling, logprobs: bool, echoes: list[str]) -> Form:
+    """The form of the answer that a body asks for."""
+    return Form(
+        model=client.public_name(model.info),
+        created=int(time.time()),
+        eos=frozenset(unpack(model.info.eos).tolist()),
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        return_token_ids=bool(body.return_token_ids),
+        logprobs=logprobs,
+        echoes=echoes,
+    )

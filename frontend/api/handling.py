@@ -1,0 +1,122 @@
+"""What the endpoints share: reading a body, waiting for a stream, and every error in one shape."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from frontend.api.answers import Answer
+from frontend.client import Client
+from frontend.errors import ApiError, from_failed
+from frontend.sse import EventStream, Watch
+from frontend.streams import Stream
+
+log = logging.getLogger("frontend")
+
+MAX_TENANT = 200  # characters
+
+
+def client_of(request: Request) -> Client:
+    """The client that the application was made with."""
+    client: Client = request.app.state.client
+    return client
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, bounded. Raises ApiError (413)."""
+    limit = client_of(request).settings.max_body
+    too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+def tenant_of(request: Request) -> str:
+    """Whose request this is, for the scheduler's fairness."""
+    return request.headers.get("x-tenant", "")[:MAX_TENANT]
+
+
+async def wait_whole(request: Request, stream: Stream) -> None:
+    """Wait until a stream has ended; leave it open. Raises ApiError if the server gives up, ClientDisconnect."""
+    watch = Watch(request.receive, stream)
+    try:
+        await stream.end()
+    finally:
+        watch.close()
+    if stream.gone:
+        raise ClientDisconnect
+    if stream.error is not None:
+        raise stream.error
+
+
+async def respond(request: Request, stream: Stream, answer: Answer, streaming: bool) -> ASGIApp:
+    """The response to a submitted request. Owns the stream from here on."""
+    if not streaming:
+        try:
+            await wait_whole(request, stream)
+            return json_response(answer.whole())
+        finally:
+            stream.close()
+    watch = Watch(request.receive, stream)
+    try:
+        # The status is not sent before something is known: a refusal should be a 4xx, not an event.
+        await stream.news()
+        if stream.gone:
+            raise ClientDisconnect
+        error = stream.error or next((from_failed(entry.error) for entry in stream.entries if entry.error is not None), None)
+        if error is not None:
+            raise error
+    except BaseException:
+        watch.close()
+        stream.close()
+        raise
+    return EventStream(stream, watch, answer.events())
+
+
+def api_error(request: Request, error: Exception) -> Response:
+    """Exception handler: ApiError."""
+    assert isinstance(error, ApiError)
+    headers = {"retry-after": str(max(1, round(error.retry_after)))} if error.retry_after else None
+    return json_response(error.body(), error.status, headers)
+
+
+def http_error(request: Request, error: Exception) -> Response:
+    """Exception handler: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    messages = {404: f"there is no {request.url.path}", 405: f"{where}: this method is not allowed here"}
+    body = ApiError(error.status_code, messages.get(error.status_code, error.detail), code=_CODES.get(error.status_code, "")).body()
+    return json_response(body, error.status_code, dict(error.headers or {}))
+
+
+def disconnected(request: Request, error: Exception) -> Response:
+    """Exception handler: nobody is there to read the answer."""
+    return Response(status_code=499)
+
+
+def internal_error(request: Request, error: Exception) -> Response:
+    """Exception handler: a defect of ours. The stack goes to the log, not to the client."""
+    return json_response(ApiError(500, "internal error", code="internal_error").body(), 500)
+
+
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+HANDLERS: Any = {ApiError: api_error, HTTPException: http_error, ClientDisconnect: disconnected, Exception: internal_error}

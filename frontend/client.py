@@ -1,0 +1,349 @@
+"""A frontend's connection to its schedulers: the link, the journal and the models' tokenizers, under asyncio.
+
+The cores (`Dialer`, `Journal`) decide; this file moves frames and time between them, ZeroMQ and the event loop. The
+HTTP server and the offline API both talk to a `Client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import zmq
+
+from frontend.entries import NewRequest
+from frontend.errors import ApiError
+from frontend.fetch import Fetch
+from frontend.journal import Journal
+from frontend.settings import FrontendSettings
+from frontend.streams import Stream
+from frontend.tokenizer import Tokenizer
+from frontend.wire import Wire
+from protocol.counters import Counters
+from protocol.messages import Hello, ModelInfo
+from protocol.rundir import RunDir
+from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
+from protocol.tokenizer_files import bundle_hash, read_bundle
+
+log = logging.getLogger("frontend")
+
+T = TypeVar("T")
+TOKENIZER_THREADS = 2
+RETRY_FETCH = 1.0  # seconds until tokenizer files are asked for again
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be asked: what its workers announced, and its tokenizer."""
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+
+
+class Recorder(Protocol):
+    """Sees every frame (`protocol.tap.Tap`, `protocol.flight.FlightRecorder` behind it)."""
+
+    def frames(self, direction: str, endpoint: str, frames: list[bytes]) -> None:
+        """Note frames that arrived ("in") or left ("out")."""
+
+    def fenced(self, reason: str) -> None:
+        """Note that a session ended."""
+
+    def waiting(self, peers: str) -> None:
+        """Say once that peers are missing."""
+
+    def present(self, peers: str) -> None:
+        """Say once that they have come."""
+
+
+class Client:
+    """Submits requests and hands back streams. Lives in one event loop; not thread-safe.
+
+    Raises protocol.tokenizer_files.BundleError or TokenizerError from `start` if the tokenizer named in the settings
+    cannot be read.
+    """
+
+    def __init__(self, settings: FrontendSettings, incarnation: int, recorder: Recorder | None = None) -> None:
+        self.settings = settings
+        self.incarnation = incarnation
+        self.counters = Counters()
+        self.journal = Journal(incarnation, settings.times, self.counters)
+        self.totals = Totals()
+        self._recorder = recorder
+        self._endpoints = settings.schedulers or (RunDir(settings.run_dir).frontends,)
+        self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._tokenizers: dict[bytes, Tokenizer] = {}
+        self._own_tokenizer: Tokenizer | None = None  # of settings.tokenizer, used for every model
+        self._building: set[asyncio.Task[None]] = set()
+        self._fetches: list[Fetch] = []
+        self._streams: set[Stream] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+        self._turned_away = ""
+
+    async def start(self) -> None:
+        """Read the tokenizer named in the settings, if any, and begin to look for a scheduler."""
+        self._loop = asyncio.get_running_loop()
+        if self.settings.tokenizer:
+            self._own_tokenizer = await self.offload(lambda: Tokenizer.from_bundle(read_bundle(self.settings.tokenizer)))
+        hello = Hello(role="frontend", name=self.settings.name, incarnation=self.incarnation, attempt=1)
+        self._dialer = Dialer(hello, len(self._endpoints), 1, self.settings.times, self.counters, self._loop.time())
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._wire = Wire(self._context, self._endpoints, self._received, self._disconnected, self._pump, self.counters)
+        self._waiting("a scheduler")
+        self._tick()
+
+    async def stop(self) -> None:
+        """Close all sockets. What still runs is aborted first, as far as the scheduler can be told."""
+        self._stopped = True
+        for stream in list(self._streams):
+            stream.close()
+        self._pump()
+        if self._dialer.session:
+            await asyncio.sleep(0)  # ZeroMQ's own thread sends; LINGER 0 would drop what it has not yet taken
+            await asyncio.sleep(0.01)
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._building:
+            task.cancel()
+        self._wire.close()
+        self._context.term()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---------------------------------------------------------------- what can be asked
+
+    def why_not_ready(self) -> str:
+        """Why requests would have to wait; empty if they need not."""
+        if not self.journal.is_open:
+            return self._turned_away or "no scheduler has answered yet"
+        models = self.journal.models.values()
+        if not any(info.workers_ready for info in models):
+            loading = sum(info.workers_loading for info in models)
+            return f"{loading} worker(s) still loading" if loading else "no worker is ready"
+        if not any(info.workers_ready and self._tokenizer(info) for info in models):
+            return "the tokenizer is still loading"
+        return ""
+
+    def models(self) -> list[ModelInfo]:
+        """The models known now."""
+        return list(self.journal.models.values())
+
+    def public_name(self, info: ModelInfo) -> str:
+        """The name under which clients know a model."""
+        return self.settings.served_model_name if self.settings.served_model_name and len(self.journal.models) == 1 else info.name
+
+    def model(self, name: str | None) -> Model:
+        """A model by its name (None: the first). Raises ApiError: 404 for an unknown one, 503 before it can be asked."""
+        models = self.journal.models
+        if not models:
+            raise ApiError(503, f"not ready: {self.why_not_ready()}", code="not_ready", retry_after=1.0)
+        info = next((i for i in models.values() if name in (None, i.name, self.public_name(i))), None)
+        if info is None:
+            known = ", ".join(self.public_name(i) for i in models.values())
+            raise ApiError(404, f"the model {name!r} does not exist; there is {known}", "model", "model_not_found")
+        tokenizer = self._tokenizer(info)
+        if tokenizer is None:
+            raise ApiError(503, "not ready: the tokenizer is still loading", code="not_ready", retry_after=1.0)
+        return Model(info, tokenizer)
+
+    async def offload(self, work: Callable[[], T]) -> T:
+        """Run tokenizing or template work in a thread, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def submit(self, requests: Sequence[NewRequest]) -> Stream:
+        """Submit requests that are answered together. Their stream must be closed in the end (`Stream.close`)."""
+        now = self._loop.time()
+        stream = Stream([self.journal.submit(new, now) for new in requests], self._close, now)
+        for entry in stream.entries:
+            entry.listener = stream
+        self._streams.add(stream)
+        self._pump()
+        return stream
+
+    def quiet_streams(self, seconds: float) -> None:
+        """Wake, with `quiet`, every stream that nothing has happened on for so long."""
+        now = self._loop.time()
+        for stream in self._streams:
+            if now - stream.woken >= seconds:
+                stream.quiet = True
+                stream.wake(now)
+
+    def end_streams(self, error: ApiError) -> None:
+        """End every open stream with an error."""
+        now = self._loop.time()
+        for stream in list(self._streams):
+            stream.error = error
+            stream.wake(now)
+
+    def stats(self) -> dict[str, float]:
+        """Figures for telemetry: requests by state, tokens, and every counter of the wire."""
+        entries = self.journal.entries()
+        live = [entry for entry in entries if not entry.ended]
+        running = sum(entry.admitted for entry in live)
+        return {
+            "requests_waiting": len(live) - running,
+            "requests_running": running,
+            "requests_finished": self.totals.finished,
+            "requests_failed": self.totals.failed,
+            "requests_aborted": self.totals.aborted,
+            "prompt_tokens": self.totals.prompt_tokens,
+            "generation_tokens": self.totals.generation_tokens,
+            "session_open": float(self.journal.is_open),
+            "link_round_trip_seconds": self._dialer.round_trip,
+            **self.counters,
+        }
+
+    # ---------------------------------------------------------------- inside
+
+    def _close(self, stream: Stream) -> None:
+        if stream not in self._streams:
+            return
+        self._streams.discard(stream)
+        now = self._loop.time()
+        for entry in stream.entries:
+            self.totals.prompt_tokens += entry.prompt_tokens
+            self.totals.generation_tokens += sum(len(choice.tokens) for choice in entry.choices)
+            if entry.error is not None:
+                self.totals.failed += 1
+            elif entry.ended and not any(choice.finish_reason == "abort" for choice in entry.choices):
+                self.totals.finished += 1
+            else:
+                self.totals.aborted += 1
+            self.journal.done(entry, now)
+        self._pump()
+
+    def _received(self, endpoint: int, frames: list[bytes]) -> None:
+        if self._recorder is not None:
+            self._recorder.frames("in", self._endpoints[endpoint], frames)
+        now = self._loop.time()
+        self._handle(self._dialer.receive(endpoint, 0, frames, now), now)
+
+    def _disconnected(self, endpoint: int) -> None:
+        now = self._loop.time()
+        self._handle(self._dialer.disconnected(endpoint, now), now)
+
+    def _handle(self, events: Sequence[Event], now: float) -> None:
+        for event in events:
+            match event:
+                case Received():
+                    self.journal.message(event.message, now)
+                    if self.journal.fault is not None and self._dialer.session:
+                        self._handle(self._dialer.fail(0, now, self.journal.fault), now)
+                        return
+                case Opened():
+                    self._turned_away = ""
+                    self.journal.opened(event.welcome, now)
+                    if self._recorder is not None:
+                        self._recorder.present("a scheduler")
+                case Closed():
+                    self.journal.closed(now)
+                    if self._recorder is not None and not self._stopped:
+                        self._recorder.fenced(event.reason)
+                    self._waiting("a scheduler")
+                case TurnedAway():
+                    if self._turned_away != event.reason:
+                        log.error("a scheduler refuses this frontend: %s", event.reason)
+                    self._turned_away = event.reason
+
+    def _waiting(self, peers: str) -> None:
+        if self._recorder is not None and not self._stopped:
+            self._recorder.waiting(peers)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        self._handle(self._dialer.tick(now), now)
+        self.journal.tick(now)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Carry out what the cores have decided: renew sockets, send, wake streams, set the timer."""
+        now = self._loop.time()
+        while self.journal.out:
+            self._dialer.send(self.journal.out.popleft(), now)
+        for endpoint, _ in self._dialer.reopen:
+            self._wire.renew(endpoint)
+        self._dialer.reopen.clear()
+        out = self._dialer.out[0]
+        used = set()
+        while out:
+            endpoint, frames = out.popleft()
+            if self._recorder is not None:
+                self._recorder.frames("out", self._endpoints[endpoint], frames)
+            self._wire.send(endpoint, frames)
+            used.add(endpoint)
+        for endpoint in used:
+            self._wire.sent(endpoint)
+        if self.journal.touched:
+            touched, self.journal.touched = self.journal.touched, {}
+            for entry in touched.values():
+                if isinstance(entry.listener, Stream):
+                    entry.listener.touch(entry, now)
+        if self.journal.models_changed:
+            self.journal.models_changed = False
+            self._want_tokenizers()
+        if self._fetches and any(fetch.over for fetch in self._fetches):
+            self._take_fetches()
+        self._arm(now)
+
+    def _arm(self, now: float) -> None:
+        due = min(self._dialer.next_time(), self.journal.next_time())
+        if self._stopped or due == math.inf:
+            return
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return  # it fires early, looks, and is set again
+            self._timer.cancel()
+        self._timer = self._loop.call_at(max(due, now), self._tick)
+
+    def _tokenizer(self, info: ModelInfo) -> Tokenizer | None:
+        return self._own_tokenizer or self._tokenizers.get(info.tokenizer)
+
+    def _want_tokenizers(self) -> None:
+        if self._own_tokenizer is not None:
+            return
+        for info in self.journal.models.values():
+            if info.tokenizer not in self._tokenizers and info.workers_ready:
+                fetch = self.journal.fetch(info.tokenizer)
+                if fetch not in self._fetches:
+                    self._fetches.append(fetch)
+        if self.journal.out:
+            self._loop.call_soon(self._pump)
+
+    def _take_fetches(self) -> None:
+        over = [fetch for fetch in self._fetches if fetch.over]
+        self._fetches = [fetch for fetch in self._fetches if not fetch.over]
+        for fetch in over:
+            task = self._loop.create_task(self._build(fetch))
+            self._building.add(task)
+            task.add_done_callback(self._building.discard)
+
+    async def _build(self, fetch: Fetch) -> None:
+        """Make the tokenizer of a bundle that has arrived; if it cannot be had, ask again after a while."""
+        try:
+            if fetch.bundle is None:
+                raise ValueError(fetch.failed)
+            bundle = fetch.bundle
+            if bundle_hash(bundle) != fetch.tokenizer:
+                raise ValueError("their hash is not the one that the worker announced")
+            self._tokenizers[fetch.tokenizer] = await self.offload(lambda: Tokenizer.from_bundle(bundle))
+        except ValueError as error:
+            log.error("the tokenizer files cannot be used: %s", error)
+            await asyncio.sleep(RETRY_FETCH)
+            self._want_tokenizers()
+
+
+@dataclass
+class Totals:
+    """Of requests that are done, since the start."""
+
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0

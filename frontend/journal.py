@@ -1,0 +1,322 @@
+"""The journal: the truth about each request (DESIGN §1), free of I/O, clocks and randomness.
+
+Tokens become *committed* here. A scheduler that was lost is replaced by telling the next one everything that lives,
+from here; so nothing in it depends on which scheduler or worker produced a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
+from frontend.fetch import Fetch
+from protocol.columns import pack, unpack, unpack_floats
+from protocol.counters import Counters
+from protocol.messages import (
+    Abort,
+    Attach,
+    Credit,
+    Done,
+    Failed,
+    FileChunk,
+    Gone,
+    Message,
+    ModelInfo,
+    Models,
+    Moved,
+    Resumed,
+    SamplingParams,
+    Submit,
+    Tokens,
+    Welcome,
+)
+from protocol.messages import Journal as JournalMessage
+from protocol.times import Times
+
+
+class Journal:
+    """All requests of one frontend incarnation.
+
+    `out` holds messages for the open session, in order; it is empty while there is none, since a new session begins
+    with everything that lives. `touched` holds, by handle, the entries with news for their listeners; the shell
+    empties it. `fault` says why the session must be ended, None if it need not.
+    `revive` turns the SUBMIT of another frontend's request into a NewRequest of ours (with a detokenizer).
+    """
+
+    def __init__(self, incarnation: int, times: Times, counters: Counters, revive: Callable[[Submit], NewRequest] | None = None) -> None:
+        self.incarnation = incarnation
+        self.counters = counters
+        self.out: deque[Message] = deque()
+        self.touched: dict[int, Entry] = {}
+        self.fault: str | None = None
+        self.models: dict[str, ModelInfo] = {}
+        self.models_changed = False  # set at each MODELS; the shell clears it
+        self.credit = 0
+        self.fetches: dict[bytes, Fetch] = {}
+        self.is_open = False
+        self._times = times
+        self._revive = revive
+        self._closed_at = -math.inf
+        self._next_handle = 0
+        self._by_handle: dict[int, Entry] = {}
+        self._by_id: dict[bytes, Entry] = {}
+
+    # ---------------------------------------------------------------- what the API asks for
+
+    def submit(self, new: NewRequest, now: float) -> Entry:
+        """Take a request. Without a session it waits for the next one. Raises ValueError if its id is known."""
+        entry = self._add(new, now)
+        self._send(entry.submit(now))
+        return entry
+
+    def attach(self, request: bytes, now: float) -> Entry:
+        """Ask for a request of another frontend; the entry ends with status 404 if nobody has it."""
+        entry = self._add(NewRequest(request, "", b"", SamplingParams(0), ()), now)
+        entry.attaching = True
+        self._send(Attach(request, entry.handle))
+        return entry
+
+    def abort(self, entry: Entry, choices: Sequence[int] | None = None, now: float = 0.0) -> None:
+        """End choices (all by default) with finish reason "abort"; those that have ended stay as they are."""
+        going = [c for c in entry.choices if not c.finish_reason and (choices is None or c.index in choices)]
+        for choice in going:
+            choice.end("abort")
+        entry.unfinished -= len(going)
+        if entry.attaching and choices is None:
+            entry.attaching = False
+        if going:
+            self._send(Abort(entry.request, b"" if choices is None else pack([c.index for c in going])))
+            self.touched[entry.handle] = entry
+
+    def done(self, entry: Entry, now: float = 0.0) -> None:
+        """Forget a request: its last byte has gone to the client, or the client has gone. Aborts what still runs."""
+        if self._by_handle.pop(entry.handle, None) is None:
+            return
+        if not entry.ended:
+            self.abort(entry)
+        del self._by_id[entry.request]
+        self.touched.pop(entry.handle, None)
+        if not entry.moved:
+            self._send(Done(entry.request))
+
+    def fetch(self, tokenizer: bytes) -> Fetch:
+        """Ask for tokenizer files by their hash; the answer is in the returned object's `bundle` or `failed`."""
+        fetch = self.fetches.get(tokenizer)
+        if fetch is None:
+            fetch = self.fetches[tokenizer] = Fetch(tokenizer)
+            if len(self.fetches) == 1:  # one outstanding
+                self._send(fetch.request())
+        return fetch
+
+    # ---------------------------------------------------------------- what the link reports
+
+    def opened(self, welcome: Welcome, now: float) -> None:
+        """A session is open: name everything that lives, then close the list with RESUMED."""
+        self.is_open = True
+        self.fault = None
+        self.credit = welcome.credit
+        self.out.clear()
+        named = [entry for entry in self._by_handle.values() if entry.error is None and not entry.moved]
+        for entry in named:
+            self.out.append(Attach(entry.request, entry.handle) if entry.attaching else entry.submit(now))
+        self.out.append(Resumed(len(named)))
+        if self.fetches:
+            self.out.append(next(iter(self.fetches.values())).request())
+
+    def closed(self, now: float) -> None:
+        """The session is over; what was not yet sent is said again in the next one."""
+        if self.is_open:
+            self._closed_at = now
+        self.is_open = False
+        self.out.clear()
+
+    def message(self, message: Message, now: float) -> None:
+        """Take a message of the open session. After a fault the rest of the session is ignored."""
+        if self.fault is not None:
+            self.counters.add("journal_after_fault")
+            return
+        match message:
+            case Tokens():
+                self._tokens(message)
+            case Models():
+                self.models = {info.name: info for info in message.models}
+                self.models_changed = True
+            case Failed():
+                self._failed(message)
+            case Moved():
+                self._moved(message)
+            case JournalMessage():
+                self._adopt(message.submit, now)
+            case Gone():
+                reason = "the stream is gone: no service knows this request"
+                self._failed(Failed(message.request, 404, "stream_gone", reason, "Last-Event-ID"))
+            case Credit():
+                self.credit = message.limit
+            case FileChunk():
+                self._chunk(message)
+            case _:
+                self.counters.add("journal_unexpected")
+
+    def tick(self, now: float) -> None:
+        """End what has waited too long for a scheduler. While a session is open the scheduler keeps the deadlines."""
+        if self.is_open:
+            return
+        for entry in [e for e in self._by_handle.values() if not e.ended]:
+            if now >= self._hold_until(entry):
+                self._failed(
+                    Failed(entry.request, 503, "no_scheduler", "no scheduler has been reachable for too long", "", self._times.move)
+                )
+            elif now >= self._admit_until(entry):
+                self._failed(
+                    Failed(entry.request, 503, "queue_timeout", "the request waited longer than its deadline", "", self._times.move)
+                )
+
+    def next_time(self) -> float:
+        """When `tick` has something to do next; infinity if never."""
+        if self.is_open:
+            return math.inf
+        waiting = (e for e in self._by_handle.values() if not e.ended)
+        return min((min(self._hold_until(e), self._admit_until(e)) for e in waiting), default=math.inf)
+
+    def entries(self) -> list[Entry]:
+        """Every request not yet done, by age."""
+        return list(self._by_handle.values())
+
+    # ---------------------------------------------------------------- inside
+
+    def _add(self, new: NewRequest, now: float) -> Entry:
+        if new.request in self._by_id:
+            raise ValueError("a request with this id is in the journal already")
+        entry = Entry(new, self._next_handle, now)
+        self._next_handle += 1
+        self._by_handle[entry.handle] = self._by_id[entry.request] = entry
+        return entry
+
+    def _send(self, message: Message) -> None:
+        if self.is_open:
+            self.out.append(message)
+
+    def _hold_until(self, entry: Entry) -> float:
+        return max(self._closed_at, entry.submitted) + self._times.hold
+
+    def _admit_until(self, entry: Entry) -> float:
+        return entry.submitted + entry.new.deadline if entry.new.deadline and not entry.admitted else math.inf
+
+    def _tokens(self, message: Tokens) -> None:
+        for handle, cached in zip(unpack(message.admitted).tolist(), unpack(message.cached).tolist(), strict=True):
+            admitted = self._by_handle.get(handle)
+            if admitted is not None:
+                admitted.admitted = True
+                if admitted.cached < 0:
+                    admitted.cached = cached
+        ids = unpack(message.ids).tolist()
+        logprobs = _logprobs(message) if message.lp_counts else None
+        by_handle = self._by_handle
+        end = 0
+        for handle, index, first, count in zip(
+            unpack(message.handles).tolist(),
+            unpack(message.choices).tolist(),
+            unpack(message.firsts).tolist(),
+            unpack(message.counts).tolist(),
+            strict=True,
+        ):
+            start, end = end, end + count
+            entry = by_handle.get(handle)
+            if entry is None or not 0 <= index < len(entry.choices):
+                self.counters.add("journal_unknown")
+                continue
+            choice = entry.choices[index]
+            if choice.finish_reason:
+                continue
+            length = len(choice.tokens)
+            if first > length:
+                self.counters.add("journal_gap")
+                self.fault = f"tokens from index {first} on for a choice of {length} tokens"
+                return
+            if first + count <= length:
+                self.counters.add("journal_duplicate")
+                continue
+            entry.admitted = True
+            try:
+                for at in range(start + length - first, end):
+                    if logprobs is not None:
+                        choice.fresh_logprobs += logprobs[at]
+                    choice.commit(ids[at])
+                    if choice.finish_reason:
+                        self._choice_ended(entry, choice)
+                        break
+            except Exception as error:  # a fault in one request's text must not reach its neighbours
+                self.counters.add("journal_exception")
+                choice.text = None
+                self._send(Abort(entry.request))
+                self._failed(Failed(entry.request, 500, "internal_error", f"the text could not be made: {error!r}"))
+                continue
+            if entry.new.every_step or not entry.unfinished:
+                self.touched[handle] = entry
+
+    def _choice_ended(self, entry: Entry, choice: Choice) -> None:
+        entry.unfinished -= 1
+        if isinstance(choice.stop_reason, str):  # nobody else sees stop strings
+            self._send(Abort(entry.request, pack([choice.index])))
+
+    def _failed(self, message: Failed) -> None:
+        entry = self._by_id.get(message.request)
+        if entry is None or entry.ended:
+            self.counters.add("journal_unknown")
+            return
+        entry.error = message
+        entry.finish("error")
+        self.touched[entry.handle] = entry
+
+    def _moved(self, message: Moved) -> None:
+        entry = self._by_id.get(message.request)
+        if entry is None:
+            self.counters.add("journal_unknown")
+            return
+        entry.moved = True
+        entry.finish("abort")
+        self.touched[entry.handle] = entry
+
+    def _adopt(self, submit: Submit, now: float) -> None:
+        entry = self._by_id.get(submit.request)
+        if entry is None or not entry.attaching or self._revive is None:
+            self.counters.add("journal_unknown")
+            return
+        entry.fill(self._revive(submit))
+        entry.attaching = False
+        entry.owner = submit.owner
+        entry.admitted = submit.admitted
+        entry.cached = submit.cached
+        entry.submitted = now - submit.age
+        for choice, known in zip(entry.choices, submit.choices, strict=True):
+            for token in unpack(known.known).tolist():
+                if not choice.finish_reason:
+                    choice.commit(token)
+            if choice.finish_reason:
+                self._choice_ended(entry, choice)
+        self.touched[entry.handle] = entry
+
+    def _chunk(self, message: FileChunk) -> None:
+        fetch = self.fetches.get(message.tokenizer)
+        if fetch is None or not fetch.chunk(message):
+            self.counters.add("journal_unknown")
+            return
+        if fetch.over:
+            del self.fetches[message.tokenizer]
+        if self.fetches:
+            self._send(next(iter(self.fetches.values())).request())
+
+
+def _logprobs(message: Tokens) -> list[list[TokenLogprobs]]:
+    """The log probabilities of each token of the message: a list of one, or of none where its row asked for none."""
+    ids, values = unpack(message.lp_ids).tolist(), unpack_floats(message.lp_values).tolist()
+    ranks = iter(unpack(message.lp_ranks).tolist())
+    result: list[list[TokenLogprobs]] = []
+    at = 0
+    for pairs, count in zip(unpack(message.lp_counts).tolist(), unpack(message.counts).tolist(), strict=True):
+        for _ in range(count):
+            result.append([TokenLogprobs(ids[at : at + pairs], values[at : at + pairs], next(ranks))] if pairs else [])
+            at += pairs
+    return result

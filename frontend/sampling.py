@@ -1,0 +1,100 @@
+"""From a request's fields to what travels: defaults resolved, ids checked, seeds drawn. Nothing behind this guesses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+from frontend.errors import ApiError
+from frontend.tokenizer import Tokenizer
+from frontend.validation import Sampling, require
+from protocol.columns import pack, pack_floats, unpack
+from protocol.messages import ModelInfo, SamplingParams
+
+
+def seeds_of(seed: int | None, n: int) -> list[int]:
+    """The 64-bit seed of each of `n` choices.
+
+    Choice i of a request with seed s gets BLAKE2b-64, person "pagewire-seed", of s (8 bytes, two's complement) and i
+    (4 bytes), both little-endian; without a seed each is drawn from the system's entropy.
+    """
+    if seed is None:
+        return [int.from_bytes(os.urandom(8), "little") for _ in range(n)]
+    message = (seed % 2**64).to_bytes(8, "little")
+    return [
+        int.from_bytes(hashlib.blake2b(message + i.to_bytes(4, "little"), digest_size=8, person=b"pagewire-seed").digest(), "little")
+        for i in range(n)
+    ]
+
+
+def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
+    """Tokens that a choice may have: what was asked for, else the default, as far as the context goes.
+
+    Raises ApiError (400, `context_length_exceeded`) if the prompt, or the prompt with what was asked for, is too long.
+    """
+    left = info.max_model_len - prompt_tokens
+    if left < 1 or (asked is not None and asked > left):
+        wanted = f"{prompt_tokens} of the prompt" + (f" and {asked} to generate" if asked is not None else " and at least one to generate")
+        message = f"this model's context has {info.max_model_len} tokens; the request needs {wanted}"
+        raise ApiError(400, message, param, "context_length_exceeded")
+    if asked is not None:
+        return asked
+    return left if default is None else min(default, left)
+
+
+def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: int, logprobs: int) -> SamplingParams:
+    """The parameters of a request's choices; what the client left open takes the model's defaults."""
+    defaults = info.defaults
+    bias = bias_of(body, info.vocab_size)
+    stop_ids = [] if body.ignore_eos else unpack(info.eos).tolist()
+    stop_ids += checked_ids(body.stop_token_ids or (), "stop_token_ids", info.vocab_size)
+    if body.allowed_token_ids is not None:
+        require(len(body.allowed_token_ids) > 0, "allowed_token_ids", "is empty")
+    require(body.min_tokens <= max_tokens, "min_tokens", f"is more than the {max_tokens} tokens that may be generated")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, defaults.temperature),
+        top_p=_or(body.top_p, defaults.top_p),
+        top_k=int(_or(body.top_k, defaults.top_k)),
+        min_p=_or(body.min_p, defaults.min_p),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+        min_tokens=body.min_tokens,
+        stop_ids=pack(sorted(set(stop_ids))),
+        logprobs=logprobs,
+        bias_ids=pack(bias),
+        bias_values=pack_floats(bias.values()),
+        allowed_ids=pack(sorted(set(checked_ids(body.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)))),
+        bad_words=bad_words_of(body.bad_words or (), tokenizer),
+    )
+
+
+def checked_ids(ids: Sequence[int], param: str, vocab_size: int) -> list[int]:
+    """The ids, each within the vocabulary. Raises ApiError."""
+    for token in ids:
+        require(0 <= token < vocab_size, param, f"{token} is no token of this model ({vocab_size} tokens)")
+    return list(ids)
+
+
+def bias_of(body: Sampling, vocab_size: int) -> dict[int, float]:
+    """OpenAI's `logit_bias`, whose keys are token ids as strings."""
+    bias: dict[int, float] = {}
+    for key, value in (body.logit_bias or {}).items():
+        require(key.isascii() and key.isdigit() and len(key) < 10, "logit_bias", f"{key[:20]!r} is no token id")
+        bias[checked_ids([int(key)], "logit_bias", vocab_size)[0]] = value
+    require(len(bias) <= 4096, "logit_bias", "has more than 4096 entries")
+    return bias
+
+
+def bad_words_of(words: Sequence[str], tokenizer: Tokenizer) -> list[bytes]:
+    """The token sequences of each word, as it begins a text and as it follows a space."""
+    forms = [form for word in words for form in (word, " " + word.lstrip(" "))]
+    require(all(word.strip() for word in words), "bad_words", "a word is empty")
+    sequences = {pack(ids) for ids in tokenizer.encode_batch(forms, add_special_tokens=False) if ids} if forms else set()
+    return sorted(sequences)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
