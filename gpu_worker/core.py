@@ -1,0 +1,247 @@
+"""The worker's core: plans in, steps out; outcomes in, results out. No I/O, no clock, no torch.
+
+Two threads share it. `apply` is called on the main thread, `result` on the output thread; what both touch is a
+record's history, where the one appends behind what the other reads, and one number, the step up to which copies to
+the host are complete. `reset` and `ready` are called with neither at work.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpu_worker.runner import Description, Outcome, Record, Step
+from gpu_worker.slots import UNASSIGNED, BlockTables, PlanError, SealedBlocks, Slots
+from protocol.columns import EMPTY, Int32, pack, pack_floats, unpack
+from protocol.messages import FileChunk, FileRequest, Plan, Ready, Result
+
+FILE_CHUNK = 256 << 10  # bytes of the tokenizer files in one message
+
+
+@dataclass(slots=True)
+class _CopyOut:
+    """Blocks on their way to the host in one step, with the hashes that the copies will have once acknowledged."""
+
+    step: int
+    source: Int32
+    target: Int32
+    sealed: np.ndarray  # bool, per block
+    hashes: np.ndarray  # uint8, [blocks, 16]
+
+
+class WorkerCore:
+    """Records, slots and sealed hashes of one worker, for a runner that `description` describes."""
+
+    def __init__(self, description: Description) -> None:
+        geometry = description.geometry
+        self.description = description
+        self.records: dict[int, Record] = {}
+        self.hash_key = b""
+        self._slots = Slots(geometry.slots)
+        self._tables = BlockTables(geometry.slots, geometry.table_width)
+        self._sealed = SealedBlocks(geometry.blocks)
+        self._host_sealed = SealedBlocks(geometry.host_blocks)
+        self._copies: deque[_CopyOut] = deque()
+        self._copied = 0
+        self._step = 0
+
+    # ------------------------------------------------------------ opening and ending a session
+
+    def welcome(self, hash_key: bytes) -> None:
+        """A session opens under this key: hashes made with another one mean nothing."""
+        if hash_key != self.hash_key:
+            self._sealed.clear()
+            self._host_sealed.clear()
+            self.hash_key = hash_key
+
+    def ready(self) -> Ready:
+        """What this worker is, and the sealed blocks it still holds."""
+        d = self.description
+        blocks, hashes = self._sealed.columns()
+        host_blocks, host_hashes = self._host_sealed.columns()
+        return Ready(
+            model=d.model,
+            fingerprint=d.fingerprint,
+            geometry=d.geometry,
+            attention=d.attention,
+            eos=pack(d.eos),
+            bos=d.bos,
+            defaults=d.defaults,
+            tokenizer=d.tokenizer,
+            blocks=blocks,
+            hashes=hashes,
+            host_blocks=host_blocks,
+            host_hashes=host_hashes,
+        )
+
+    def reset(self) -> None:
+        """The session is over: drop slots, records and copies; what is sealed stays. Nothing may be in flight."""
+        self._seal_copies()
+        self.records.clear()
+        self._slots.clear()
+        self._tables.clear()
+        self._copies.clear()
+        self._copied = 0
+        self._step = 0
+
+    def file_chunk(self, request: FileRequest) -> FileChunk:
+        """A piece of the tokenizer files; total −1 if these are not the files asked for."""
+        bundle = self.description.bundle
+        if request.tokenizer != self.description.tokenizer or not 0 <= request.offset <= len(bundle):
+            return FileChunk(request.tokenizer, request.offset, -1, b"")
+        return FileChunk(request.tokenizer, request.offset, len(bundle), bundle[request.offset : request.offset + FILE_CHUNK])
+
+    # ------------------------------------------------------------ plan → step
+
+    def apply(self, plan: Plan) -> Step:
+        """Take a plan that `plan.check(geometry)` has passed, the next in order. Raises PlanError: the step failed."""
+        if plan.step != self._step + 1:
+            raise PlanError(plan.step, "step", f"does not follow {self._step}")
+        self._step = plan.step
+        self._seal_copies()
+        self._release(plan)
+        self._seal(plan)
+        bind_slots, bind_records = self._bind(plan)
+        self._tables.apply(plan)
+        if plan.assign_blocks:
+            self._sealed.forget(unpack(plan.assign_blocks))
+        self._copy(plan)
+        return self._rows(plan, bind_slots, bind_records)
+
+    def _release(self, plan: Plan) -> None:
+        for record in unpack(plan.drops).tolist():
+            if self.records.pop(record, None) is None:
+                raise PlanError(plan.step, "drops", f"record {record} is not known")
+        for slot in unpack(plan.frees).tolist():
+            self._slots.free(slot)
+
+    def _seal(self, plan: Plan) -> None:
+        if plan.seals:
+            self._sealed.seal(unpack(plan.seals), np.frombuffer(plan.seal_hashes, np.uint8).reshape(-1, 16))
+        if plan.withdrawals:
+            withdrawn = unpack(plan.withdrawals)
+            sealed, hashes = self._sealed.lookup(withdrawn)
+            self._sealed.forget(withdrawn)
+            self._host_sealed.forget_copies(hashes[sealed])
+            for copy in self._copies:
+                copy.sealed &= ~np.isin(copy.source, withdrawn)
+
+    def _seal_copies(self) -> None:
+        """Host blocks whose copies are complete bear their sources' hashes from now on."""
+        while self._copies and self._copies[0].step <= self._copied:
+            copy = self._copies.popleft()
+            self._host_sealed.seal(copy.target[copy.sealed], copy.hashes[copy.sealed])
+
+    def _bind(self, plan: Plan) -> tuple[Int32, list[Record]]:
+        max_model_len = self.description.geometry.max_model_len
+        for admit in plan.admits:
+            if admit.record in self.records:
+                raise PlanError(plan.step, "admits", f"record {admit.record} is known already")
+            self.records[admit.record] = Record(
+                admit.record, unpack(admit.prompt), unpack(admit.known), admit.seed, admit.params, max_model_len
+            )
+        if not plan.bind_slots:
+            return EMPTY, []
+        slots = unpack(plan.bind_slots)
+        bound: list[Record] = []
+        for slot, generation, id in zip(
+            slots.tolist(), unpack(plan.bind_generations).tolist(), unpack(plan.bind_records).tolist(), strict=True
+        ):
+            record = self.records.get(id)
+            if record is None:
+                raise PlanError(plan.step, "bind_records", f"record {id} is not known")
+            self._slots.bind(slot, generation, record)
+            bound.append(record)
+        return slots, bound
+
+    def _copy(self, plan: Plan) -> None:
+        if plan.copy_to:
+            self._sealed.forget(unpack(plan.copy_to))
+        if plan.in_to:
+            self._sealed.forget(unpack(plan.in_to))
+        if plan.out_to:
+            source, target = unpack(plan.out_from), unpack(plan.out_to)
+            self._host_sealed.forget(target)
+            self._copies.append(_CopyOut(plan.step, source, target, *self._sealed.lookup(source)))
+
+    def _rows(self, plan: Plan, bind_slots: Int32, bind_records: list[Record]) -> Step:
+        slots, starts, counts, outputs = unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), unpack(plan.outputs)
+        ends = starts + counts
+        known = np.minimum(np.maximum(self._slots.known[slots] - starts, 0), counts)
+        records = self._row_records(plan, slots)
+        if len(slots):
+            self._check_rows(plan, slots, ends, outputs, counts - known)
+        prefill = [records[i].history[starts[i] : starts[i] + known[i]] for i in np.flatnonzero(known).tolist()]
+        fork_slots = unpack(plan.fork_slots)
+        fork_records = [self._record_of(plan, "fork_slots", slot) for slot in fork_slots.tolist()]
+        fork_rows = unpack(plan.fork_rows)
+        if len(fork_rows) and not outputs[fork_rows].all():
+            raise PlanError(plan.step, "fork_rows", "a row that samples nothing is forked")
+        return Step(
+            plan=plan,
+            records=records,
+            slots=slots,
+            starts=starts,
+            counts=counts,
+            outputs=outputs,
+            known=known,
+            prefill=np.concatenate(prefill) if prefill else EMPTY,
+            fork_rows=fork_rows,
+            fork_slots=fork_slots,
+            fork_records=fork_records,
+            bind_slots=bind_slots,
+            bind_records=bind_records,
+        )
+
+    def _row_records(self, plan: Plan, slots: Int32) -> list[Record]:
+        bound = self._slots.records
+        named = slots.tolist()
+        records = [bound[slot] for slot in named]
+        if None in records:
+            raise PlanError(plan.step, "slots", f"slot {named[records.index(None)]} has no record")
+        if len(set(named)) != len(named):
+            raise PlanError(plan.step, "slots", "a slot has two rows")
+        stale = self._slots.generation[slots] != unpack(plan.generations)
+        if stale.any():
+            raise PlanError(plan.step, "generations", f"slot {slots[stale][0]} has another generation")
+        return records
+
+    def _check_rows(self, plan: Plan, slots: Int32, ends: Int32, outputs: Int32, unknown: Int32) -> None:
+        if int(unknown.max()) > 1:
+            raise PlanError(plan.step, "starts", f"slot {slots[unknown.argmax()]} would read a token that was never sampled")
+        if (self._tables.table[slots, (ends - 1) // self.description.geometry.block_size] == UNASSIGNED).any():
+            raise PlanError(plan.step, "counts", "a row reaches beyond its block table")
+        if (ends + outputs > self._slots.capacity[slots]).any():
+            raise PlanError(plan.step, "outputs", "a row samples beyond its record's max_tokens")
+
+    def _record_of(self, plan: Plan, field: str, slot: int) -> Record:
+        record = self._slots.records[slot]
+        if record is None:
+            raise PlanError(plan.step, field, f"slot {slot} has no record")
+        return record
+
+    # ------------------------------------------------------------ outcome → result
+
+    def result(self, step: Step, outcome: Outcome) -> Result:
+        """Take what a step sampled into the records, and say it."""
+        tokens = outcome.tokens
+        taken = tokens >= 0
+        for record, token in zip(step.output_records, tokens.tolist(), strict=True):
+            if token >= 0:
+                record.append(token)
+        self._copied = outcome.copied
+        return Result(
+            step=step.plan.step,
+            counts=pack(taken),
+            ids=pack(tokens[taken]),
+            flags=outcome.flags.tobytes(),
+            copied=outcome.copied,
+            seconds=outcome.seconds,
+            idle=outcome.idle,
+            lp_counts=pack(outcome.lp_counts),
+            lp_ids=pack(outcome.lp_ids),
+            lp_values=pack_floats(outcome.lp_values),
+            lp_ranks=pack(outcome.lp_ranks),
+        )

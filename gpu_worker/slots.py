@@ -1,0 +1,114 @@
+"""The host's slot table: which record runs in which slot, under which generation; the block tables; the sealed hashes.
+
+A plan is applied in the order of its fields: drops and frees, seals and withdrawals, admits and binds, assignments
+(which forget a block's hash before the step's first write) and shares, copies, rows. `WorkerCore.apply` keeps that
+order; the classes here are the three kinds of state it keeps. All index arrays are int32 and within the geometry.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_worker.runner import Record
+from protocol.columns import Int32, pack, unpack
+from protocol.messages import Plan
+
+UNASSIGNED = -1  # entry of a block table that no plan has filled
+
+
+class PlanError(Exception):
+    """A plan that contradicts what the worker holds; the step has failed. `field` names the column."""
+
+    def __init__(self, step: int, field: str, why: str) -> None:
+        super().__init__(f"plan {step}: {field}: {why}")
+        self.step = step
+        self.field = field
+
+
+class BlockTables:
+    """Block tables of all slots: `table[slot, i]` is the block with tokens i·block_size … of the slot's sequence.
+
+    `table` is int32, shape [slots, table_width]; UNASSIGNED where no plan has named a block since the slot was bound.
+    """
+
+    def __init__(self, slots: int, table_width: int) -> None:
+        self.table: Int32 = np.full((slots, table_width), UNASSIGNED, dtype=np.int32)
+
+    def apply(self, plan: Plan) -> None:
+        """Empty the tables of the slots that the plan binds, then enter its assigned and shared blocks."""
+        if plan.bind_slots:
+            self.table[unpack(plan.bind_slots)] = UNASSIGNED
+        if plan.assign_slots:
+            self.table[unpack(plan.assign_slots), unpack(plan.assign_indices)] = unpack(plan.assign_blocks)
+        if plan.share_slots:
+            self.table[unpack(plan.share_slots), unpack(plan.share_indices)] = unpack(plan.share_blocks)
+
+    def clear(self) -> None:
+        """Forget every entry: the session is over."""
+        self.table.fill(UNASSIGNED)
+
+
+class Slots:
+    """Slots and what is bound to them: columns of shape [slots], and the records beside them.
+
+    `known` is the length of the record when it was bound: positions below it are read from the record's history,
+    the ones behind it are sampled in this slot one after another. `capacity` is the size of that history.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.records: list[Record | None] = [None] * slots
+        self.generation: Int32 = np.full(slots, -1, dtype=np.int32)
+        self.known: Int32 = np.zeros(slots, dtype=np.int32)
+        self.capacity: Int32 = np.zeros(slots, dtype=np.int32)
+
+    def bind(self, slot: int, generation: int, record: Record) -> None:
+        """Let `record` run in `slot`; rows name the slot with this generation from now on."""
+        self.records[slot] = record
+        self.generation[slot] = generation
+        self.known[slot] = record.length
+        self.capacity[slot] = len(record.history)
+
+    def free(self, slot: int) -> None:
+        """Unbind a slot. A free slot stays free."""
+        self.records[slot] = None
+
+    def clear(self) -> None:
+        """Unbind all slots: the session is over, and generations with it."""
+        self.records = [None] * len(self.records)
+        self.generation.fill(-1)
+
+
+class SealedBlocks:
+    """Blocks whose content is final and named by a 16-byte hash; what a worker reports when a session opens."""
+
+    def __init__(self, blocks: int) -> None:
+        self._sealed = np.zeros(blocks, dtype=np.bool_)
+        self._hashes = np.zeros((blocks, 16), dtype=np.uint8)
+
+    def seal(self, blocks: Int32, hashes: np.ndarray) -> None:
+        """Name blocks (shape [n]) by their hashes (uint8, shape [n, 16])."""
+        self._sealed[blocks] = True
+        self._hashes[blocks] = hashes
+
+    def forget(self, blocks: Int32) -> None:
+        """The content of these blocks (shape [n]) changes, or is not to be trusted."""
+        self._sealed[blocks] = False
+
+    def forget_copies(self, hashes: np.ndarray) -> None:
+        """Forget every block that has one of these hashes (uint8, shape [n, 16])."""
+        named = np.flatnonzero(self._sealed)
+        wrong = (self._hashes[named][:, None, :] == hashes[None]).all(axis=2).any(axis=1)
+        self._sealed[named[wrong]] = False
+
+    def lookup(self, blocks: Int32) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these blocks (shape [n]) are sealed (bool, shape [n]), and all their hashes (uint8, shape [n, 16])."""
+        return self._sealed[blocks], self._hashes[blocks]
+
+    def columns(self) -> tuple[bytes, bytes]:
+        """The sealed blocks and their hashes, as READY carries them."""
+        blocks = np.flatnonzero(self._sealed)
+        return pack(blocks), self._hashes[blocks].tobytes()
+
+    def clear(self) -> None:
+        """Forget all: another hash key names blocks differently."""
+        self._sealed.fill(False)
