@@ -125,7 +125,7 @@ def _byte_tokenizer() -> Tokenizer:
 
 def _from_backend(backend: tokenizers.Tokenizer, bos: int | None, eos: Sequence[int], chat: ChatTemplate | None) -> Tokenizer:
     added = backend.get_added_tokens_decoder()
-    size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
     known = read_decoder(json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None)
     vocabulary = None
     if known is not None:
