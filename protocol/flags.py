@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TABLES = ("up", "frontend", "scheduler", "worker", "admin")  # of a configuration file
+UP = "up"
+TABLES = ("frontend", "scheduler", "worker", "admin", UP)  # of a configuration file
+UP_OWN = ("workers", "frontends", "host", "port", "admin_port", "shutdown_timeout")  # settings that `up` acts on itself
 
 
 @dataclass(frozen=True)

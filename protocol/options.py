@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from protocol.flags import FLAGS, TABLES, Flag
+from protocol.flags import FLAGS, TABLES, UP, UP_OWN, Flag
 from protocol.rundir import RunDirError, default_run_dir
 from protocol.service import EXIT_FAILED, CannotRun, die_with_parent, refuse
 from protocol.times import Times
@@ -88,8 +88,10 @@ def options(role: str, fields: Iterable[Field]) -> list[click.Parameter]:
 
 def build(settings: type, values: dict[str, Any]) -> Settings:
     """Make the settings from click's values; those of other services are left out."""
-    names = {f.name for f in dataclasses.fields(settings)}
-    return settings(**{name: value for name, value in values.items() if name in names})
+    given = {f.name: values[f.name] for f in settings_fields(settings) if f.name in values}
+    if "times" in given:
+        given["times"] = Times().scaled(given["times"])
+    return settings(**given)
 
 
 def _option(role: str, field: Field, flag: Flag) -> click.Option:
@@ -100,9 +102,9 @@ def _option(role: str, field: Field, flag: Flag) -> click.Option:
     if field.type is bool:
         declaration[0] = f"{name}/--no-{name[2:]}"
     elif field.type is Times:
-        extra, default = {"type": click.FloatRange(min=0, min_open=True), "callback": lambda c, p, factor: Times().scaled(factor)}, 1.0
+        extra, default = {"type": click.FloatRange(min=0, min_open=True)}, 1.0
     elif field.name == "run_dir":
-        extra, default = {"type": click.Path(file_okay=False, path_type=Path), "show_default": "one per working directory"}, _run_dir
+        return click.Option(["--run-dir"], **RUN_DIR)
     elif flag.choices:
         extra["type"] = click.Choice(flag.choices)
     elif field.type is int:
@@ -116,7 +118,7 @@ def _option(role: str, field: Field, flag: Flag) -> click.Option:
         extra["show_default"] = flag.empty or False
     elif default == 0 and field.type is int and flag.empty:
         extra["show_default"] = flag.empty
-    variables = [f"PAGEWIRE_{role.upper()}_{field.name.upper()}"]
+    variables = [f"PAGEWIRE_{role.upper()}_{field.name.upper()}"] if role != UP else []
     if not flag.own:
         variables.append(f"PAGEWIRE_{field.name.upper()}")
     keywords = {"default": default, "show_default": True, "envvar": variables, "help": flag.help, "hidden": flag.hidden}
@@ -130,10 +132,21 @@ def _run_dir() -> Path:
         raise click.ClickException(str(error)) from None
 
 
+RUN_DIR: dict[str, Any] = {
+    "type": click.Path(file_okay=False, path_type=Path),
+    "envvar": "PAGEWIRE_RUN_DIR",
+    "default": _run_dir,
+    "show_default": "one per working directory",
+    "help": FLAGS["run_dir"].help,
+}
+run_dir_option = click.option("--run-dir", **RUN_DIR)  # the decorator for commands that talk to a running stack
+
+
 def _read_config(context: click.Context, role: str, path: Path | None) -> None:
     """Make a TOML file's values click's defaults. What no service knows is an error: nothing is ignored in silence."""
     if path is None:
         return
+    context.meta["config"] = path
     try:
         with path.open("rb") as file:
             data = tomllib.load(file)
@@ -150,11 +163,13 @@ def _read_config(context: click.Context, role: str, path: Path | None) -> None:
             raise click.BadParameter(f"{path}: nothing has a setting {key!r}")
         elif name in mine:
             values[name] = value
-    for key, value in data.get(role, {}).items():
-        name = key.replace("-", "_")
-        if name not in mine:
-            raise click.BadParameter(f"{path}: {role} has no setting {key!r}")
-        values[name] = value
+    # `up` passes the file on; of the services' tables it needs what it does itself, such as listening on the port.
+    for table in TABLES if role == UP else (role,):
+        for key, value in data.get(table, {}).items():
+            name = key.replace("-", "_")
+            if name not in (UP_OWN if table == UP else mine):
+                raise click.BadParameter(f"{path}: {table} has no setting {key!r}")
+            values[name] = value
     context.default_map = {**(context.default_map or {}), **values}
 
 

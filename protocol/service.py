@@ -50,7 +50,7 @@ class Service:
 
     Raises RunDirError on entry if the run directory or the name is not to be had. If an exception ends it, that is
     logged with its stack, the flight recorder is written and the process exits with EXIT_FAILED; CannotRun and
-    RunDirError pass through. In every case the file in the run directory goes.
+    RunDirError pass through.
 
     Attributes
         stopping: set when SIGTERM, SIGINT or SIGHUP asked the service to stop.
@@ -86,10 +86,11 @@ class Service:
             self.log.critical("flight recorder: %s", self.flight.dump(f"{type(error).__name__}: {error}"))
         else:
             self.log.info("ended" if error is None else f"ended: {error}")
+        if crashed:
+            # The file stays, as after a kill: the supervisor reads from it how far this start got.
+            raise SystemExit(EXIT_FAILED) from error
         self._registration.remove()
         self.rundir.tidy()
-        if crashed:
-            raise SystemExit(EXIT_FAILED) from error
 
     def state(self, state: str) -> None:
         """Tell `pagewire ps` and the supervisor what this service is doing: loading, waiting, ready, stopping."""

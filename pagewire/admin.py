@@ -1,0 +1,119 @@
+"""`pagewire admin`: collects telemetry and serves `/metrics` and `/health`, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pagewire.metrics import Figures
+from protocol.options import service_command, start
+from protocol.rundir import Guard, RunDir, RunDirError
+from protocol.service import Service
+from protocol.times import Times
+
+COLLECT_EVERY = 0.5  # seconds; far below what fills the socket's queue
+
+
+@dataclass(frozen=True)
+class AdminSettings:
+    """Where the admin server listens, and where it collects."""
+
+    run_dir: Path
+    name: str = "admin"
+    admin_port: int = 8001
+    listen_fd: int = -1  # a listening socket handed over by the supervisor; −1: bind 127.0.0.1 and admin_port
+    telemetry: str = ""  # endpoint; empty: the run directory's
+    log_level: str = "info"
+    times: Times = field(default_factory=Times)
+
+
+def run(settings: AdminSettings) -> None:
+    """Serve until asked to stop. Raises RunDirError if the port or the collector's endpoint is taken."""
+    import zmq
+
+    from protocol.telemetry import Collector
+
+    with Service("admin", settings.name, settings.run_dir, settings.log_level) as service, contextlib.ExitStack() as stack:
+        listening = stack.enter_context(_listen(settings))
+        endpoint = settings.telemetry or service.rundir.telemetry
+        stack.enter_context(Guard(endpoint))
+        context: zmq.Context[Any] = stack.enter_context(zmq.Context())
+        collector = stack.enter_context(contextlib.closing(Collector(endpoint, context)))
+        figures = Figures()
+
+        def collect() -> None:
+            for telemetry in collector.receive():
+                figures.take(telemetry, time.monotonic())
+
+        asyncio.run(_serve(service, listening, app(service.rundir, figures), collect))
+
+
+def app(rundir: RunDir, figures: Figures) -> Any:
+    """The ASGI application."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    async def metrics(request: Request) -> Response:
+        return Response(figures.text(rundir.services()), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    return Starlette(routes=[Route("/metrics", metrics), Route("/health", health)])
+
+
+def _listen(settings: AdminSettings) -> socket.socket:
+    if settings.listen_fd >= 0:
+        return socket.socket(fileno=settings.listen_fd)
+    try:
+        listening = socket.create_server(("127.0.0.1", settings.admin_port), backlog=128)
+    except OSError as error:
+        raise RunDirError(f"cannot listen on 127.0.0.1:{settings.admin_port}: {error.strerror}; name another with --admin-port") from None
+    print(f"admin on http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
+    return listening
+
+
+async def _serve(service: Service, listening: socket.socket, application: Any, collect: Callable[[], None]) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn without its signal handlers: the service has its own."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    server = Server(uvicorn.Config(application, ws="none", lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1))
+
+    def stop() -> None:
+        asyncio.get_running_loop().remove_reader(service.stop_fd)
+        server.should_exit = True
+
+    async def collecting() -> None:
+        while True:
+            collect()
+            await asyncio.sleep(COLLECT_EVERY)
+
+    asyncio.get_running_loop().add_reader(service.stop_fd, stop)
+    collector = asyncio.create_task(collecting())
+    service.state("ready")
+    await server.serve([listening])
+    collector.cancel()
+
+
+def _load() -> Callable[[Any], None]:
+    return run
+
+
+main = service_command("admin", AdminSettings, _load, "Serve the figures of all services on loopback.")
+
+if __name__ == "__main__":
+    start(main, "pagewire admin")

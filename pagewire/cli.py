@@ -1,0 +1,113 @@
+"""The command `pagewire`. Subcommands are imported when they are named, so that none pays for another's libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from protocol.options import CONTEXT, options, run_dir_option, start
+from protocol.rundir import RunDir
+
+SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
+TEXTS = {
+    "up": "Start all services and keep them running.",
+    "serve": "The same as `up`, with the model named.",
+}
+
+
+class _Commands(click.Group):
+    """A group whose members come from the packages that define them."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*TEXTS, *SERVICES, *super().list_commands(context)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in SERVICES:
+            return importlib.import_module(SERVICES[name]).main  # type: ignore[no-any-return]
+        if name in TEXTS:
+            return _up_command(name)
+        return super().get_command(context, name)
+
+
+@click.group(cls=_Commands, context_settings=CONTEXT)
+@click.version_option(version("pagewire"), prog_name="pagewire")
+def main() -> None:
+    """An LLM inference server of three kinds of process that survive one another."""
+
+
+def _up_command(name: str) -> click.Command:
+    from pagewire.up import up, up_fields
+    from protocol.flags import UP
+
+    fields = [field for field in up_fields() if name == "up" or field.name != "model"]
+    params = options(UP, fields)
+    if name == "serve":
+        params.append(click.Argument(["model"]))
+
+    @click.pass_context
+    def callback(context: click.Context, /, **values: Any) -> None:
+        sys.exit(up(context, values))
+
+    return click.Command(name, params=params, callback=callback, help=TEXTS[name])
+
+
+@main.command()
+@run_dir_option
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+@click.option("--all", "everyone", is_flag=True, help="List the admin server as well.")
+def ps(run_dir: Path, as_json: bool, everyone: bool) -> None:
+    """List the services of a run directory."""
+    running = RunDir(run_dir).services() if run_dir.is_dir() else []
+    found = [record for record in running if everyone or record.role != "admin"]
+    columns = ("role", "name", "pid", "incarnation", "state")
+    rows = [{column: getattr(record, column) for column in columns} for record in found]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif not rows:
+        click.echo(f"no service runs in {run_dir}")
+    else:
+        table = [columns, *([str(row[column]) for column in columns] for row in rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+        for line in table:
+            click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
+@main.command()
+@click.argument("name")
+@run_dir_option
+@click.option("--content", is_flag=True, help="Show prompts and tokens too.")
+@click.option("--count", type=click.IntRange(1), help="Stop after this many messages.")
+def tap(name: str, run_dir: Path, content: bool, count: int | None) -> None:
+    """Print a service's messages as they pass.
+
+    NAME is one of those that `pagewire ps` lists. Prompts and tokens are blanked.
+    """
+    import zmq
+
+    from pagewire.tap import line, messages
+    from protocol.options import Usage
+
+    names = [record.name for record in RunDir(run_dir).services()] if run_dir.is_dir() else []
+    if name not in names:
+        raise Usage(f"no service {name!r} runs in {run_dir}; there are: {', '.join(names) or 'none'}")
+    stop, wake = os.pipe()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda *_: os.write(wake, b"."))
+    with contextlib.closing(messages(RunDir(run_dir).tap(name), zmq.Context.instance(), stop)) as passing:
+        for number, (direction, at, frames) in enumerate(passing, 1):
+            click.echo(line(direction, at, frames, content))
+            if number == count:
+                break
+
+
+if __name__ == "__main__":
+    start(main, "pagewire")

@@ -1,0 +1,71 @@
+"""Kills what a killed supervisor leaves behind.
+
+Services end themselves when their supervisor dies (protocol/service.py), unless they are stopped or hang inside a
+library with the interpreter locked. This process waits for the supervisor's end, gives them that chance, and kills
+the rest. It reads lines `+PID` and `-PID` from its standard input, which the supervisor alone holds open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from protocol.rundir import process_start
+
+PATIENCE = 4.5  # seconds that services get to end themselves
+
+
+class Guardian:
+    """The supervisor's side: starts the process and tells it whom to watch."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-P", "-m", "pagewire.guardian"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
+
+    def watch(self, pid: int) -> None:
+        """Watch over the process group of `pid`."""
+        self._tell(f"+{pid}\n")
+
+    def forget(self, pid: int) -> None:
+        """That one is gone."""
+        self._tell(f"-{pid}\n")
+
+    def close(self) -> None:
+        """Nothing is left to watch: end the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+
+def main() -> None:
+    """Watch until the supervisor ends, then wait for the watched ones, then kill them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    watched: dict[int, int] = {}
+    for line in sys.stdin:
+        pid = int(line[1:])
+        if line[0] == "+":
+            watched[pid] = process_start(pid)
+        else:
+            watched.pop(pid, None)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and any(process_start(pid) == started for pid, started in watched.items()):
+        time.sleep(0.05)
+    for pid, started in watched.items():
+        if process_start(pid) == started:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

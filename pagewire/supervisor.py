@@ -1,0 +1,215 @@
+"""`pagewire up`: starts the services, restarts what dies, and ends everything.
+
+The supervisor does no work of its own: it holds the listening sockets, so that a restarted frontend refuses no
+connection, and sleeps until a signal, a death or the next restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+from pagewire.guardian import Guardian
+from pagewire.restart import LONG_LIFE, Restarts
+from protocol.rundir import RunDir
+from protocol.service import PARENT
+
+READY = ("ready", "waiting")  # states of a service that has started well
+STOP_MARGIN = 1.3  # seconds from the streams' end to SIGKILL
+LOOK_EVERY = 0.05  # seconds between two looks at `probe` and at dying processes
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A service to run: `python -P -m MODULE ARGUMENTS --run-dir … --name …`."""
+
+    role: str  # frontend, scheduler, worker, admin
+    name: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    listen_fd: int = -1  # a listening socket to hand over
+
+    def command(self, run_dir: str) -> list[str]:
+        """The command line. `-P` keeps the working directory out of the module path."""
+        listening = ["--listen-fd", str(self.listen_fd)] if self.listen_fd >= 0 else []
+        return [sys.executable, "-P", "-m", self.module, *self.arguments, "--run-dir", run_dir, "--name", self.name, *listening]
+
+
+@dataclass
+class _Child:
+    spec: Spec
+    restarts: Restarts = field(default_factory=Restarts)
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    start_at: float | None = 0.0  # when to start it; None: it runs, or never again
+
+
+class Supervisor:
+    """Runs services until told to stop. `probe` says whether the whole answers; `say` prints a line for the user."""
+
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        rundir: RunDir,
+        probe: Callable[[], bool],
+        ready: str,
+        shutdown_timeout: float = 3.0,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        self._children = [_Child(spec) for spec in specs]
+        self._rundir = rundir
+        self._probe = probe
+        self._ready = ready
+        self._shutdown_timeout = shutdown_timeout
+        self._say = say
+        self._stopping = 0.0  # when the first request to stop came
+        self._hurry = False  # the user pressed Ctrl-C again
+        self._failure = ""
+
+    def run(self) -> int:
+        """Start everything and stay until SIGTERM, SIGINT or SIGHUP, or until a service cannot be kept running.
+
+        Must be called from the main thread: services die with the thread that started them. Returns the exit code.
+        """
+        begun = time.monotonic()
+        answering = False
+        with self._signal_pipe() as wakeups, contextlib.closing(Guardian()) as self._guardian:
+            try:
+                while not self._stopping and not self._failure:
+                    self._start_due()
+                    if not answering and self._probe():
+                        answering = True
+                        self._say(f"ready: {self._ready} (in {time.monotonic() - begun:.1f} s)")
+                    self._sleep(wakeups, LOOK_EVERY if not answering else self._until_next_start())
+                    self._bury()
+            finally:
+                if self._failure:
+                    self._say(f"pagewire up: {self._failure}")
+                self._stop(wakeups)
+        return 1 if self._failure else 0
+
+    # ------------------------------------------------------------ starting
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.start_at is not None and child.start_at <= now:
+                child.start_at = None
+                child.started = now
+                spec = child.spec
+                child.process = subprocess.Popen(
+                    spec.command(str(self._rundir.path)),
+                    env={**os.environ, PARENT: str(os.getpid())},
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(spec.listen_fd,) if spec.listen_fd >= 0 else (),
+                    process_group=0,  # a Ctrl-C in the terminal reaches the supervisor alone
+                )
+                self._guardian.watch(child.process.pid)
+
+    def _until_next_start(self) -> float | None:
+        due = [child.start_at for child in self._children if child.start_at is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    # ------------------------------------------------------------ deaths
+
+    def _bury(self) -> None:
+        """Notice deaths, and settle what follows."""
+        for child in self._children:
+            if child.process is not None and (code := child.process.poll()) is not None:
+                pid = child.process.pid
+                self._end_group(child.process)
+                child.process = None
+                lived = time.monotonic() - child.started
+                delay = child.restarts.died(code, lived, self._was_ready(child.spec.name, pid, code, lived))
+                self._rundir.forget(child.spec.name, pid)
+                if delay is None:
+                    self._failure = self._failure or f"{child.spec.name} cannot run: it {_how(code)}; see {self._rundir.logs}"
+                else:
+                    child.start_at = time.monotonic() + delay
+                    self._say(f"pagewire up: {child.spec.name} (pid {pid}) {_how(code)}; starting it again in {delay:.1f} s")
+
+    def _was_ready(self, name: str, pid: int, code: int, lived: float) -> bool:
+        """Whether the service had started: one that was killed or crashed leaves its last state behind."""
+        record = self._rundir.last_record(name)
+        return code == 0 or lived >= LONG_LIFE or (record is not None and record.pid == pid and record.state in READY)
+
+    def _end_group(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill what a dead service left in its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        self._guardian.forget(process.pid)
+
+    # ------------------------------------------------------------ the end
+
+    def _stop(self, wakeups: int) -> None:
+        """Frontends first, which stop accepting and see their streams out; then the rest; then by force."""
+        begun = time.monotonic()
+        frontends = [child for child in self._children if child.spec.role == "frontend"]
+        others = [child for child in self._children if child.spec.role != "frontend"]
+        deadline = begun + self._shutdown_timeout + STOP_MARGIN
+        self._end(frontends, wakeups, min(deadline, begun + self._shutdown_timeout + STOP_MARGIN / 3))
+        self._end(others, wakeups, deadline)
+        left = [child.process for child in self._children if child.process is not None and child.process.poll() is None]
+        for process in left:
+            process.send_signal(signal.SIGUSR1)  # its log gets the stacks of what hangs
+        if left:
+            time.sleep(0.1)
+        for child in self._children:
+            if child.process is not None:
+                self._end_group(child.process)
+                child.process.wait()
+                child.process = None
+
+    def _end(self, children: list[_Child], wakeups: int, deadline: float) -> None:
+        running = [child.process for child in children if child.process is not None]
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        while any(process.poll() is None for process in running) and time.monotonic() < deadline and not self._hurry:
+            self._sleep(wakeups, LOOK_EVERY)
+
+    # ------------------------------------------------------------ signals
+
+    @contextlib.contextmanager
+    def _signal_pipe(self) -> Iterator[int]:
+        """A file descriptor that is readable after a signal, while the supervisor runs."""
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        previous = {number: signal.signal(number, self._on_stop) for number in stops}
+        previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.close(reader)
+            os.close(writer)
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        # `make` and process groups may repeat a signal at once; only a person repeats it later, in impatience.
+        if not self._stopping:
+            self._stopping = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self._stopping + 0.5:
+            self._hurry = True
+
+    def _sleep(self, wakeups: int, seconds: float | None) -> None:
+        ready, _, _ = select.select([wakeups], [], [], seconds)
+        if ready:
+            os.read(wakeups, 4096)
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with code {code}"
