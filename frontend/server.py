@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -34,6 +35,7 @@ BACKLOG = 2048  # connections not yet accepted
 def run(settings: FrontendSettings) -> None:
     """Serve until asked to stop. Raises RunDirError, BundleError, TokenizerError, OSError (the port is taken)."""
     with Service("frontend", settings.name, settings.run_dir, settings.log_level) as process:
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         uvloop.run(_serve(settings, process))
 
 

@@ -136,7 +136,8 @@ class Answer:
         self._event(place, first, choice, body, out)
 
     def _event(self, place: int, first: int, choice: Choice, body: dict[str, Any], out: list[bytes]) -> None:
-        out.append(b"id: %b:%d:%d:%d\n" % (self._names[place], choice.index, choice.taken, choice.characters))
+        shown = choice.characters - len(choice.fresh)
+        out.append(b"id: %b:%d:%d:%d\n" % (self._names[place], choice.index, choice.taken, shown))
         out.append(b"%b%d,%b%b" % (self._head, first + choice.index, _encode(body)[1:-1], self._tail))
 
     # ---------------------------------------------------------------- whole
