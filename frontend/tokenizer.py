@@ -75,8 +75,14 @@ class Tokenizer:
         raise TokenizerError("the tokenizer files hold no tokenizer.json")
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text; other threads run meanwhile. A BOS that a text brings along is not added again."""
-        batch = self._encoder.encode_batch(texts, add_special_tokens)
+        """Token ids of each text; other threads run meanwhile. A BOS that a text brings along is not added again.
+
+        Raises ValueError for a text that holds half a surrogate pair.
+        """
+        try:
+            batch = self._encoder.encode_batch(texts, add_special_tokens)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError("a text is not valid Unicode: it holds half a surrogate pair") from error
         return [ids[1:] if self.bos >= 0 and ids[:2] == [self.bos, self.bos] else ids for ids in batch] if add_special_tokens else batch
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

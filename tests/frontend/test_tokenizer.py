@@ -109,6 +109,12 @@ def test_special_tokens_are_shown_only_when_asked_for() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>hell<tool></s>"
 
 
+@pytest.mark.parametrize("bundle", [byte_bundle(), a_bundle(byte_level_backend())])
+def test_half_a_surrogate_pair_is_refused(bundle: bytes) -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        Tokenizer.from_bundle(bundle).encode_batch(["fine", "a\ud800"])
+
+
 def test_bos_is_never_doubled() -> None:
     tokenizer = Tokenizer.from_bundle(a_bundle(byte_level_backend(), tokenizer_config__json={"bos_token": {"content": "<s>"}}))
     plain, rendered = tokenizer.encode_batch(["he", "<s>he"])
