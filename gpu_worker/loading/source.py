@@ -1,0 +1,95 @@
+"""Where weights come from: named tensors, read in pieces, so that fused and sharded parameters are filled directly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gpu_worker.loading.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of every linear this process holds: rank of world tensor-parallel ranks."""
+
+    rank: int = 0
+    world: int = 1
+
+    def span(self, size: int) -> tuple[int, int]:
+        """This rank's [start, stop) of `size` elements, which world must divide."""
+        if size % self.world:
+            raise ValueError(f"{size} cannot be split over {self.world} ranks")
+        each = size // self.world
+        return self.rank * each, (self.rank + 1) * each
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a two-dimensional tensor, under the name that transformers gives it: a span of rows and of columns."""
+
+    name: str
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """Rows of 4-bit weights in groups of 32: value = (q − 8) · scale + zero.
+
+    q: uint8 [rows, columns], 0 … 15; scale, zero: float32 [rows, columns / 32].
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+class TensorSource(Protocol):
+    """A model's tensors under transformers' names (`model.layers.0.self_attn.q_proj.weight`)."""
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor exists."""
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A one-dimensional tensor. Raises LoadError if it is missing."""
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """A piece, dequantised, shape [rows, columns], in any float dtype. Raises LoadError if it is missing or has other sizes."""
+
+    def four_bit(self, piece: Piece) -> FourBit | None:
+        """The piece as it is stored, if that is 4 bits in groups of 32; else None."""
+
+    def eight_bit(self, piece: Piece) -> bool:
+        """Whether the piece is stored in 8 bits."""
+
+
+@dataclass(frozen=True)
+class LayerPieces:
+    """The pieces of one layer's fused linears, in the order in which their rows are stacked."""
+
+    qkv: tuple[Piece, ...]
+    o: tuple[Piece, ...]
+    gate_up: tuple[Piece, ...]
+    down: tuple[Piece, ...]
+
+
+def layer_pieces(config: ModelConfig, layer: int, shard: Shard) -> LayerPieces:
+    """Heads and the MLP's width are split by rows into, and by columns out of, a layer (Megatron-LM, section 3).
+
+    Key/value heads are split too, so the world size must divide their number.
+    """
+    prefix = f"model.layers.{layer}."
+    every = (0, config.hidden)
+    q, kv, mlp = (shard.span(size) for size in (config.q_size, config.kv_size, config.intermediate))
+    return LayerPieces(
+        qkv=(
+            Piece(prefix + "self_attn.q_proj.weight", q, every),
+            Piece(prefix + "self_attn.k_proj.weight", kv, every),
+            Piece(prefix + "self_attn.v_proj.weight", kv, every),
+        ),
+        o=(Piece(prefix + "self_attn.o_proj.weight", every, q),),
+        gate_up=(Piece(prefix + "mlp.gate_proj.weight", mlp, every), Piece(prefix + "mlp.up_proj.weight", mlp, every)),
+        down=(Piece(prefix + "mlp.down_proj.weight", every, mlp),),
+    )

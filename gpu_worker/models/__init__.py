@@ -1,0 +1,1 @@
+"""Model definitions; each family is written once, for every device."""

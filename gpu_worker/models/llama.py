@@ -1,0 +1,57 @@
+"""The Llama family: Llama, Mistral, Qwen2, Qwen3 and what is shaped like them, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gpu_worker.attention.interface import Attention
+from gpu_worker.layers.functions import rms_norm, rotate, silu_mul
+from gpu_worker.layers.rope import rope_table
+from gpu_worker.loading.config import ModelConfig
+from gpu_worker.models.weights import LayerWeights, Weights
+
+
+class Llama:
+    """A decoder whose every row is computed alike, whatever rows are beside it (as far as its linears are).
+
+    The residual stream has the dtype of the embedding's vectors.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int, device: torch.device) -> None:
+        self.config = config
+        self.weights = weights
+        self._rope = rope_table(config, max_model_len).to(device)
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, attention: Attention, begun: Callable[[], None]
+    ) -> torch.Tensor:
+        """The logits behind some tokens of a step.
+
+        ids, positions: int64 [tokens]. last: int64 [n], which tokens' logits are wanted. `attention.begin` has been called.
+        begun: called as each layer begins. Returns float32 [n, vocab].
+        """
+        config, weights = self.config, self.weights
+        x = weights.embedding.lookup(ids)
+        cos, sin = self._rope[positions].to(x.dtype).unsqueeze(2).unbind(1)
+        for i, layer in enumerate(weights.layers):
+            begun()
+            x = x + self._attention(i, layer, rms_norm(x, layer.input_norm, config.norm_eps), cos, sin, attention)
+            if i == config.layers - 1:
+                x = x[last]
+            x = x + layer.down(silu_mul(layer.gate_up(rms_norm(x, layer.post_norm, config.norm_eps))))
+        return weights.head(rms_norm(x, weights.norm, config.norm_eps)).float()
+
+    def _attention(
+        self, index: int, layer: LayerWeights, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        config = self.config
+        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+        qkv = layer.qkv(x).view(x.shape[0], heads + 2 * kv_heads, dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rotate(rms_norm(qkv[:, :heads], layer.q_norm, config.norm_eps), cos, sin)
+            k = rotate(rms_norm(qkv[:, heads : heads + kv_heads], layer.k_norm, config.norm_eps), cos, sin)
+        else:
+            q, k = rotate(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), dim=1)
+        return layer.o(attention.attend(index, q, k, qkv[:, heads + kv_heads :]))

@@ -1,0 +1,181 @@
+"""A model's weights in fused parameters, filled straight from their source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gpu_worker.layers.linear import DenseLinear, EightBitRows, FourBitLinear, Linear, PrepackedLinear
+from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.source import FourBit, Piece, Shard, TensorSource, layer_pieces
+
+
+@dataclass
+class LayerWeights:
+    """One decoder layer. Rows of `qkv`: query heads, key heads, value heads; of `gate_up`: gate, then up."""
+
+    input_norm: torch.Tensor  # [hidden]
+    qkv: Linear
+    q_norm: torch.Tensor | None  # [head_dim]
+    k_norm: torch.Tensor | None
+    o: Linear
+    post_norm: torch.Tensor  # [hidden]
+    gate_up: Linear
+    down: Linear
+
+
+class Embedding(Protocol):
+    """Token ids to vectors."""
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: int64 [n]; returns [n, hidden]."""
+
+
+class DenseEmbedding:
+    """A plain table; `weight` [vocab, hidden]."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids]
+
+
+@dataclass
+class Weights:
+    """A whole model, or one rank's shard of it."""
+
+    embedding: Embedding
+    layers: list[LayerWeights]
+    norm: torch.Tensor  # [hidden]
+    head: Linear
+
+
+class LinearMaker(Protocol):
+    """How linears are kept on a device."""
+
+    def linear(self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None) -> Linear:
+        """One linear from pieces stacked by rows."""
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        """A norm's weight or a bias, as the device wants it."""
+
+    def embedding_and_head(self, source: TensorSource, table: Piece, output: Piece | None) -> tuple[Embedding, Linear]:
+        """The embedding and the output matrix (None: tied)."""
+
+
+class DenseMaker:
+    """Plain tensors of one dtype on one device; a tied head shares the embedding's memory."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+
+    def linear(self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None) -> Linear:
+        return DenseLinear(stack_rows(source, pieces, self._device, self._dtype), bias)
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self._device, self._dtype)
+
+    def embedding_and_head(self, source: TensorSource, table: Piece, output: Piece | None) -> tuple[Embedding, Linear]:
+        weight = stack_rows(source, (table,), self._device, self._dtype)
+        return DenseEmbedding(weight), DenseLinear(weight) if output is None else self.linear(source, (output,), None)
+
+
+class CpuMaker:
+    """float32 in oneDNN's layout; with `packed`, what a file stores in 4 or 8 bits stays in 4 or 8 bits."""
+
+    def __init__(self, packed: bool) -> None:
+        self._packed = packed
+
+    def linear(self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None) -> Linear:
+        four_bit = self._four_bit(source, pieces) if self._packed else None
+        if four_bit is not None and FourBitLinear.fits(*four_bit.q.shape):
+            return FourBitLinear(four_bit, bias)
+        return PrepackedLinear(_float32(source, pieces), bias)
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        return values.float().contiguous()
+
+    def embedding_and_head(self, source: TensorSource, table: Piece, output: Piece | None) -> tuple[Embedding, Linear]:
+        packed = self._packed and source.eight_bit(table)
+        weight = _float32(source, (table,))
+        if packed and output is None:
+            rows = EightBitRows(weight)
+            return rows, rows
+        embedding = EightBitRows(weight) if packed else DenseEmbedding(weight)
+        return embedding, PrepackedLinear(weight) if output is None else self._head(source, output)
+
+    def _head(self, source: TensorSource, output: Piece) -> Linear:
+        weight = _float32(source, (output,))
+        return EightBitRows(weight) if self._packed and source.eight_bit(output) else PrepackedLinear(weight)
+
+    def _four_bit(self, source: TensorSource, pieces: tuple[Piece, ...]) -> FourBit | None:
+        parts = []
+        for piece in pieces:
+            part = source.four_bit(piece)
+            if part is None:
+                return None
+            parts.append(part)
+        return FourBit(*(torch.cat([getattr(p, field) for p in parts]) for field in ("q", "scale", "zero")))
+
+
+def stack_rows(source: TensorSource, pieces: tuple[Piece, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The pieces below one another in one tensor of `dtype` on `device`, each copied there once."""
+    rows = sum(stop - start for start, stop in (piece.rows for piece in pieces))
+    columns = pieces[0].columns[1] - pieces[0].columns[0]
+    stacked = torch.empty(rows, columns, device=device, dtype=dtype)
+    at = 0
+    for piece in pieces:
+        count = piece.rows[1] - piece.rows[0]
+        stacked[at : at + count].copy_(source.read(piece))
+        at += count
+    return stacked
+
+
+def load_weights(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard: Shard | None = None) -> Weights:
+    """Read a model, or the shard of one rank, into fused parameters. Raises LoadError for what is missing.
+
+    The embedding and the output matrix are not split.
+    """
+    shard = shard or Shard()
+    vocabulary = ((0, config.vocab_size), (0, config.hidden))
+    output = None if config.tied_embeddings else Piece("lm_head.weight", *vocabulary)
+    embedding, head = maker.embedding_and_head(source, Piece("model.embed_tokens.weight", *vocabulary), output)
+    return Weights(
+        embedding=embedding,
+        layers=[_layer(config, source, maker, shard, i) for i in range(config.layers)],
+        norm=maker.vector(source.vector("model.norm.weight")),
+        head=head,
+    )
+
+
+def _layer(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard: Shard, layer: int) -> LayerWeights:
+    pieces = layer_pieces(config, layer, shard)
+    prefix = f"model.layers.{layer}."
+
+    def vector(name: str) -> torch.Tensor:
+        return maker.vector(source.vector(prefix + name))
+
+    qkv_bias = None
+    if config.qkv_bias:
+        parts = [source.vector(p.name.replace(".weight", ".bias"))[slice(*p.rows)] for p in pieces.qkv]
+        qkv_bias = maker.vector(torch.cat(parts))
+    # a bias behind a sum over ranks must be added once
+    o_bias = vector("self_attn.o_proj.bias") if config.o_bias and shard.rank == 0 else None
+    return LayerWeights(
+        input_norm=vector("input_layernorm.weight"),
+        qkv=maker.linear(source, pieces.qkv, qkv_bias),
+        q_norm=vector("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=vector("self_attn.k_norm.weight") if config.qk_norm else None,
+        o=maker.linear(source, pieces.o, o_bias),
+        post_norm=vector("post_attention_layernorm.weight"),
+        gate_up=maker.linear(source, pieces.gate_up, None),
+        down=maker.linear(source, pieces.down, None),
+    )
+
+
+def _float32(source: TensorSource, pieces: tuple[Piece, ...]) -> torch.Tensor:
+    return stack_rows(source, pieces, torch.device("cpu"), torch.float32)
