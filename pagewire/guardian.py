@@ -59,12 +59,14 @@ def main() -> None:
         else:
             watched.pop(pid, None)
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and any(process_start(pid) == started for pid, started in watched.items()):
+    while watched:
+        late = time.monotonic() >= deadline
+        for pid, started in list(watched.items()):
+            if late or process_start(pid) != started:  # its helpers, if any, end with it
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
+                del watched[pid]
         time.sleep(0.05)
-    for pid, started in watched.items():
-        if process_start(pid) == started:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""The supervisor over services that do nothing but live and die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from protocol.rundir import RunDir, ServiceRecord
+from tests.pagewire.processes import Program, eventually, left_in, running
+
+FAKES = Path(__file__).parent / "fakes"
+FOUR = ("worker-0=serve", "scheduler-0=serve", "frontend-0=serve", "admin=serve")
+
+pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def supervised(run_dir: Path, *services: str) -> Iterator[Program]:
+    with running([sys.executable, str(FAKES / "drive.py"), str(run_dir), *services]) as program:
+        yield program
+
+
+def record(run_dir: Path, name: str) -> ServiceRecord:
+    """The service's record, once it is ready."""
+    return eventually(lambda: next((r for r in RunDir(run_dir).services() if r.name == name and r.state == "ready"), None))
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def test_sigterm_ends_every_process_and_leaves_no_file(run_dir: Path) -> None:
+    with supervised(run_dir, *FOUR) as program:
+        program.read_until("ready: fakes")
+        family = program.family()
+        assert len(family) == 6  # four services, the supervisor, the guardian
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.wait(5) == 0
+        assert gone(family)
+        assert left_in(run_dir) == []
+
+
+def test_frontends_end_before_the_services_they_need(run_dir: Path) -> None:
+    with supervised(run_dir, *FOUR) as program:
+        program.read_until("ready: fakes")
+        os.kill(program.pid, signal.SIGINT)
+        program.wait(5)
+        said = program.output
+        assert 0 < said.index("frontend-0 stops") < said.index("scheduler-0 stops")
+        assert said.index("frontend-0 stops") < said.index("worker-0 stops")
+
+
+def test_a_hung_service_is_killed_in_time_and_its_stacks_are_logged(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=hang") as program:
+        program.read_until("ready: fakes")
+        family = program.family()
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.wait(5) == 0
+        assert gone(family)
+        assert "fake_service.py" in (run_dir / "logs" / "worker-0.log").read_text()
+        assert left_in(run_dir) == []
+
+
+def test_after_sigkill_of_the_supervisor_everything_is_gone_within_six_seconds(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=hang", "worker-1=serve", "worker-2=helper") as program:
+        program.read_until("ready: fakes")
+        family = program.family()
+        assert len(family) == 7
+        os.kill(record(run_dir, "worker-1").pid, signal.SIGSTOP)
+        os.kill(program.pid, signal.SIGKILL)
+        eventually(lambda: gone(family), timeout=6.0)
+
+
+def test_stale_files_are_removed_at_the_next_start(run_dir: Path) -> None:
+    with supervised(run_dir, "worker-0=hang") as program:
+        program.read_until("ready: fakes")
+        family = program.family()
+        for process in reversed(family):
+            process.kill()
+        eventually(lambda: gone(family))
+    assert (run_dir / "services" / "worker-0.json").exists()
+    assert RunDir(run_dir).services() == []
+    RunDir(run_dir).clean()
+    assert left_in(run_dir) == []
+
+
+def test_a_killed_service_is_started_again_under_its_name(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=serve") as program:
+        program.read_until("ready: fakes")
+        before = record(run_dir, "worker-0")
+        other = record(run_dir, "scheduler-0")
+        os.kill(before.pid, signal.SIGKILL)
+        program.read_until("worker-0 (pid")
+        after = eventually(lambda: next((r for r in RunDir(run_dir).services() if r.name == "worker-0" and r.pid != before.pid), None))
+        assert after.incarnation != before.incarnation
+        assert record(run_dir, "scheduler-0") == other
+        assert "was killed by SIGKILL; starting it again in 0.1 s" in program.output
+        assert program.process.poll() is None
+
+
+def test_a_service_that_dies_after_it_was_ready_is_restarted_ever_later_and_never_given_up(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=crash") as program:
+        program.read_until("starting it again in 0.8 s")
+        program.read_until("starting it again in 1.6 s")
+        assert program.process.poll() is None
+        assert "a fault of its own" in (run_dir / "logs" / "worker-0.log").read_text()
+        assert any((run_dir / "flight").iterdir())
+
+
+def test_a_service_that_never_gets_ready_ends_the_whole_with_a_failure(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=stillborn") as program:
+        family = program.family()
+        assert program.wait(30) == 1
+        assert "worker-0 cannot run: it ended with code 7" in program.output
+        assert gone(family)
+        assert left_in(run_dir) == []
+
+
+def test_a_service_that_refuses_its_configuration_is_not_tried_again(run_dir: Path) -> None:
+    begun = time.monotonic()
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=refuse") as program:
+        assert program.wait(30) == 1
+        assert program.output.count("pagewire: no such model: somewhere/nothing") == 1
+        assert "starting it again" not in program.output
+    assert time.monotonic() - begun < 20
+
+
+def test_a_service_ended_in_order_by_somebody_else_is_started_again(run_dir: Path) -> None:
+    with supervised(run_dir, "worker-0=serve") as program:
+        program.read_until("ready: fakes")
+        before = record(run_dir, "worker-0")
+        os.kill(before.pid, signal.SIGTERM)
+        eventually(lambda: any(r.pid != before.pid and r.state == "ready" for r in RunDir(run_dir).services()))
