@@ -1,0 +1,40 @@
+"""Whether a waiting choice may join: not by its prompt alone, but by the peak of KV blocks that is to be expected."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scheduler_svc.requests import Choice
+from scheduler_svc.worker import DECODE, PLANNED, PREFILL, Worker
+
+BEYOND = 64  # tokens still expected of a sequence that is longer than predicted
+
+
+def fits(worker: Worker, choice: Choice, blocks: int) -> bool:
+    """Whether `choice` may join the running sequences, if it takes `blocks` further blocks for its tokens so far.
+
+    Blocks that running prefills will still need are spoken for. Beyond them, the expected peak must fit: when the
+    sequence with the i-th most tokens to go ends, i sequences hold what they have now plus that many tokens each, and
+    all others have ended (the estimate of LightLLM's scheduler). An output is expected to be as long as nine in ten
+    recent ones of the model, or its max_tokens if that is less. Wrong guesses cost a preemption, never correctness.
+    """
+    s, size = worker.slots, worker.block_size
+    held = s.blocks.sum()
+    busy = np.flatnonzero((s.state == PREFILL) | (s.state == DECODE) | (s.state == PLANNED))
+    length = s.length[busy]
+    reserved = int(np.maximum(-(-length // size) - s.blocks[busy], 0).sum())
+    if blocks + reserved > worker.blocks.available:
+        return False
+    if not len(busy):
+        return True
+    expected = worker.model.outputs.expected
+    left = np.minimum(s.limit[busy], np.maximum(s.prompt[busy] + expected, length + BEYOND)) - length
+    request = choice.request
+    siblings = sum(c.queue is worker.queue and not len(c.tokens) for c in request.choices) if not len(choice.tokens) else 1
+    own = min(choice.limit, max(len(request.prompt) + expected, choice.length + BEYOND)) - choice.length
+    have = np.concatenate((np.maximum(length, s.capacity[busy]), [blocks * size] + [size] * (siblings - 1)))
+    left = np.concatenate((left, [own] * siblings))
+    order = np.argsort(-left, kind="stable")
+    peak = int((np.cumsum(have[order] + size // 2) + left[order] * np.arange(1, len(order) + 1)).max())
+    shared = int(held) - worker.blocks.used  # counted once per table above, but there once
+    return peak <= (worker.blocks.count + max(shared, 0)) * size

@@ -1,0 +1,281 @@
+"""What frontends ask: SUBMIT, ABORT, DONE, ATTACH, RESUMED. Every one of them may come twice, late, or from the wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from protocol.columns import Int32, pack, unpack
+from protocol.counters import Counters
+from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit, Tokens
+from protocol.messages import Choice as TheirChoice
+from scheduler_svc.frontends import Frontend, Frontends
+from scheduler_svc.ledger import Ledger
+from scheduler_svc.models import Model
+from scheduler_svc.prefix import Hasher
+from scheduler_svc.requests import Choice, Request, State
+from scheduler_svc.settings import SchedulerSettings
+
+RETRY_AFTER = 1.0  # seconds, told with a refusal for a full queue
+
+
+class Intake:
+    """Keeps the ledger as the frontends say. `enqueue(choice)` lets a new choice wait for a slot."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        ledger: Ledger,
+        frontends: Frontends,
+        models: dict[str, Model],
+        counters: Counters,
+        enqueue: Callable[[Choice, float], None],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._frontends = frontends
+        self._models = models
+        self._counters = counters
+        self._enqueue = enqueue
+        self._numbers = 0
+        self._attaches: dict[bytes, tuple[int, Attach]] = {}  # unknown ones, held while resubmissions may still come
+        self.hasher: Hasher
+        self.waiting: Callable[[], tuple[int, int]]  # requests and tokens that wait
+        self.loading: Callable[[], int]  # workers that have not said READY yet
+        self.attach_hold_until = 0.0
+
+    # ------------------------------------------------------------ SUBMIT
+
+    def submit(self, frontend: Frontend, message: Submit, now: float) -> None:
+        """Take a new request, or go on with one that lives."""
+        if not frontend.resumed:
+            frontend.named += 1
+        request = self._ledger.requests.get(message.request)
+        if request is None:
+            self._new(frontend, message, now)
+        elif message.owner < request.owner or (message.owner == request.owner and request.frontend.incarnation != frontend.incarnation):
+            self._counters.add("scheduler_not_owner")
+            self._ledger.send(frontend, Moved(message.request))
+        else:
+            self._resume(frontend, request, message, now)
+        held = self._attaches.pop(message.request, None)
+        if held is not None and held[0] in self._frontends.by_session:
+            self.attach(self._frontends.by_session[held[0]], held[1], now)
+
+    def _new(self, frontend: Frontend, message: Submit, now: float) -> None:
+        refusal = self._refusal(message)
+        if refusal is not None:
+            self._ledger.failed += 1
+            self._ledger.send(frontend, refusal)
+            return
+        model = self._models.get(message.model)
+        if model is None:
+            model = self._models[message.model] = Model(message.model)
+        self._numbers += 1
+        priority = message.priority if self._settings.policy == "priority" else 0
+        request = Request(message, self._numbers, priority, model, frontend, self.hasher.root(message.cache_salt), now)
+        self._ledger.add(request)
+        for choice, told in zip(request.choices, message.choices, strict=True):
+            if told.ended or _ends(choice):
+                self._ledger.stop(choice)
+            else:
+                self._enqueue(choice, now)
+        self._ledger.settle(request, now)
+
+    def _refusal(self, message: Submit) -> Failed | None:
+        """Why a new request cannot be taken."""
+        model = self._models.get(message.model)
+        if model is None or model.ready is None:
+            if not self.loading() and any(other.ready is not None for other in self._models.values()) and not message.admitted:
+                return Failed(message.request, 404, "model_not_found", f"The model {message.model!r} does not exist.", "model")
+        else:
+            vocabulary = model.ready.geometry.vocab_size
+            tokens = unpack(message.prompt)
+            if int(tokens.max()) >= vocabulary:
+                reason = f"A token id is outside the model's vocabulary of {vocabulary}."
+                return Failed(message.request, 400, "invalid_token", reason, "prompt")
+        if not message.admitted:
+            requests, tokens_waiting = self.waiting()
+            settings = self._settings
+            if requests >= settings.max_waiting_requests or tokens_waiting + len(message.prompt) // 4 > settings.max_waiting_tokens:
+                self._counters.add("scheduler_refused_full")
+                return Failed(message.request, 429, "queue_full", "Too many requests are waiting.", retry_after=RETRY_AFTER)
+        return None
+
+    def _resume(self, frontend: Frontend, request: Request, message: Submit, now: float) -> None:
+        """Go on from what the frontend's journal has."""
+        if request.frontend.incarnation != frontend.incarnation:
+            self._ledger.send(request.frontend, Moved(request.id))
+        request.owner = message.owner
+        if request.ended and request.failure is None and any(map(_must_restart, request.choices, message.choices)):
+            self._ledger.forget(request)
+            self._new(frontend, message, now)
+            return
+        self.adopt(frontend, request, message.handle)
+        if request.failure is not None:
+            self._ledger.send(frontend, request.failure)
+            return
+        if message.cached < 0 <= request.cached:
+            frontend.admitted.append((request.handle, request.cached))
+        handles, choices, firsts, counts, ids = [], [], [], [], []
+        for choice, told in zip(request.choices, message.choices, strict=False):
+            committed, known = len(told.known) // 4, choice.known
+            if told.ended:
+                self._ledger.stop(choice)
+            elif _must_restart(choice, told):
+                self._restart(choice, unpack(told.known), now)
+            elif committed < len(known):
+                handles.append(request.handle)
+                choices.append(choice.index)
+                firsts.append(committed)
+                counts.append(len(known) - committed)
+                ids.append(known[committed:])
+        if ids or frontend.admitted:
+            admitted, frontend.admitted = frontend.admitted, []
+            flat = np.concatenate(ids) if ids else unpack(b"")
+            tokens = Tokens(
+                handles=pack(handles),
+                choices=pack(choices),
+                firsts=pack(firsts),
+                counts=pack(counts),
+                ids=pack(flat),
+                admitted=pack([handle for handle, _ in admitted]),
+                cached=pack([cached for _, cached in admitted]),
+            )
+            self._ledger.send(frontend, tokens, len(flat))
+        self._ledger.settle(request, now)
+
+    def _restart(self, choice: Choice, known: Int32, now: float) -> None:
+        """Forget what was sampled beyond the journal; the same seed samples it again."""
+        self._ledger.stop(choice)
+        choice.worker = None
+        choice.tokens = known
+        if not _ends(choice):
+            choice.state = State.WAITING
+            self._enqueue(choice, now)
+
+    def adopt(self, frontend: Frontend, request: Request, handle: int) -> None:
+        """The request belongs to this frontend session from here on; rows in flight count against its credit."""
+        old = request.frontend
+        old.requests.pop(request.id, None)
+        old.unsent -= request.unsent
+        request.unsent = 0
+        request.frontend = frontend
+        request.handle = handle
+        frontend.requests[request.id] = request
+        for choice in request.choices:
+            if choice.slot >= 0 and choice.worker is not None:
+                s = choice.worker.slots
+                s.handle[choice.slot] = handle
+                s.frontend[choice.slot] = frontend.index
+                choice.worker.reassign(choice.slot, old, frontend)
+        self._frontends.sweep()
+
+    # ------------------------------------------------------------ the others
+
+    def abort(self, frontend: Frontend, message: Abort, now: float) -> None:
+        """Stop some choices, or all."""
+        request = self._owned(frontend, message.request)
+        if request is None:
+            return
+        wanted = set(unpack(message.choices).tolist())
+        for choice in request.choices:
+            if not wanted or choice.index in wanted:
+                self._ledger.stop(choice)
+        self._ledger.settle(request, now, aborted=not wanted)
+
+    def done(self, frontend: Frontend, message: Done, now: float) -> None:
+        """The client has everything: forget the request."""
+        request = self._owned(frontend, message.request)
+        if request is not None:
+            self._ledger.abort(request, now)
+            self._ledger.forget(request)
+
+    def _owned(self, frontend: Frontend, id: bytes) -> Request | None:
+        request = self._ledger.requests.get(id)
+        if request is None:
+            self._counters.add("scheduler_unknown_request")
+            return None
+        if request.frontend is not frontend:
+            self._counters.add("scheduler_not_owner")
+            return None
+        return request
+
+    def attach(self, frontend: Frontend, message: Attach, now: float) -> None:
+        """Hand the request over, with all that is known of it."""
+        if not frontend.resumed:
+            frontend.named += 1
+        request = self._ledger.requests.get(message.request)
+        if request is None:
+            if now < self.attach_hold_until:
+                self._attaches[message.request] = (frontend.session, message)
+            else:
+                self._ledger.send(frontend, Gone(message.request))
+            return
+        if request.frontend.incarnation != frontend.incarnation:
+            self._ledger.send(request.frontend, Moved(request.id))
+            request.owner += 1
+        self.adopt(frontend, request, message.handle)
+        self._ledger.send(frontend, Journal(journal_of(request, now)))
+        if request.failure is not None:
+            self._ledger.send(frontend, request.failure)
+
+    def release_attaches(self, _now: float) -> None:
+        """The time for resubmissions is over: what is still unknown is gone."""
+        for session, message in self._attaches.values():
+            if session in self._frontends.by_session:
+                self._ledger.send(self._frontends.by_session[session], Gone(message.request))
+        self._attaches.clear()
+
+    def resumed(self, frontend: Frontend, message: Resumed, now: float) -> None:
+        """The frontend has named everything that lives: what its earlier sessions left unnamed is aborted."""
+        if message.count != frontend.named:
+            self._counters.add("scheduler_resumed_miscounted")
+        frontend.resumed = True
+        for old in self._frontends.mute(frontend.incarnation):
+            for request in list(old.requests.values()):
+                self._counters.add("scheduler_unnamed_aborted")
+                self._ledger.abort(request, now)
+                self._ledger.forget(request)
+        self._frontends.sweep()
+
+
+def journal_of(request: Request, now: float) -> Submit:
+    """The request as another frontend, or another scheduler, would submit it."""
+    told = request.submit
+    choices = [
+        TheirChoice(choice.index, choice.seed, pack(choice.known), old.ended)
+        for choice, old in zip(request.choices, told.choices, strict=True)
+    ]
+    return Submit(
+        request=request.id,
+        handle=request.handle,
+        model=told.model,
+        prompt=told.prompt,
+        params=told.params,
+        choices=choices,
+        owner=request.owner,
+        admitted=request.admitted,
+        age=max(now - request.arrival, 0.0),
+        deadline=max(request.deadline - now, 0.001) if request.deadline else 0.0,
+        priority=told.priority,
+        tenant=told.tenant,
+        cache_salt=told.cache_salt,
+        cached=request.cached,
+        header=told.header,
+    )
+
+
+def _must_restart(choice: Choice, told: TheirChoice) -> bool:
+    """Whether the journal knows more than we do, or lacks logprobs, which are told once only."""
+    committed, known = len(told.known) // 4, len(choice.known)
+    return not told.ended and (committed > known or (committed < known and choice.request.params.logprobs >= 0))
+
+
+def _ends(choice: Choice) -> bool:
+    """Whether a choice's known tokens end it: by their number, or by a stop id."""
+    params, tokens = choice.request.params, choice.tokens
+    if len(tokens) >= params.max_tokens:
+        return True
+    return len(tokens) > params.min_tokens and tokens[-1].item() in unpack(params.stop_ids)

@@ -1,0 +1,99 @@
+"""Models: what workers announce, which workers serve one, how long its outputs are."""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+
+from protocol.columns import EMPTY, unpack
+from protocol.messages import ModelInfo, Ready
+from scheduler_svc.requests import Choice, Queue, Request
+from scheduler_svc.worker import Worker
+
+RECENT = 256  # outputs that a prediction looks back on
+GUESS = 256  # tokens expected before any output has ended
+
+
+class Outputs:
+    """Lengths of recent outputs, sorted beside in order of arrival, so that a percentile is a look-up."""
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+        self.expected = GUESS  # tokens; nine in ten recent outputs were no longer
+
+    def add(self, length: int) -> None:
+        """An output has ended with this many tokens."""
+        if len(self._recent) == RECENT:
+            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(length)
+        bisect.insort(self._sorted, length)
+        self.expected = max(self._sorted[len(self._sorted) * 9 // 10], 1)
+
+
+class Model:
+    """One model, known since its first worker's READY (or since a request asked for it before any worker came)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ready: Ready | None = None  # what its first worker announced
+        self.eos = EMPTY
+        self.workers: list[Worker] = []  # ready ones
+        self.queue = Queue()  # choices that no ready worker can take
+        self.outputs = Outputs()
+        self.longest = 0  # tokens that the largest worker seen could hold
+        self.max_model_len = 0
+        self.lost_at = float("-inf")  # when a worker was last lost
+
+    def join(self, worker: Worker, ready: Ready) -> None:
+        """A worker of this model can serve."""
+        if self.ready is None:
+            self.ready = ready
+            self.eos = unpack(ready.eos)
+        self.workers.append(worker)
+        self.longest = max(self.longest, worker.capacity)
+        self.max_model_len = max(self.max_model_len, ready.geometry.max_model_len)
+
+    def refusal(self, ready: Ready) -> str:
+        """Why a worker cannot be of this model, or nothing."""
+        if self.ready is None or self.ready.fingerprint == ready.fingerprint:
+            return ""
+        return f"a model named {self.name!r} with another fingerprint is being served"
+
+    def info(self, loading: int) -> ModelInfo | None:
+        """The model as frontends see it; None while no worker has announced it."""
+        ready = self.ready
+        if ready is None:
+            return None
+        return ModelInfo(
+            name=self.name,
+            fingerprint=ready.fingerprint,
+            max_model_len=self.max_model_len,
+            vocab_size=ready.geometry.vocab_size,
+            eos=ready.eos,
+            defaults=ready.defaults,
+            tokenizer=ready.tokenizer,
+            workers_ready=len(self.workers),
+            workers_loading=loading,
+            bos=ready.bos,
+        )
+
+    def fits(self, request: Request) -> bool:
+        """Whether the largest worker seen could hold one choice of the request to its end."""
+        return len(request.prompt) + request.params.max_tokens <= self.longest
+
+    def route(self, choice: Choice) -> Worker | None:
+        """The worker to wait at: the longest cached prefix, then the least load. None if no ready one can hold it."""
+        best: tuple[int, int] | None = None
+        chosen = None
+        for worker in self.workers:
+            if choice.limit > worker.capacity:
+                continue
+            hits = 0
+            if len(self.workers) > 1 and worker.block_size in choice.chains and not choice.no_hits:
+                size = worker.block_size
+                hits = size * len(worker.blocks.match(choice.chains[size].names, (choice.length - 1) // size))
+            rank = (-hits, worker.load)
+            if best is None or rank < best:
+                best, chosen = rank, worker
+        return chosen

@@ -1,0 +1,65 @@
+"""Names for prefixes: chained keyed hashes of full blocks.
+
+The name of a block covers everything before it: hash(parent's name + the block's tokens), from a root that holds the
+tenant's salt (the idea of vLLM's automatic prefix caching). The key is the deployment's: without it nobody can
+compute a name from text, so a hit cannot be provoked from outside the salt's holders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from protocol.columns import Int32
+
+NAME_SIZE = 16  # bytes
+
+
+class Hasher:
+    """Names blocks under one key."""
+
+    def __init__(self, key: bytes) -> None:
+        # copying a keyed state costs 0.5 µs a block; keying anew costs 0.8
+        self._keyed = hashlib.blake2b(key=key, digest_size=NAME_SIZE)
+
+    def root(self, salt: bytes) -> bytes:
+        """The parent of a sequence's first block."""
+        return self.name(b"", b"root" + salt)
+
+    def name(self, parent: bytes, tokens: bytes) -> bytes:
+        """The name of a block with these packed tokens behind `parent`."""
+        state = self._keyed.copy()
+        state.update(parent + tokens)
+        return state.digest()
+
+
+class Chain:
+    """The names of the full blocks of one token sequence, computed in slices as asked."""
+
+    def __init__(self, hasher: Hasher, block_size: int, tokens: Int32, parent: bytes, names: list[bytes] | None = None) -> None:
+        """`names` are those already known, `parent` the root if there are none."""
+        self.names: list[bytes] = [] if names is None else names
+        self.full = len(tokens) // block_size
+        self._hasher = hasher
+        self._width = 4 * block_size
+        self._parent = self.names[-1] if self.names else parent
+        self._packed = np.ascontiguousarray(tokens, dtype="<i4").tobytes() if self.full > len(self.names) else b""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every full block has its name."""
+        return len(self.names) >= self.full
+
+    def extend(self, most: int) -> int:
+        """Name at most `most` further blocks; return how many were named."""
+        first = len(self.names)
+        last = min(self.full, first + most)
+        name, width, packed, parent, add = self._hasher.name, self._width, self._packed, self._parent, self.names.append
+        for offset in range(first * width, last * width, width):
+            parent = name(parent, packed[offset : offset + width])
+            add(parent)
+        self._parent = parent
+        if last == self.full:
+            self._packed = b""
+        return last - first

@@ -1,0 +1,192 @@
+"""Requests and their choices, and the order in which choices wait.
+
+A choice (one output of a request) is what gets scheduled: it has tokens, a slot while it runs, and an end of its own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.columns import EMPTY, Int32, unpack
+from protocol.messages import Failed, SamplingParams, Submit
+
+if TYPE_CHECKING:
+    from scheduler_svc.frontends import Frontend
+    from scheduler_svc.models import Model
+    from scheduler_svc.prefix import Chain
+    from scheduler_svc.worker import Worker
+
+Key = tuple[int, float, int, int]  # priority, arrival, number of the request, index of the choice
+
+
+class State(enum.Enum):
+    """Where a choice is."""
+
+    WAITING = "waiting"  # in a queue, or on its way into one
+    FORKING = "forking"  # tied to a sibling whose prefill it will share
+    RUNNING = "running"  # in a slot
+    DRAINING = "draining"  # preempted: in a slot still, until its last row is acknowledged
+    ENDED = "ended"
+
+
+class Choice:
+    """One output. Its known tokens are in `tokens`, or in its worker's history while it has a slot."""
+
+    __slots__ = (
+        "cached_record",
+        "chains",
+        "forks",
+        "index",
+        "key",
+        "no_hits",
+        "queue",
+        "request",
+        "seed",
+        "shared_blocks",
+        "slot",
+        "state",
+        "tokens",
+        "worker",
+    )
+
+    def __init__(self, request: Request, index: int, seed: int, tokens: Int32) -> None:
+        self.request = request
+        self.index = index
+        self.seed = seed
+        self.tokens = tokens
+        self.state = State.WAITING
+        self.key: Key = (request.priority, request.arrival, request.number, index)
+        self.queue: Queue | None = None
+        self.worker: Worker | None = None  # where it runs, or last ran in this worker's session
+        self.slot = -1
+        self.cached_record = 0  # its record at `worker`; 0: none
+        self.forks: list[Choice] = []  # siblings that will share this one's prefill
+        self.chains: dict[int, Chain] = {}  # block size -> names of the full blocks of prompt + tokens
+        self.no_hits = False  # recompute alone (after a NaN)
+        self.shared_blocks = 0  # blocks of its table that it did not fill itself
+
+    @property
+    def known(self) -> Int32:
+        """Its tokens so far, prompt excluded."""
+        if self.slot >= 0 and self.worker is not None:
+            slots = self.worker.slots
+            return slots.history[self.slot, slots.prompt[self.slot] : slots.known[self.slot]].copy()
+        return self.tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output, for a choice without a slot."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def all_tokens(self) -> Int32:
+        """Prompt and output, for a choice without a slot."""
+        return np.concatenate((self.request.prompt, self.tokens)) if len(self.tokens) else self.request.prompt
+
+    @property
+    def limit(self) -> int:
+        """The length at which it ends."""
+        return len(self.request.prompt) + self.request.params.max_tokens
+
+
+class Request:
+    """What a client asked for."""
+
+    __slots__ = (
+        "admitted",
+        "arrival",
+        "cached",
+        "chains",
+        "choices",
+        "deadline",
+        "ended",
+        "failure",
+        "frontend",
+        "handle",
+        "held_since",
+        "id",
+        "model",
+        "number",
+        "owner",
+        "params",
+        "priority",
+        "prompt",
+        "root",
+        "strikes",
+        "submit",
+        "trial",
+        "unsent",
+    )
+
+    def __init__(self, submit: Submit, number: int, priority: int, model: Model, frontend: Frontend, root: bytes, now: float) -> None:
+        self.id = submit.request
+        self.number = number
+        self.submit = submit
+        self.prompt: Int32 = unpack(submit.prompt)
+        self.params: SamplingParams = submit.params
+        self.model = model
+        self.frontend = frontend
+        self.handle = submit.handle
+        self.owner = submit.owner
+        self.admitted = submit.admitted
+        self.arrival = now - submit.age
+        self.deadline = now + submit.deadline if submit.deadline > 0 else 0.0
+        self.priority = priority
+        self.cached = submit.cached
+        self.root = root
+        self.failure: Failed | None = None
+        self.ended = False
+        self.unsent = 0  # tokens known but not sent, its frontend being away
+        self.held_since = 0.0  # since when no ready worker could take it
+        self.strikes = 0  # failures it was part of since its last known token
+        self.trial = 0  # suspected of breaking steps: runs only beside those of the same number
+        self.chains: dict[int, Chain] = {}  # block size -> names of the prompt's full blocks, for all fresh choices
+        self.choices = [Choice(self, c.index, c.seed, unpack(c.known) if c.known else EMPTY) for c in submit.choices]
+
+    @property
+    def size(self) -> int:
+        """Bytes that keeping it costs, nearly."""
+        kept = len(self.submit.prompt) + len(self.submit.header) + 4 * sum(len(c.tokens) for c in self.choices)
+        return kept + sum(len(c.known) for c in self.submit.choices) + 1024
+
+
+class Queue:
+    """Waiting choices in the order of their keys. Adding and removing move a list's tail: microseconds at 10,000."""
+
+    def __init__(self) -> None:
+        self._keys: list[Key] = []
+        self._choices: list[Choice] = []
+        self.tokens = 0  # prompt tokens waiting
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self._choices)
+
+    def __getitem__(self, i: int) -> Choice:
+        return self._choices[i]
+
+    def add(self, choice: Choice) -> None:
+        """Let a choice wait here."""
+        assert choice.queue is None
+        assert choice.slot < 0
+        at = bisect.bisect(self._keys, choice.key)
+        self._keys.insert(at, choice.key)
+        self._choices.insert(at, choice)
+        self.tokens += choice.length
+        choice.queue = self
+        choice.state = State.WAITING
+
+    def remove(self, choice: Choice) -> None:
+        """Take a choice out; it must be here."""
+        at = bisect.bisect_left(self._keys, choice.key)
+        assert self._choices[at] is choice
+        del self._keys[at], self._choices[at]
+        self.tokens -= choice.length
+        choice.queue = None

@@ -1,0 +1,261 @@
+"""One worker as the scheduler sees it: numpy columns over its slots, the plans in flight, what the next plan must say.
+
+A slot's tokens are counted three times, known ≤ length and computed ≤ length:
+
+    known     tokens whose ids this process has
+    length    tokens that exist once every plan in flight is done (known + sampling rows in flight)
+    computed  tokens whose K and V exist once every plan in flight is done
+
+A row computes tokens computed … length − 1, and samples the next one if it reaches length.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.columns import EMPTY, Int32
+from protocol.messages import Geometry
+from scheduler_svc.blocks import BlockManager
+from scheduler_svc.prefix import Chain, Hasher
+from scheduler_svc.requests import Choice, Queue, State
+from scheduler_svc.settings import SchedulerSettings
+
+if TYPE_CHECKING:
+    from scheduler_svc.frontends import Frontend
+    from scheduler_svc.models import Model
+
+FREE, PREFILL, DECODE, PLANNED, DRAIN = range(5)
+# PREFILL: more than its last token to compute; DECODE: one token a step; PLANNED: its last row is in flight;
+# DRAIN: preempted, waiting for its last row
+
+
+class Slots:
+    """Columns of shape [slots], int32; `history` int32 [slots, max_model_len + 1]; `table` int32 [slots, width]."""
+
+    def __init__(self, geometry: Geometry, slots: int) -> None:
+        self.count = slots
+        # one allocation; a row of it is a contiguous column
+        columns = np.zeros((13, slots), dtype=np.int32)
+        self.state, self.length, self.computed, self.known, self.prompt, self.limit = columns[:6]
+        self.blocks, self.capacity, self.generation = columns[6:9]  # entries in the table, tokens they hold
+        self.handle, self.index, self.frontend, self.priority = columns[9:]
+        self.table = np.zeros((slots, geometry.table_width), dtype=np.int32)
+        # zeros are not touched, so the memory is only used as far as sequences reach
+        self.history = np.zeros((slots, geometry.max_model_len + 1), dtype=np.int32)
+        self.choice: list[Choice | None] = [None] * slots
+        self.names: list[list[bytes]] = [[] for _ in range(slots)]  # of the slot's full blocks, in order
+        self.free = list(range(slots - 1, -1, -1))
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A plan until its result has come. Arrays have shape [outputs], in the result's order."""
+
+    step: int
+    slots: Int32
+    generations: Int32
+    credit: list[tuple[int, int]]  # (frontend index, sampling rows)
+    pending: list[tuple[int, bytes]] = field(default_factory=list)  # prompt blocks that this step fills
+    # decode rows that fill a block: (slot, generation, computed tokens then)
+    filled: tuple[Int32, Int32, Int32] = (EMPTY, EMPTY, EMPTY)
+    row_slots: Int32 = field(default_factory=lambda: EMPTY)
+    row_generations: Int32 = field(default_factory=lambda: EMPTY)
+
+
+@dataclass(slots=True)
+class DecodeRows:
+    """The decoding slots, kept from step to step until one joins or leaves."""
+
+    slots: Int32
+    generations: Int32
+    credit: list[tuple[int, int]]
+    packed_slots: bytes
+    packed_generations: bytes
+    packed_ones: bytes
+
+
+@dataclass(slots=True)
+class Copy:
+    """A fork's copy of a partly filled block, for the head of the next plan. It holds a reference on its source."""
+
+    source: int
+    target: int
+    slot: int
+    generation: int
+
+
+class Worker:
+    """A worker's session."""
+
+    def __init__(self, session: int, name: str, incarnation: int) -> None:
+        self.session = session
+        self.name = name
+        self.incarnation = incarnation
+        self.ready = False
+        self.fenced = False  # its session is about to be ended
+        self.hung = False  # for want of progress
+        self.watched = False  # a timer will judge its progress
+        self.draining: set[int] = set()  # slots in DRAIN
+        self.queue = Queue()
+        self.in_flight: deque[InFlight] = deque()
+        self.step = 0
+        self.records = 0
+        # what the next plan says
+        self.drops: list[int] = []
+        self.frees: list[int] = []
+        self.seals: list[tuple[int, bytes]] = []
+        self.withdrawals: list[int] = []
+        self.copies: list[Copy] = []
+        self.decoding: DecodeRows | None = None
+        self.stuck: tuple[Choice, int] | None = None  # the first in line that did not fit, and blocks available then
+        self.turn = 0  # where a budget smaller than the decodes begins
+        # liveness
+        self.phase = "loading"
+        self.heard = 0.0  # when the progress counter last moved, or a plan became the oldest
+        self.counter = (0, 0)
+        self.step_seconds = 0.0  # mean device time of recent steps
+        self.busy_seconds = 0.0
+        self.idle_seconds = 0.0
+
+    def open(self, model: Model, geometry: Geometry, hasher: Hasher, settings: SchedulerSettings) -> None:
+        """READY has come: lay out the columns."""
+        self.model = model
+        self.geometry = geometry
+        self.hasher = hasher
+        self.block_size = geometry.block_size
+        self.slots = Slots(geometry, min(geometry.slots, settings.max_num_seqs))
+        self.blocks = BlockManager(geometry.blocks)
+        self.budget = min(geometry.max_step_tokens, settings.max_num_batched_tokens)
+        self.caching = settings.enable_prefix_caching
+        self.ready = True
+
+    @property
+    def capacity(self) -> int:
+        """The longest sequence that fits, in tokens; its last one needs no K and V."""
+        return min(self.geometry.max_model_len, self.geometry.blocks * self.block_size + 1)
+
+    @property
+    def running(self) -> int:
+        """Slots in use."""
+        return self.slots.count - len(self.slots.free)
+
+    @property
+    def load(self) -> int:
+        """Tokens of all sequences running or waiting here."""
+        return int(self.slots.length.sum()) + self.queue.tokens
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the worker should hear something though there may be no row to run."""
+        return bool(self.frees or self.drops or self.seals or self.withdrawals or self.copies)
+
+    def bind(self, choice: Choice, tokens: Int32) -> int:
+        """Give a choice a slot with these tokens; its table is empty. A new slot is free: the caller has checked."""
+        s = self.slots
+        slot = s.free.pop()
+        request = choice.request
+        n = len(tokens)
+        s.choice[slot] = choice
+        s.history[slot, :n] = tokens
+        s.known[slot] = s.length[slot] = n
+        s.computed[slot] = s.blocks[slot] = s.capacity[slot] = 0
+        s.prompt[slot] = len(request.prompt)
+        s.limit[slot] = choice.limit
+        s.handle[slot] = request.handle
+        s.index[slot] = choice.index
+        s.frontend[slot] = request.frontend.index
+        s.priority[slot] = request.priority
+        s.state[slot] = PREFILL
+        choice.slot = slot
+        choice.state = State.RUNNING
+        if choice.worker is not self:
+            choice.worker = self
+            choice.cached_record = 0
+        return slot
+
+    def unbind(self, slot: int) -> Choice:
+        """Take the slot from its choice at once. Rows still in flight for it have no owner any more."""
+        s = self.slots
+        choice = s.choice[slot]
+        assert choice is not None
+        choice.tokens = choice.known
+        # the names found so far are kept for its return; a preempted sequence hashes no block twice
+        names = s.names[slot]
+        self.drop_blocks(slot)
+        if s.state[slot] == DRAIN:
+            self.draining.discard(slot)
+        s.choice[slot] = None
+        s.names[slot] = []
+        s.state[slot] = FREE
+        s.length[slot] = 0
+        s.generation[slot] += 1
+        s.free.append(slot)
+        self.frees.append(slot)
+        self.decoding = None
+        choice.slot = -1
+        choice.chains = {}
+        if choice.state is not State.ENDED:
+            chain = Chain(self.hasher, self.block_size, choice.all_tokens, choice.request.root, names)
+            choice.chains[self.block_size] = chain
+            if self.caching:
+                chain.extend(chain.full)  # a block or two that its last rows filled
+        return choice
+
+    def drop_blocks(self, slot: int) -> None:
+        """Release the slot's table."""
+        s = self.slots
+        if n := int(s.blocks[slot]):
+            self.blocks.release(s.table[slot, :n].tolist())
+            s.blocks[slot] = s.capacity[slot] = 0
+
+    def reassign(self, slot: int, old: Frontend, new: Frontend) -> None:
+        """The slot's rows in flight count against another frontend's credit."""
+        for flight in self.in_flight:
+            mine = (flight.slots == slot) & (flight.generations == self.slots.generation[slot])
+            if mine.any():
+                credit = dict(flight.credit)
+                credit[old.index] -= 1
+                credit[new.index] = credit.get(new.index, 0) + 1
+                flight.credit = [(index, n) for index, n in credit.items() if n]
+                old.in_flight -= 1
+                new.in_flight += 1
+        self.decoding = None
+
+    def drop_record(self, choice: Choice) -> None:
+        """The choice will not come back to this worker."""
+        if choice.worker is self and choice.cached_record:
+            self.drops.append(choice.cached_record)
+        choice.cached_record = 0
+
+    def took(self, seconds: float, idle: float, now: float) -> None:
+        """A result has come, with its step's device time and the time without work before it."""
+        self.heard = now
+        self.step_seconds = seconds if not self.step_seconds else 0.9 * self.step_seconds + 0.1 * seconds
+        self.busy_seconds += seconds
+        self.idle_seconds += idle
+
+    def check(self) -> None:
+        """Verify block accounts, tables and columns. Raises AssertionError."""
+        s = self.slots
+        references = [copy.source for copy in self.copies]
+        for slot in range(s.count):
+            choice = s.choice[slot]
+            assert (choice is None) == (s.state[slot] == FREE), "a slot's state does not match its owner"
+            if choice is None:
+                continue
+            assert choice.slot == slot
+            assert choice.worker is self
+            n = int(s.blocks[slot])
+            references += s.table[slot, :n].tolist()
+            assert s.capacity[slot] == n * self.block_size
+            assert s.known[slot] <= s.length[slot] <= s.limit[slot]
+            if s.state[slot] != DRAIN:
+                assert s.computed[slot] <= s.capacity[slot], "tokens computed beyond the table"
+            assert s.frontend[slot] == choice.request.frontend.index
+            assert s.handle[slot] == choice.request.handle
+        assert sorted(s.free) == [i for i in range(s.count) if s.choice[i] is None], "the free slots are not those without owner"
+        self.blocks.check(references)

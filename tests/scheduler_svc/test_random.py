@@ -1,0 +1,119 @@
+"""Random lives of an engine: whatever happens, accounts agree at every step and every stream is the right one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.scheduler_svc.play import FakeFrontend, FakeWorker, Stage, Stream
+
+MIXES = {
+    "calm": {},
+    "scarce blocks": {"blocks": 18},
+    "scarce slots": {"slots": 2},
+    "small steps": {"max_step_tokens": 5},
+    "chunks": {"max_step_tokens": 16, "long_prefill_token_threshold": 6},
+    "no caching": {"enable_prefix_caching": False, "blocks": 20},
+    "deep": {"depth": 4, "blocks": 20},
+    "priorities": {"policy": "priority", "blocks": 20, "slots": 3},
+    "two workers": {"workers": 2, "blocks": 20, "slots": 3},
+}
+
+
+class Life:
+    def __init__(self, seed: int, mix: dict[str, object]) -> None:
+        self.random = random.Random(seed)
+        engine = {k: v for k, v in mix.items() if k in ("enable_prefix_caching", "depth", "policy", "long_prefill_token_threshold")}
+        self.sizes = {k: v for k, v in mix.items() if k in ("blocks", "slots", "max_step_tokens")}
+        self.stage = Stage(**engine)
+        self.workers: list[FakeWorker] = []
+        for i in range(int(mix.get("workers", 1))):  # type: ignore[call-overload]
+            self.workers.append(self.stage.worker(incarnation=i + 1, **self.sizes))
+        self.frontends: list[FakeFrontend] = [self.stage.frontend(incarnation=100 + i) for i in range(2)]
+        self.prefixes = [[self.random.randrange(60) for _ in range(20)] for _ in range(3)]
+        self.streams: list[Stream] = []
+
+    def arrive(self) -> None:
+        r = self.random
+        prompt = r.choice(self.prefixes)[: r.randrange(1, 20)] + [r.randrange(60) for _ in range(r.randrange(1, 12))]
+        self.streams.append(
+            r.choice(self.frontends).submit(
+                prompt,
+                self.stage.now,
+                max_tokens=r.randrange(1, 25),
+                n=r.choice((1, 1, 1, 2, 4)),
+                seed=r.randrange(99),
+                priority=r.randrange(3),
+            )
+        )
+
+    def act(self, faults: bool) -> None:
+        r, stage = self.random, self.stage
+        if r.random() < 0.3:
+            self.arrive()
+        if r.random() < 0.05 and self.streams:
+            stream = r.choice(self.streams)
+            if not stream.complete and not stream.aborted and stream.failed is None:
+                owner = next(f for f in self.frontends if stream in f.streams.values())
+                owner.abort(stream, stage.now)
+        if faults and r.random() < 0.03:
+            worker = r.choice(self.workers)
+            stage.workers.pop(worker.session)
+            for _ in range(r.randrange(len(worker.plans) + 1)):  # what it still does, nobody hears
+                worker.run(worker.plans.popleft())
+            worker.close(stage.now)
+            stage.deliver()
+            if r.random() < 0.5:
+                worker.hashes.clear()
+                worker.kv.clear()
+                worker.incarnation += 1000
+            stage.reopen(worker)
+            worker.ready(stage.now)
+        if faults and r.random() < 0.03:
+            frontend = r.choice(self.frontends)
+            stage.frontends.pop(frontend.session)
+            frontend.close(stage.now)
+            for _ in range(r.randrange(4)):
+                self.turn()
+            stage.reopen(frontend)
+            stage.deliver()
+            frontend.resubmit(stage.now)
+            stage.deliver()
+            stage.engine.check()
+
+    def turn(self) -> None:
+        """One random move of the pipeline."""
+        stage, r = self.stage, self.random
+        stage.now += 0.001
+        stage.engine.tick(stage.now)
+        stage.deliver()
+        if r.random() < 0.7:
+            stage.plan()
+        for worker in self.workers:
+            if worker.plans and r.random() < 0.7:
+                worker.step(stage.now)
+                stage.deliver()
+                stage.engine.check()
+
+
+@pytest.mark.parametrize("faults", [False, True], ids=["without faults", "with faults"])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_stream_is_right_and_every_account_agrees(seed: int, mix: str, faults: bool) -> None:
+    life = Life(seed, MIXES[mix])
+    for _ in range(150):
+        life.act(faults)
+        life.turn()
+    life.stage.run()
+    for frontend in life.frontends:
+        frontend.verify()
+    for stream in life.streams:
+        assert stream.complete or stream.aborted, "a stream has no end"
+        assert stream.failed is None
+    stats = life.stage.engine.stats()
+    assert stats["blocks_used"] == stats["requests_running"] == stats["requests_waiting"] == 0
+    assert not life.stage.engine.ledger.requests
+    for worker in life.workers:
+        assert not worker.records, "a record was not dropped"
+        assert not worker.slots
