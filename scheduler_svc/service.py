@@ -88,8 +88,9 @@ class _Loop:
 
     def close(self) -> None:
         """Close the monitors, without which the context would wait for ever."""
-        for socket in self._sockets.values():
+        for socket, watch in zip(self._sockets.values(), self._monitors, strict=True):
             socket.disable_monitor()
+            watch.close()
 
     def _turn(self) -> None:
         self._take(WORKERS, float("inf"))
