@@ -88,10 +88,7 @@ class WorkerCore:
 
     def file_chunk(self, request: FileRequest) -> FileChunk:
         """A piece of the tokenizer files; total −1 if these are not the files asked for."""
-        bundle = self.description.bundle
-        if request.tokenizer != self.description.tokenizer or not 0 <= request.offset <= len(bundle):
-            return FileChunk(request.tokenizer, request.offset, -1, b"")
-        return FileChunk(request.tokenizer, request.offset, len(bundle), bundle[request.offset : request.offset + FILE_CHUNK])
+        return file_chunk(self.description, request)
 
     # ------------------------------------------------------------ plan → step
 
@@ -245,3 +242,11 @@ class WorkerCore:
             lp_values=pack_floats(outcome.lp_values),
             lp_ranks=pack(outcome.lp_ranks),
         )
+
+
+def file_chunk(description: Description | None, request: FileRequest) -> FileChunk:
+    """A piece of the tokenizer files of a worker, None while it is loading; total −1 if it has not these files."""
+    bundle = description.bundle if description and description.tokenizer == request.tokenizer else None
+    if bundle is None or not 0 <= request.offset <= len(bundle):
+        return FileChunk(request.tokenizer, request.offset, -1, b"")
+    return FileChunk(request.tokenizer, request.offset, len(bundle), bundle[request.offset : request.offset + FILE_CHUNK])

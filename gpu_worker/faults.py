@@ -25,7 +25,6 @@ PHASES = (
     "first_token",  # the same, and the step sampled a choice's first token
     "last_token",  # the same, and the step sampled a choice's last token
     "result_unsent",  # the result is made, not sent
-    "result_sent",
 )
 
 

@@ -1,0 +1,331 @@
+"""The worker's network thread: all its sockets, its sessions, and the only clock that others judge it by.
+
+Plans are taken off the link and acknowledged here, whatever the main thread is doing: a long step on a CPU, or the
+loading of a model, must not look like a dead link. What arrives goes to the main thread through `inbox`, in order;
+what is to be sent comes from any thread through `send`, `fail` and `loaded`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from queue import SimpleQueue
+
+import psutil
+import zmq
+
+from gpu_worker.core import file_chunk
+from gpu_worker.runner import Description, Runner
+from gpu_worker.settings import WorkerSettings
+from protocol.counters import Counters
+from protocol.messages import FileRequest, Hello, Message, Phase, Plan, Progress, Result
+from protocol.service import Service
+from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
+from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
+from protocol.tap import Tap
+from protocol.telemetry import Publisher
+
+CHANNELS = 2
+TELEMETRY = 1.0  # seconds between two publications
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """A session is open and waits for READY."""
+
+    session: int
+    hash_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    """A session is over; plans of it that have not begun never will."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanArrived:
+    """The next plan of a session, checked against the geometry."""
+
+    session: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Leave the loop: asked to, or (`error`) because a thread has failed."""
+
+    error: BaseException | None = None
+
+
+Item = SessionOpened | SessionClosed | PlanArrived | Stop
+
+
+@dataclass(slots=True)
+class Figures:
+    """What the worker has done since its start, for telemetry."""
+
+    steps: int = 0
+    tokens: int = 0
+    step_seconds: float = 0.0
+    idle_seconds: float = 0.0
+
+
+class Network(threading.Thread):
+    """Runs from `start()` to `close()`. `session` is the open session, 0 for none; any thread may read it."""
+
+    def __init__(self, settings: WorkerSettings, service: Service, runner: Runner) -> None:
+        super().__init__(name="network", daemon=True)
+        self.inbox: SimpleQueue[Item] = SimpleQueue()
+        self.session = 0
+        self._settings = settings
+        self._service = service
+        self._runner = runner
+        self._counters = Counters()
+        self._figures = Figures()
+        self._description: Description | None = None
+        self._endpoints = settings.schedulers or (service.rundir.workers,)
+        hello = Hello(role="worker", name=settings.name, incarnation=service.incarnation, attempt=1)
+        self._dialer = Dialer(hello, len(self._endpoints), CHANNELS, settings.times, self._counters, time.monotonic())
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closing = False
+        self._stop_seen = False
+        self._refusal = ""
+        self._planned = self._answered = 0  # newest plan and newest result of the session
+        self._progress_at = inf
+        self._publish_at = 0.0
+
+    # ------------------------------------------------------------ for other threads
+
+    def send(self, session: int, message: Message) -> None:
+        """Send on a session; if it is over by then, the message goes nowhere, counted."""
+        self._call(partial(self._send, session, message))
+
+    def fail(self, session: int, step: int, reason: str) -> None:
+        """End a session because `step` raised; the next HELLO names both."""
+        self._call(partial(self._fail, session, step, reason))
+
+    def loaded(self, description: Description) -> None:
+        """The runner is loaded: plans can be checked from now on, and files served."""
+        self._call(partial(self._loaded, description))
+
+    def close(self) -> None:
+        """Send what has been handed over, close all sockets, and wait for that."""
+        self._call(self._close)
+        self.join()
+
+    def _call(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+        os.eventfd_write(self._wake_fd, 1)
+
+    # ------------------------------------------------------------ the thread
+
+    def run(self) -> None:
+        """The thread: an error in it is handed to the main thread."""
+        try:
+            with ExitStack() as stack:
+                self._open(stack)
+                while not self._closing:
+                    self._turn()
+        except Exception as error:
+            self.inbox.put(Stop(error))
+
+    def _open(self, stack: ExitStack) -> None:
+        context: Context = zmq.Context()
+        stack.callback(context.term)
+        self._context = context
+        rundir = self._service.rundir
+        self._tap = Tap(rundir.tap(self._settings.name), context)
+        stack.callback(self._tap.close)
+        telemetry = self._settings.telemetry or rundir.telemetry
+        self._publisher = Publisher(telemetry, "worker", self._settings.name, self._service.incarnation, os.getpid(), context)
+        stack.callback(self._publisher.close)
+        self._process = psutil.Process()
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._poller.register(self._service.stop_fd, zmq.POLLIN)
+        self._sockets: dict[tuple[int, int], tuple[Socket, Socket]] = {}  # (endpoint, channel) → socket and its monitor
+        stack.callback(self._disconnect_all)
+        for endpoint in range(len(self._endpoints)):
+            for channel in range(CHANNELS):
+                self._connect(endpoint, channel)
+        self._say_state()
+
+    def _turn(self) -> None:
+        wait = min(self._dialer.next_time(), self._progress_at, self._publish_at) - time.monotonic()
+        ready = dict(self._poller.poll(int(wait * 1000) + 1 if wait > 0 else 0))
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+        if self._service.stop_fd in ready and not self._stop_seen:
+            self._stop_seen = True
+            self._poller.unregister(self._service.stop_fd)
+            self._service.state("stopping")
+            self.inbox.put(Stop())
+        while self._calls:
+            self._calls.popleft()()
+        for (endpoint, channel), (socket, watch) in list(self._sockets.items()):
+            if socket in ready or watch in ready:
+                self._read(endpoint, channel, socket)
+            if watch in ready and lost(watch):
+                self._handle(self._dialer.disconnected(endpoint, time.monotonic()))
+        now = time.monotonic()
+        if now >= self._progress_at:
+            self._report_progress(now)
+        self._handle(self._dialer.tick(now))
+        if now >= self._publish_at:
+            self._publish_at = now + TELEMETRY
+            self._publish()
+        self._transmit()
+
+    def _read(self, endpoint: int, channel: int, socket: Socket) -> None:
+        for frames in received(socket):
+            self._service.flight.record("in", self._endpoints[endpoint], frames)
+            self._tap.mirror("in", frames)
+            self._handle(self._dialer.receive(endpoint, channel, frames, time.monotonic()))
+
+    def _transmit(self) -> None:
+        for endpoint, channel in self._dialer.reopen:
+            self._disconnect(endpoint, channel)
+            self._connect(endpoint, channel)
+        self._dialer.reopen.clear()
+        for channel, out in enumerate(self._dialer.out):
+            while out:
+                endpoint, frames = out.popleft()
+                self._service.flight.record("out", self._endpoints[endpoint], frames)
+                self._tap.mirror("out", frames)
+                if not send(self._sockets[endpoint, channel][0], frames):
+                    self._counters.add("socket_full")
+
+    def _connect(self, endpoint: int, channel: int) -> None:
+        socket = dealer(self._context, self._endpoints[endpoint])
+        watch = monitor(socket)
+        self._sockets[endpoint, channel] = (socket, watch)
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(watch, zmq.POLLIN)
+
+    def _disconnect(self, endpoint: int, channel: int) -> None:
+        socket, watch = self._sockets.pop((endpoint, channel))
+        self._poller.unregister(socket)
+        self._poller.unregister(watch)
+        socket.disable_monitor()
+        socket.close()
+
+    def _disconnect_all(self) -> None:
+        for endpoint, channel in list(self._sockets):
+            self._disconnect(endpoint, channel)
+
+    # ------------------------------------------------------------ sessions
+
+    def _handle(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case Received(message):
+                    self._take(message)
+                case Opened(welcome):
+                    self.session = welcome.session
+                    self._planned = self._answered = 0
+                    self._refusal = ""
+                    if self._description is None:
+                        self._dialer.send(Phase("loading"), time.monotonic())
+                    self._service.present("a scheduler")
+                    self._say_state()
+                    self.inbox.put(SessionOpened(welcome.session, welcome.hash_key))
+                case Closed(session, reason):
+                    self.session = 0
+                    self._progress_at = inf
+                    if not self._stop_seen:
+                        self._service.fenced(reason)
+                        self._say_state()
+                    self.inbox.put(SessionClosed(session))
+                case TurnedAway(reason, endpoint):
+                    if reason != self._refusal:
+                        self._service.log.error("the scheduler at %s refuses this worker: %s", self._endpoints[endpoint], reason)
+                    self._refusal = reason
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Plan():
+                if self._planned == self._answered:
+                    self._progress_at = time.monotonic() + self._settings.times.heartbeat
+                self._planned = message.step
+                self.inbox.put(PlanArrived(self.session, message))
+            case FileRequest():
+                self._dialer.send(file_chunk(self._description, message), time.monotonic())
+            case _:
+                self._counters.add("message_unexpected")
+
+    def _send(self, session: int, message: Message) -> None:
+        if session != self.session:
+            self._counters.add("session_stale_unsent")
+            return
+        now = time.monotonic()
+        self._dialer.send(message, now)
+        if isinstance(message, Result):
+            self._answered = message.step
+            self._progress_at = now + self._settings.times.heartbeat if self._planned > message.step else inf
+            self._count(message)
+
+    def _report_progress(self, now: float) -> None:
+        """Work is outstanding and no result came lately: say whether the running step still moves."""
+        self._progress_at = now + self._settings.times.heartbeat
+        self._dialer.send(Progress(self._answered + 1, self._runner.counter), now)
+
+    def _fail(self, session: int, step: int, reason: str) -> None:
+        if session == self.session:
+            self._handle(self._dialer.fail(step, time.monotonic(), reason))
+
+    def _loaded(self, description: Description) -> None:
+        self._description = description
+        self._dialer.geometry = description.geometry
+        self._say_state()
+
+    def _close(self) -> None:
+        self._transmit()
+        self._closing = True
+
+    # ------------------------------------------------------------ what others see
+
+    def _say_state(self) -> None:
+        if self._stop_seen:
+            return
+        if self._description is None:
+            self._service.state("loading")
+        elif self.session:
+            self._service.state("ready")
+        else:
+            self._service.state("waiting")
+        if not self.session:
+            self._service.waiting("a scheduler")
+
+    def _count(self, result: Result) -> None:
+        figures = self._figures
+        figures.steps += 1
+        figures.tokens += len(result.ids) // 4
+        figures.step_seconds += result.seconds
+        figures.idle_seconds += result.idle
+
+    def _publish(self) -> None:
+        figures = self._figures
+        self._publisher.publish(
+            {
+                "worker_loaded": float(self._description is not None),
+                "worker_session_open": float(self.session != 0),
+                "worker_plans_in_flight": float(self._planned - self._answered),
+                "worker_steps": float(figures.steps),
+                "worker_tokens": float(figures.tokens),
+                "worker_step_seconds": figures.step_seconds,
+                "worker_idle_seconds": figures.idle_seconds,
+                "worker_link_round_trip_seconds": self._dialer.round_trip,
+                "memory_bytes": float(self._process.memory_info().rss),
+                **{f"wire_{name}": float(n) for name, n in self._counters.items()},
+            }
+        )

@@ -1,0 +1,50 @@
+"""Which runner a worker's settings ask for. Torch is imported only if one asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gpu_worker.oracle import OracleRunner
+from gpu_worker.runner import Runner
+from gpu_worker.settings import WorkerSettings
+from gpu_worker.simulated import SimulatedRunner, StepTime
+
+
+def make_runner(settings: WorkerSettings, environ: Mapping[str, str]) -> Runner:
+    """The runner named in the settings. Raises ValueError, one line, for one that does not exist.
+
+    Options that only tests and benchmarks have come from the environment: PAGEWIRE_ORACLE_STEP_TIME (seconds),
+    PAGEWIRE_ORACLE_MARKS (`TOKEN=raise|crash|hang|nan`, separated by commas), PAGEWIRE_SIMULATED_PER_TOKEN and
+    PAGEWIRE_SIMULATED_PER_KV_TOKEN (seconds).
+    """
+    match settings.runner:
+        case "oracle":
+            marks = environ.get("PAGEWIRE_ORACLE_MARKS", "")
+            return OracleRunner(settings, _seconds(environ, "PAGEWIRE_ORACLE_STEP_TIME"), _marks(marks))
+        case "simulated":
+            per_token = _seconds(environ, "PAGEWIRE_SIMULATED_PER_TOKEN")
+            per_kv_token = _seconds(environ, "PAGEWIRE_SIMULATED_PER_KV_TOKEN")
+            return SimulatedRunner(settings, StepTime(settings.step_time, per_token, per_kv_token))
+        case "torch":
+            from gpu_worker.torch_runner import TorchRunner
+
+            runner: Runner = TorchRunner(settings)
+            return runner
+    raise ValueError(f"--runner {settings.runner}: name one of torch, oracle, simulated")
+
+
+def _seconds(environ: Mapping[str, str], name: str) -> float:
+    try:
+        return float(environ.get(name, "0"))
+    except ValueError:
+        raise ValueError(f"{name}={environ[name]} is not a number of seconds") from None
+
+
+def _marks(text: str) -> dict[int, str]:
+    marks = {}
+    for mark in filter(None, text.split(",")):
+        token, _, effect = mark.partition("=")
+        if not token.isdecimal():
+            raise ValueError(f"PAGEWIRE_ORACLE_MARKS: {mark!r} is not of the form TOKEN=EFFECT")
+        marks[int(token)] = effect
+    return marks

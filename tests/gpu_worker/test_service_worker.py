@@ -1,0 +1,303 @@
+"""The worker's process, over real sockets, with a scheduler that the test plays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gpu_worker.oracle import expected
+from protocol.columns import pack, unpack
+from protocol.messages import Admit, FileChunk, FileRequest, Phase, Plan, Progress, Ready, Result, SamplingParams
+from protocol.rundir import RunDir
+from protocol.tokenizer_files import bundle_hash, open_bundle
+from tests.gpu_worker.fake_scheduler import FakeScheduler
+from tests.gpu_worker.worker_plans import rows_of
+
+pytestmark = pytest.mark.slow
+
+WORKER = """
+import sys
+from pathlib import Path
+from gpu_worker.service import run
+from gpu_worker.settings import WorkerSettings
+sizes = {"block_size": 4, "num_gpu_blocks": 32, "max_num_seqs": 4, "max_model_len": 64}
+run(WorkerSettings(run_dir=Path(sys.argv[1]), name="worker-7", runner=sys.argv[2], **sizes))
+"""
+PROMPT = list(b"once upon a time")
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def rundir(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+@pytest.fixture
+def start(rundir: RunDir) -> Iterator[Start]:
+    """Starts worker processes, and ends them."""
+    with ExitStack() as stack:
+
+        def start(runner: str = "oracle", **environment: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+                [sys.executable, "-c", WORKER, str(rundir.path), runner], env={**os.environ, **environment}, stderr=subprocess.PIPE
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+@pytest.fixture
+def scheduler(rundir: RunDir) -> Iterator[FakeScheduler]:
+    scheduler = FakeScheduler(rundir.workers)
+    yield scheduler
+    scheduler.close()
+
+
+def first_plan(prompt: list[int], step: int = 1, seals: dict[str, bytes] | None = None, max_tokens: int = 20) -> Plan:
+    n = -(-(len(prompt) + max_tokens) // 4)
+    params = SamplingParams(max_tokens, stop_ids=pack([256]))
+    columns = rows_of(
+        bind_slots=[2],
+        bind_generations=[1],
+        bind_records=[5],
+        assign_slots=[2] * n,
+        assign_indices=[*range(n)],
+        assign_blocks=[*range(3, 3 + n)],
+        slots=[2],
+        generations=[1],
+        starts=[0],
+        counts=[len(prompt)],
+        outputs=[1],
+    )
+    return Plan(step, admits=[Admit(5, pack(prompt), b"", 11, params)], **columns, **(seals or {}))
+
+
+def next_plan(step: int, start: int, **more: bytes) -> Plan:
+    return Plan(step, **rows_of(slots=[2], generations=[1], starts=[start], counts=[1], outputs=[1]), **more)
+
+
+def test_a_worker_announces_itself_and_streams_what_the_oracle_computes(start, scheduler):
+    start()
+    ready = scheduler.expect(Ready)
+    assert ready.geometry.blocks == 32
+    assert scheduler.hellos[0].name == "worker-7"
+    want = expected(PROMPT, 11, 20)
+    scheduler.send(first_plan(PROMPT))
+    for step in range(2, len(want) + 1):  # two plans in flight
+        scheduler.send(next_plan(step, len(PROMPT) + step - 2))
+    got = [unpack(scheduler.expect(Result).ids).tolist() for _ in want]
+    assert [t for ids in got for t in ids] == want
+
+
+def test_tokenizer_files_come_over_the_wire(start, scheduler):
+    start()
+    ready = scheduler.expect(Ready)
+    scheduler.send(FileRequest(ready.tokenizer, 0))
+    chunk = scheduler.expect(FileChunk)
+    assert bundle_hash(chunk.data) == ready.tokenizer
+    assert chunk.total == len(chunk.data)
+    assert open_bundle(chunk.data) == {"bytes.tokenizer": b""}
+    scheduler.send(FileRequest(b"?" * 16, 0))
+    assert scheduler.expect(FileChunk).total == -1
+
+
+def test_a_new_scheduler_gets_the_sealed_hashes_and_the_stream_goes_on(start, scheduler, rundir):
+    start()
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    tokens = unpack(scheduler.expect(Result).ids).tolist()
+    scheduler.send(next_plan(2, len(PROMPT), seals=pack([3, 4]), seal_hashes=b"A" * 16 + b"B" * 16))
+    tokens += unpack(scheduler.expect(Result).ids).tolist()
+    scheduler.close()
+    successor = FakeScheduler(rundir.workers, epoch=2)
+    try:
+        ready = successor.expect(Ready)
+        assert unpack(ready.blocks).tolist() == [3, 4]
+        assert ready.hashes == b"A" * 16 + b"B" * 16
+        n = 9
+        params = SamplingParams(20, stop_ids=pack([256]))
+        columns = rows_of(
+            bind_slots=[0],
+            bind_generations=[1],
+            bind_records=[1],
+            share_slots=[0, 0],
+            share_indices=[0, 1],
+            share_blocks=[3, 4],
+            assign_slots=[0] * (n - 2),
+            assign_indices=[*range(2, n)],
+            assign_blocks=[*range(10, 8 + n)],
+            slots=[0],
+            generations=[1],
+            starts=[8],
+            counts=[len(PROMPT) + 2 - 8],
+            outputs=[1],
+        )
+        successor.send(Plan(1, admits=[Admit(1, pack(PROMPT), pack(tokens), 11, params)], **columns))
+        tokens += unpack(successor.expect(Result).ids).tolist()
+    finally:
+        successor.close()
+    assert tokens == expected(PROMPT, 11, 20)[:3]
+
+
+def test_a_worker_with_another_hash_key_drops_its_hashes(start, scheduler, rundir):
+    start()
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    scheduler.send(next_plan(2, len(PROMPT), seals=pack([3]), seal_hashes=b"A" * 16))
+    scheduler.expect(Result)
+    scheduler.expect(Result)
+    scheduler.close()
+    successor = FakeScheduler(rundir.workers, epoch=2)
+    successor.key = b"another key     "
+    try:
+        assert successor.expect(Ready).blocks == b""
+    finally:
+        successor.close()
+
+
+def test_a_step_that_raises_ends_the_session_and_the_next_hello_names_it(start, scheduler):
+    process = start(PAGEWIRE_ORACLE_MARKS="33=raise")
+    scheduler.expect(Ready)
+    failed = scheduler.session
+    scheduler.send(first_plan(PROMPT))
+    scheduler.send(
+        Plan(
+            2,
+            admits=[Admit(6, pack([33]), b"", 1, SamplingParams(2))],
+            **rows_of(
+                frees=[2],
+                bind_slots=[2],
+                bind_generations=[2],
+                bind_records=[6],
+                assign_slots=[2],
+                assign_indices=[0],
+                assign_blocks=[0],
+                slots=[2],
+                generations=[2],
+                starts=[0],
+                counts=[1],
+                outputs=[1],
+            ),
+        )
+    )
+    assert unpack(scheduler.expect(Result).ids).tolist() == expected(PROMPT, 11, 1)
+    scheduler.expect(Ready)
+    assert (scheduler.hellos[-1].failed_session, scheduler.hellos[-1].failed_step) == (failed, 2)
+    scheduler.send(first_plan(PROMPT))  # it serves again, from step 1
+    assert unpack(scheduler.expect(Result).ids).tolist() == expected(PROMPT, 11, 1)
+    assert process.poll() is None
+
+
+def test_a_plan_that_contradicts_the_slots_is_a_failed_step(start, scheduler):
+    start()
+    scheduler.expect(Ready)
+    scheduler.send(next_plan(1, 5))
+    scheduler.until(lambda: len(scheduler.hellos) >= 2)
+    assert scheduler.hellos[-1].failed_step == 1
+
+
+def test_a_long_step_is_acknowledged_and_reported_while_it_runs(start, scheduler):
+    start(PAGEWIRE_ORACLE_STEP_TIME="3.0")
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    scheduler.send(next_plan(2, len(PROMPT)))
+    assert scheduler.expect(Progress).step == 1
+    peer = scheduler.listener.peers[scheduler.session]
+    scheduler.until(lambda: peer.link.sender.idle, 1.0)
+    assert scheduler.expect(Progress).step == 1
+    assert scheduler.expect(Result).step == 1
+    assert not scheduler.closed  # longer than the silence and the window time
+
+
+def test_progress_stands_still_while_the_main_thread_hangs(start, scheduler):
+    start(PAGEWIRE_ORACLE_MARKS="33=hang")
+    scheduler.expect(Ready)
+    scheduler.send(first_plan([33, *PROMPT]))
+    counters = [scheduler.expect(Progress).counter for _ in range(4)]
+    assert len(set(counters)) == 1
+    assert not scheduler.closed
+
+
+@pytest.mark.parametrize("phase", ["plan_received", "step_started", "forward_done", "first_token", "result_unsent"])
+def test_the_kill_switch_kills_at_its_phase_once(start, scheduler, tmp_path, phase):
+    fired = tmp_path / "fired"
+    process = start(PAGEWIRE_KILL=f"{phase}:1:{fired}")
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    scheduler.until(lambda: process.poll() is not None)
+    assert process.returncode == -signal.SIGKILL
+    assert fired.exists()
+    scheduler.until(lambda: True)
+    assert not any(isinstance(m, Result) for m in scheduler.messages)
+    start(PAGEWIRE_KILL=f"{phase}:1:{fired}")
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    assert unpack(scheduler.expect(Result).ids).tolist() == expected(PROMPT, 11, 1)
+
+
+def test_sigterm_finishes_the_running_step_and_leaves_nothing(start, scheduler, rundir):
+    process = start(PAGEWIRE_ORACLE_STEP_TIME="0.5")
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    scheduler.expect(Progress)
+    process.send_signal(signal.SIGTERM)
+    assert scheduler.expect(Result).step == 1
+    scheduler.until(lambda: process.poll() is not None, 5)
+    assert process.returncode == 0
+    assert not rundir.services()
+    assert not list(rundir.sockets.glob("tap-*"))
+
+
+def test_a_worker_waits_for_its_scheduler_without_using_the_processor_and_says_so_once(start, rundir):
+    process = start()
+    deadline = time.monotonic() + 20
+    while [s.state for s in rundir.services()] != ["waiting"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    used = sum(psutil.Process(process.pid).cpu_times()[:2])
+    time.sleep(2)
+    assert sum(psutil.Process(process.pid).cpu_times()[:2]) - used <= 0.06
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert stderr.count(b"waiting for a scheduler") == 1
+
+
+def test_an_idle_session_uses_no_processor_to_speak_of(start, scheduler):
+    process = start()
+    scheduler.expect(Ready)
+    used = sum(psutil.Process(process.pid).cpu_times()[:2])
+    end = time.monotonic() + 3
+    scheduler.until(lambda: time.monotonic() > end)
+    assert sum(psutil.Process(process.pid).cpu_times()[:2]) - used <= 0.06
+    assert not scheduler.closed
+
+
+def test_an_unknown_runner_is_refused_in_one_line(start):
+    process = start("abacus")
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode not in (0, None)
+    assert b"--runner abacus" in stderr
+    assert b"torch, oracle, simulated" in stderr
+
+
+def test_the_simulated_runner_streams_letters_and_reports_its_time(start, scheduler):
+    start("simulated")
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    for step in range(2, 20):
+        scheduler.send(next_plan(step, len(PROMPT) + step - 2))
+    results = [scheduler.expect(Result) for _ in range(1, 20)]
+    assert all(r.seconds == 0.002 for r in results)
+    assert {len(unpack(r.ids)) for r in results} == {1}
+    assert not any(isinstance(m, Phase) for m in scheduler.messages)
