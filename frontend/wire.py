@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
-from protocol.codec import HIGH_WATER, MAX_FRAME
 from protocol.counters import Counters
+from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
 
 BATCH = 64  # messages read before other tasks get their turn
-
-Socket = zmq.Socket[bytes]
 
 
 @dataclass
@@ -28,20 +25,23 @@ class _Connection:
 
 
 class Wire:
-    """Owns the sockets; hands what arrives to `received(endpoint, frames)`, then `disconnected(endpoint)` when cut."""
+    """Owns the sockets; hands what arrives to `take(endpoint, frames)`, and says `disconnected(endpoint)` when cut.
+
+    `flush` is called after each batch of either.
+    """
 
     def __init__(
         self,
-        context: zmq.Context[Socket],
+        context: Context,
         endpoints: Iterable[str],
-        received: Callable[[int, list[bytes]], None],
+        take: Callable[[int, list[bytes]], None],
         disconnected: Callable[[int], None],
         flush: Callable[[], None],
         counters: Counters,
     ) -> None:
         self._context = context
         self._endpoints = list(endpoints)
-        self._received = received
+        self._take = take
         self._disconnected = disconnected
         self._flush = flush
         self._counters = counters
@@ -50,15 +50,14 @@ class Wire:
 
     def send(self, endpoint: int, frames: list[bytes]) -> None:
         """Hand a message to ZeroMQ. What it cannot take now is dropped: the link sends it again."""
-        try:
-            self._connections[endpoint].dealer.send_multipart(frames, zmq.DONTWAIT, copy=True)
-        except zmq.Again:
+        if not send(self._connections[endpoint].dealer, frames):
             self._counters.add("wire_send_dropped")
 
     def sent(self, endpoint: int) -> None:
         """Call after a batch of sends: a send may have swallowed the notice that something arrived."""
-        if _has_input(self._connections[endpoint].dealer):
-            self._loop.call_soon(self._readable, endpoint, self._connections[endpoint])
+        connection = self._connections[endpoint]
+        if _has_input(connection.dealer):
+            self._loop.call_soon(self._readable, endpoint, connection)
 
     def renew(self, endpoint: int) -> None:
         """Close an endpoint's socket and connect anew: nothing of the old connection can arrive any more."""
@@ -72,20 +71,11 @@ class Wire:
         self._connections = []
 
     def _connect(self, endpoint: int) -> _Connection:
-        dealer: Socket = zmq.Socket(self._context, zmq.DEALER)
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)  # or a HELLO would be kept for each attempt made while nobody listened
-        dealer.setsockopt(zmq.SNDHWM, HIGH_WATER)
-        dealer.setsockopt(zmq.RCVHWM, HIGH_WATER)
-        dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
-        dealer.setsockopt(zmq.HEARTBEAT_IVL, 200)
-        dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, 600)
-        dealer.setsockopt(zmq.HEARTBEAT_TTL, 600)
-        monitor: Socket = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        dealer.connect(self._endpoints[endpoint])
-        connection = _Connection(dealer, monitor)
-        self._loop.add_reader(dealer.fileno(), self._readable, endpoint, connection)
-        self._loop.add_reader(monitor.fileno(), self._cut, endpoint, connection)
+        socket = dealer(self._context, self._endpoints[endpoint])
+        connection = _Connection(socket, monitor(socket))
+        for watched, callback in ((connection.dealer, self._readable), (connection.monitor, self._cut)):
+            self._loop.add_reader(watched.fileno(), callback, endpoint, connection)
+            self._loop.call_soon(callback, endpoint, connection)  # connecting may have swallowed the first notice
         return connection
 
     def _disconnect(self, connection: _Connection) -> None:
@@ -96,42 +86,26 @@ class Wire:
         connection.dealer.close(0)
 
     def _readable(self, endpoint: int, connection: _Connection) -> None:
-        dealer = connection.dealer
-        for _ in range(BATCH):
-            if dealer.closed:  # renewed by what was just received
-                break
-            try:
-                frames = dealer.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                break
-            self._received(endpoint, frames)
-        else:
+        if self._drain(endpoint, connection, BATCH) == BATCH:
             self._loop.call_soon(self._readable, endpoint, connection)
         self._flush()
 
     def _cut(self, endpoint: int, connection: _Connection) -> None:
-        cut = False
-        while not connection.monitor.closed:
-            try:
-                if _has_input(connection.monitor):
-                    recv_monitor_message(connection.monitor, zmq.DONTWAIT)
-                    cut = True
-                else:
-                    break
-            except zmq.Again:
-                break
-        if cut and not connection.dealer.closed:
-            self._drain(endpoint, connection)  # results may lie unread in front of the end
-            self._disconnected(endpoint)
-            self._flush()
+        if connection.monitor.closed or not lost(connection.monitor):
+            return
+        while self._drain(endpoint, connection, BATCH):  # messages may lie unread in front of the end
+            pass
+        self._disconnected(endpoint)
+        self._flush()
 
-    def _drain(self, endpoint: int, connection: _Connection) -> None:
-        while not connection.dealer.closed:
-            try:
-                frames = connection.dealer.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            self._received(endpoint, frames)
+    def _drain(self, endpoint: int, connection: _Connection, limit: int) -> int:
+        """Take up to `limit` messages; returns how many there were."""
+        count = 0
+        if not connection.dealer.closed:
+            for frames in received(connection.dealer, limit):
+                self._take(endpoint, frames)
+                count += 1
+        return count
 
 
 def _has_input(socket: Socket) -> bool:
