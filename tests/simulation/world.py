@@ -8,6 +8,9 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
 
 from frontend.entries import Entry, NewRequest
 from gpu_worker.oracle import expected
@@ -20,7 +23,7 @@ from tests.simulation.clock import Clock
 from tests.simulation.network import Network, Weather
 from tests.simulation.nodes import FrontendNode, SchedulerNode, WorkerNode
 
-RUN_DIR = __import__("pathlib").Path("/nonexistent")
+RUN_DIR = Path("/nonexistent")
 EOS = 256
 POISON = 7  # a token id that no oracle stream holds
 
@@ -332,6 +335,15 @@ class World:
             if stats[name]:
                 raise self.broken(f"{name} is {stats[name]} at rest")
 
+    def happened(self) -> dict[str, int]:
+        """What the run has been through: frames' fates, and the services' counters."""
+        counts = dict(self.network.seen)
+        for node in (*self.schedulers.values(), *self.workers.values(), *self.frontends.values()):
+            counters = node.core.counters if isinstance(node, SchedulerNode) else node.counters
+            for name, n in counters.items():
+                counts[name] = counts.get(name, 0) + n
+        return counts
+
     def broken(self, what: str) -> Broken:
         """The error that tells the whole story."""
         return Broken(f"seed {self.seed}, {self.mix.name}, at {self.clock.now:.4f}: {what}\n" + "\n".join(self.story))
@@ -339,6 +351,4 @@ class World:
 
 def replace_params(params: SamplingParams, **changes: object) -> SamplingParams:
     """A copy with changes."""
-    import msgspec
-
     return msgspec.structs.replace(params, **changes)

@@ -1,0 +1,75 @@
+"""A service is killed while clients stream; they see a pause, and every byte is the one that was computed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.e2e.stack import Clients, Stack, eventually, mixed_bodies, stack, stream_completion
+
+pytestmark = pytest.mark.slow
+
+SLOW_ORACLE = {"PAGEWIRE_ORACLE_STEP_TIME": "0.02"}
+
+
+def started(clients: Clients, made: Stack) -> None:
+    """Wait until the worker is well into the streams."""
+    eventually(lambda: made.metrics().get('pagewire_requests{name="frontend-0",status="running"}', 0) >= len(clients.bodies) / 2)
+    time.sleep(0.3)
+    assert clients.running, "the streams were over before the fault"
+
+
+def at_rest(made: Stack) -> None:
+    """No block is in use and no request is left once the clients are served."""
+    used = 'pagewire_blocks{name="scheduler-0",state="used"}'
+    eventually(lambda: made.metrics().get(used) == 0)
+    metrics = made.metrics()
+    assert metrics['pagewire_requests{name="frontend-0",status="running"}'] == 0
+    assert metrics['pagewire_requests{name="frontend-0",status="failed"}'] == 0
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+def test_streams_survive_the_death_of_a(role: str) -> None:
+    with stack() as made:
+        made.up("--runner", "oracle", env=SLOW_ORACLE)
+        clients = Clients(made.url, mixed_bodies(12))
+        started(clients, made)
+        pid = made.kill(role)
+        clients.finish()
+        assert made.service(role).pid != pid
+        at_rest(made)
+
+
+def test_streams_survive_the_death_of_worker_and_scheduler_together() -> None:
+    with stack() as made:
+        made.up("--runner", "oracle", env=SLOW_ORACLE)
+        clients = Clients(made.url, mixed_bodies(12))
+        started(clients, made)
+        made.kill("worker")
+        made.kill("scheduler")
+        clients.finish()
+        at_rest(made)
+
+
+def test_streams_survive_preemption() -> None:
+    with stack() as made:
+        made.up("--runner", "oracle", "--num-gpu-blocks", "24", "--max-model-len", "256", "--max-num-seqs", "8")
+        # Short answers teach the scheduler to expect more of them, so that it admits more than will fit.
+        Clients(made.url, mixed_bodies(24, max_tokens=8)).finish()
+        Clients(made.url, mixed_bodies(16)).finish()
+        eventually(lambda: made.metrics()['pagewire_scheduler_preemptions{name="scheduler-0"}'] > 0)
+        at_rest(made)
+
+
+def test_a_client_that_leaves_gives_its_blocks_back() -> None:
+    import httpx
+
+    with stack() as made:
+        made.up("--runner", "oracle", env=SLOW_ORACLE)
+        body = {"prompt": "x" * 64, "max_tokens": 3000, "ignore_eos": True, "stream": True, "seed": 1}
+        with httpx.stream("POST", f"{made.url}/v1/completions", json=body, timeout=30) as response:
+            next(response.iter_lines())
+        at_rest(made)
+        after = stream_completion(made.url, {"prompt": "next", "max_tokens": 5, "seed": 1})
+        assert after.error is None
