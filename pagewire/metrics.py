@@ -59,7 +59,7 @@ class _Families:
                 elif kind == "blocks" and state in BLOCK_STATES:
                     blocks.add_metric([telemetry.name, state], value)
                 else:
-                    name = f"pagewire_{telemetry.role}_{_LETTERS.sub('_', key)}"
+                    name = f"pagewire_{telemetry.role}_{_LETTERS.sub('_', key.removeprefix(telemetry.role + '_'))}"
                     family = others.setdefault(name, UnknownMetricFamily(name, f"{key} of a {telemetry.role}", labels=["name"]))
                     family.add_metric([telemetry.name], value)
         running = GaugeMetricFamily("pagewire_service", "1 for each running service", labels=["role", "name", "state"])

@@ -158,7 +158,7 @@ def die_with_parent() -> None:
 class _Fields(logging.Formatter):
     """`time LEVEL service logger: message key=value …`; the pairs are what the call gave as `extra`."""
 
-    _standard = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "service"}
+    _standard = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
     def __init__(self, service: str) -> None:
         super().__init__(f"%(asctime)s.%(msecs)03d %(levelname)s {service} %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")

