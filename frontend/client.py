@@ -83,7 +83,7 @@ class Client:
         self._fetches: list[Fetch] = []
         self._streams: set[Stream] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._stopped = False
+        self._started = self._stopped = False
         self._turned_away = ""
 
     async def start(self) -> None:
@@ -95,12 +95,16 @@ class Client:
         self._dialer = Dialer(hello, len(self._endpoints), 1, self.settings.times, self.counters, self._loop.time())
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wire = Wire(self._context, self._endpoints, self._received, self._disconnected, self._pump, self.counters)
+        self._started = True
         self._waiting("a scheduler")
         self._tick()
 
     async def stop(self) -> None:
         """Close all sockets. What still runs is aborted first, as far as the scheduler can be told."""
         self._stopped = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if not self._started:
+            return
         for stream in list(self._streams):
             stream.close()
         self._pump()
@@ -113,7 +117,6 @@ class Client:
             task.cancel()
         self._wire.close()
         self._context.term()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     # ---------------------------------------------------------------- what can be asked
 

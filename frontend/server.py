@@ -21,20 +21,23 @@ from frontend.api.handling import HANDLERS
 from frontend.client import Client
 from frontend.errors import ApiError
 from frontend.settings import FrontendSettings
-from protocol.rundir import RunDirError
-from protocol.service import Service
+from frontend.tokenizer import TokenizerError
+from protocol.service import CannotRun, Service
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
+from protocol.tokenizer_files import BundleError
 
 KEEP_ALIVE = 15.0  # seconds without an event after which a waiting stream gets a comment line
 BEAT = 1.0  # seconds between two looks at what has become quiet, and two publications of figures
-LAST_WORDS = 1.0  # seconds that clients get to read the error that ends their stream
+LAST_WORDS = 0.5  # seconds that clients get to read the error that ends their stream
+CLOSING = 1.5  # seconds that may pass behind that until the process has ended
 BACKLOG = 2048  # connections not yet accepted
 
 
 def run(settings: FrontendSettings) -> None:
-    """Serve until asked to stop. Raises RunDirError, BundleError, TokenizerError, OSError (the port is taken)."""
-    with Service("frontend", settings.name, settings.run_dir, settings.log_level) as process:
+    """Serve until asked to stop. Raises RunDirError, and CannotRun for a port that is taken or an unusable tokenizer."""
+    limit = settings.shutdown_timeout + LAST_WORDS + CLOSING
+    with Service("frontend", settings.name, settings.run_dir, settings.log_level, limit) as process:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         uvloop.run(_serve(settings, process))
 
@@ -105,7 +108,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             access_log=False,
             server_header=False,
             date_header=False,
-            timeout_graceful_shutdown=int(settings.shutdown_timeout + LAST_WORDS) + 1,
+            timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS,  # type: ignore[arg-type]  # fractions work
         )
     )
 
@@ -117,7 +120,10 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         loop.call_later(settings.shutdown_timeout, client.end_streams, error)
 
     try:
-        await client.start()
+        try:
+            await client.start()
+        except (BundleError, TokenizerError) as error:
+            raise CannotRun(f"tokenizer {settings.tokenizer}: {error}") from None
         loop.add_reader(process.stop_fd, stop)
         beat = loop.create_task(_beat(client, process, publisher))
         serving = loop.create_task(server.serve([listener]))
@@ -147,7 +153,7 @@ async def _beat(client: Client, process: Service, publisher: Publisher) -> None:
 
 
 def _listen(settings: FrontendSettings) -> socket.socket:
-    """The listening socket: the one handed over, or a new one. Raises RunDirError if the port is not to be had."""
+    """The listening socket: the one handed over, or a new one. Raises CannotRun if the port is not to be had."""
     if settings.listen_fd >= 0:
         listener = socket.socket(fileno=settings.listen_fd)
         listener.setblocking(False)
@@ -158,7 +164,7 @@ def _listen(settings: FrontendSettings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise RunDirError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        raise CannotRun(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener

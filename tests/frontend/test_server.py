@@ -1,0 +1,199 @@
+"""The frontend as a process, over real sockets in front and behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from protocol.messages import Abort, Done
+from protocol.rundir import RunDir
+from tests.frontend.fakes import Engine, scheduler_thread, text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A private run directory whose path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as path:
+        yield Path(path)
+
+
+class Frontend:
+    """A running `python -m frontend`."""
+
+    def __init__(self, run_dir: Path, *flags: str, pass_fds: tuple[int, ...] = ()) -> None:
+        command = [sys.executable, "-P", "-m", "frontend", "--run-dir", str(run_dir), "--port", "0", *flags]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds, env=environment, cwd=ROOT
+        )
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line.startswith("listening on http://"):
+            self.process.kill()
+            raise AssertionError(f"no address but {line!r}: {self.process.communicate()[1]}")
+        self.url = line.split()[-1]
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 20
+        while httpx.get(self.url + "/ready").status_code != 200:
+            assert time.monotonic() < deadline, "never ready"
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(15)
+
+
+@contextlib.contextmanager
+def frontend(run_dir: Path, *flags: str, pass_fds: tuple[int, ...] = ()) -> Iterator[Frontend]:
+    running = Frontend(run_dir, *flags, pass_fds=pass_fds)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+@pytest.fixture
+def scheduled(run_dir: Path) -> Iterator[Engine]:
+    """A scheduler in the run directory, behind an engine that can be slowed."""
+    engine = Engine()
+    with scheduler_thread(RunDir(run_dir).frontends, engine, interval=0.01):
+        yield engine
+
+
+@pytest.mark.slow
+def test_it_serves_and_ends_at_once_when_idle(run_dir, scheduled):
+    with frontend(run_dir) as running:
+        running.wait_ready()
+        assert httpx.post(running.url + "/generate", json={"prompt": "x", "max_tokens": 5}).json()["text"] == text(5)
+        with httpx.stream("POST", running.url + "/v1/completions", json={"prompt": "x", "max_tokens": 5, "stream": True}) as response:
+            lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+        assert lines[-1] == "data: [DONE]"
+        assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1]) == text(5)
+        start = time.monotonic()
+        assert running.stop() == 0
+        assert time.monotonic() - start < 2.5, "nothing was running: no reason to wait out the shutdown timeout"
+    assert [record for record in RunDir(run_dir).services() if record.role == "frontend"] == []
+
+
+@pytest.mark.slow
+def test_sigterm_lets_short_streams_finish_and_ends_long_ones_with_an_error(run_dir, scheduled):
+    with frontend(run_dir, "--shutdown-timeout", "1.5") as running:
+        running.wait_ready()
+        bodies: dict[int, str] = {}
+
+        def ask(tokens: int) -> None:
+            body = {"prompt": "x", "max_tokens": tokens, "stream": True}
+            bodies[tokens] = httpx.post(running.url + "/v1/completions", json=body, timeout=20).text
+
+        threads = [threading.Thread(target=ask, args=(tokens,)) for tokens in (60, 500)]
+        for thread in threads:
+            thread.start()
+        while len(scheduled.live) < 2:
+            time.sleep(0.01)
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(running.url + "/health")
+        for thread in threads:
+            thread.join(15)
+        assert running.process.wait(15) == 0
+    short, long = ([line[6:] for line in bodies[n].splitlines() if line.startswith("data: ")] for n in (60, 500))
+    assert json.loads(short[-2])["choices"][0]["finish_reason"] == "length"
+    assert json.loads(long[-2])["error"]["code"] == "shutting_down"
+    assert short[-1] == long[-1] == "[DONE]"
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_cannot_hold_up_the_end(run_dir, scheduled):
+    scheduled.token = lambda submit, choice, i: ord("\\")  # 7 bytes of JSON a token
+    with frontend(run_dir, "--shutdown-timeout", "0.5") as running:
+        running.wait_ready()
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            body = json.dumps({"prompt": "x", "max_tokens": 500, "stream": True, "n": 100}).encode()
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            while not scheduled.live:
+                time.sleep(0.01)
+            time.sleep(0.5)
+            start = time.monotonic()
+            assert running.stop() == 0
+            assert time.monotonic() - start < 4
+
+
+@pytest.mark.slow
+def test_the_blocks_of_a_client_that_left_are_given_back(run_dir, scheduled):
+    with frontend(run_dir) as running:
+        running.wait_ready()
+        body = {"prompt": "x", "max_tokens": 500, "stream": True}
+        with httpx.stream("POST", running.url + "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+        deadline = time.monotonic() + 5
+        while not any(isinstance(m, Done) for m in scheduled.messages):
+            assert time.monotonic() < deadline, "the scheduler never heard that the client left"
+            time.sleep(0.01)
+        assert any(isinstance(m, Abort) for m in scheduled.messages)
+        assert running.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_socket_handed_over_is_served(run_dir, scheduled):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with frontend(run_dir, "--listen-fd", str(listener.fileno()), pass_fds=(listener.fileno(),)) as running:
+            assert running.url == f"http://127.0.0.1:{port}"
+            assert httpx.get(running.url + "/health").json() == {"status": "ok"}
+            assert running.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_gets_one_clear_line(run_dir):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "frontend", "--run-dir", str(run_dir), "--port", str(port)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    assert done.returncode != 0
+    assert f"127.0.0.1:{port}: Address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_without_a_scheduler_it_waits_says_so_once_and_uses_no_processor(run_dir):
+    with frontend(run_dir) as running:
+        time.sleep(1.0)
+        before = _cpu(running.process.pid)
+        time.sleep(2.0)
+        assert _cpu(running.process.pid) - before < 0.1
+        ready = httpx.get(running.url + "/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "no scheduler has answered yet")
+        assert running.stop() == 0
+        log = (RunDir(run_dir).logs / "frontend-0.log").read_text()
+    assert log.count("waiting for a scheduler") == 1
+
+
+def _cpu(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
