@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.runner import Description, Outcome, Record, Step
-from gpu_worker.slots import UNASSIGNED, BlockTables, PlanError, SealedBlocks, Slots
+from gpu_worker.slots import UNASSIGNED, UNBOUND, BlockTables, PlanError, SealedBlocks, Slots
 from protocol.columns import EMPTY, Int32, pack, pack_floats, unpack
 from protocol.messages import FileChunk, FileRequest, Plan, Ready, Result
 
@@ -108,11 +108,13 @@ class WorkerCore:
         return self._rows(plan, bind_slots, bind_records)
 
     def _release(self, plan: Plan) -> None:
-        for record in unpack(plan.drops).tolist():
-            if self.records.pop(record, None) is None:
-                raise PlanError(plan.step, "drops", f"record {record} is not known")
-        for slot in unpack(plan.frees).tolist():
-            self._slots.free(slot)
+        if plan.drops:
+            for record in unpack(plan.drops).tolist():
+                if self.records.pop(record, None) is None:
+                    raise PlanError(plan.step, "drops", f"record {record} is not known")
+        if plan.frees:
+            for slot in unpack(plan.frees).tolist():
+                self._slots.free(slot)
 
     def _seal(self, plan: Plan) -> None:
         if plan.seals:
@@ -149,6 +151,8 @@ class WorkerCore:
             record = self.records.get(id)
             if record is None:
                 raise PlanError(plan.step, "bind_records", f"record {id} is not known")
+            if generation < 0:
+                raise PlanError(plan.step, "bind_generations", f"{generation} is negative")
             self._slots.bind(slot, generation, record)
             bound.append(record)
         return slots, bound
@@ -165,12 +169,10 @@ class WorkerCore:
 
     def _rows(self, plan: Plan, bind_slots: Int32, bind_records: list[Record]) -> Step:
         slots, starts, counts, outputs = unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), unpack(plan.outputs)
-        ends = starts + counts
         known = np.minimum(np.maximum(self._slots.known[slots] - starts, 0), counts)
         records = self._row_records(plan, slots)
-        if len(slots):
-            self._check_rows(plan, slots, ends, outputs, counts - known)
-        prefill = [records[i].history[starts[i] : starts[i] + known[i]] for i in np.flatnonzero(known).tolist()]
+        self._check_rows(plan, slots, starts + counts, outputs, counts - known)
+        prefill = [records[i].history[starts[i] : starts[i] + known[i]] for i in known.nonzero()[0].tolist()]
         fork_slots = unpack(plan.fork_slots)
         fork_records = [self._record_of(plan, "fork_slots", slot) for slot in fork_slots.tolist()]
         fork_rows = unpack(plan.fork_rows)
@@ -193,24 +195,23 @@ class WorkerCore:
         )
 
     def _row_records(self, plan: Plan, slots: Int32) -> list[Record]:
-        bound = self._slots.records
         named = slots.tolist()
-        records = [bound[slot] for slot in named]
-        if None in records:
-            raise PlanError(plan.step, "slots", f"slot {named[records.index(None)]} has no record")
         if len(set(named)) != len(named):
             raise PlanError(plan.step, "slots", "a slot has two rows")
-        stale = self._slots.generation[slots] != unpack(plan.generations)
-        if stale.any():
-            raise PlanError(plan.step, "generations", f"slot {slots[stale][0]} has another generation")
-        return records
+        held = self._slots.generation[slots]
+        wrong = (held != unpack(plan.generations)) | (held == UNBOUND)
+        if np.count_nonzero(wrong):
+            slot, generation = slots[wrong][0], held[wrong][0]
+            raise PlanError(plan.step, "generations", f"slot {slot} is {f'at {generation}' if generation != UNBOUND else 'not bound'}")
+        return list(map(self._slots.records.__getitem__, named))  # type: ignore[arg-type]  # bound: none is None
 
     def _check_rows(self, plan: Plan, slots: Int32, ends: Int32, outputs: Int32, unknown: Int32) -> None:
-        if int(unknown.max()) > 1:
+        # count_nonzero: on columns this short it takes a quarter of the time of `any` or `max`.
+        if np.count_nonzero(unknown > 1):
             raise PlanError(plan.step, "starts", f"slot {slots[unknown.argmax()]} would read a token that was never sampled")
-        if (self._tables.table[slots, (ends - 1) // self.description.geometry.block_size] == UNASSIGNED).any():
+        if np.count_nonzero(self._tables.table[slots, (ends - 1) // self.description.geometry.block_size] == UNASSIGNED):
             raise PlanError(plan.step, "counts", "a row reaches beyond its block table")
-        if (ends + outputs > self._slots.capacity[slots]).any():
+        if np.count_nonzero(ends + outputs > self._slots.capacity[slots]):
             raise PlanError(plan.step, "outputs", "a row samples beyond its record's max_tokens")
 
     def _record_of(self, plan: Plan, field: str, slot: int) -> Record:
@@ -225,14 +226,16 @@ class WorkerCore:
         """Take what a step sampled into the records, and say it."""
         tokens = outcome.tokens
         taken = tokens >= 0
-        for record, token in zip(step.output_records, tokens.tolist(), strict=True):
+        ids = tokens if taken.all() else tokens[taken]
+        every_row = not step.fork_records and np.count_nonzero(step.outputs) == len(step.outputs)
+        for record, token in zip(step.records if every_row else step.output_records, tokens.tolist(), strict=True):
             if token >= 0:
                 record.append(token)
         self._copied = outcome.copied
         return Result(
             step=step.plan.step,
             counts=pack(taken),
-            ids=pack(tokens[taken]),
+            ids=pack(ids),
             flags=outcome.flags.tobytes(),
             copied=outcome.copied,
             seconds=outcome.seconds,

@@ -14,6 +14,7 @@ from protocol.columns import Int32, pack, unpack
 from protocol.messages import Plan
 
 UNASSIGNED = -1  # entry of a block table that no plan has filled
+UNBOUND = -1  # generation of a slot without a record
 
 
 class PlanError(Exception):
@@ -57,7 +58,7 @@ class Slots:
 
     def __init__(self, slots: int) -> None:
         self.records: list[Record | None] = [None] * slots
-        self.generation: Int32 = np.full(slots, -1, dtype=np.int32)
+        self.generation: Int32 = np.full(slots, UNBOUND, dtype=np.int32)
         self.known: Int32 = np.zeros(slots, dtype=np.int32)
         self.capacity: Int32 = np.zeros(slots, dtype=np.int32)
 
@@ -71,11 +72,12 @@ class Slots:
     def free(self, slot: int) -> None:
         """Unbind a slot. A free slot stays free."""
         self.records[slot] = None
+        self.generation[slot] = UNBOUND
 
     def clear(self) -> None:
         """Unbind all slots: the session is over, and generations with it."""
         self.records = [None] * len(self.records)
-        self.generation.fill(-1)
+        self.generation.fill(UNBOUND)
 
 
 class SealedBlocks:

@@ -283,6 +283,7 @@ def drive(random: Random, count: int, **sizes: int) -> RandomPlanner:
     return planner
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
 def test_random_legal_plans_give_the_expected_streams(seed):
