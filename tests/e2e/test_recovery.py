@@ -22,11 +22,16 @@ def started(clients: Clients, made: Stack) -> None:
 
 def at_rest(made: Stack) -> None:
     """No block is in use and no request is left once the clients are served."""
-    used = 'pagewire_blocks{name="scheduler-0",state="used"}'
-    eventually(lambda: made.metrics().get(used) == 0)
-    metrics = made.metrics()
-    assert metrics['pagewire_requests{name="frontend-0",status="running"}'] == 0
-    assert metrics['pagewire_requests{name="frontend-0",status="failed"}'] == 0
+    quiet = ['pagewire_blocks{name="scheduler-0",state="used"}'] + [
+        f'pagewire_requests{{name="frontend-0",status="{status}"}}' for status in ("waiting", "running")
+    ]
+
+    def resting() -> bool:
+        metrics = made.metrics()
+        return all(metrics.get(name) == 0 for name in quiet)
+
+    eventually(resting)
+    assert made.metrics()['pagewire_requests{name="frontend-0",status="failed"}'] == 0
 
 
 @pytest.mark.parametrize("role", ["worker", "scheduler"])
@@ -54,10 +59,10 @@ def test_streams_survive_the_death_of_worker_and_scheduler_together() -> None:
 
 def test_streams_survive_preemption() -> None:
     with stack() as made:
-        made.up("--runner", "oracle", "--num-gpu-blocks", "24", "--max-model-len", "256", "--max-num-seqs", "8")
+        made.up("--runner", "oracle", "--num-gpu-blocks", "40", "--max-model-len", "512", "--max-num-seqs", "8")
         # Short answers teach the scheduler to expect more of them, so that it admits more than will fit.
         Clients(made.url, mixed_bodies(24, max_tokens=8)).finish()
-        Clients(made.url, mixed_bodies(16)).finish()
+        Clients(made.url, [{**body, "ignore_eos": True} for body in mixed_bodies(16, max_tokens=400)]).finish()
         eventually(lambda: made.metrics()['pagewire_scheduler_preemptions{name="scheduler-0"}'] > 0)
         at_rest(made)
 
