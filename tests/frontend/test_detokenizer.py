@@ -14,7 +14,7 @@ from tokenizers import decoders, models
 from frontend.detokenizer import TextStream
 from frontend.tokenizer import Tokenizer
 from protocol.tokenizer_files import byte_bundle
-from tests.frontend.test_tokenizer import BACKENDS, a_bundle, byte_level_backend, fallback_backend, metaspace_backend, wordpiece_backend
+from tests.frontend.tokenizer_samples import BACKENDS, a_bundle, byte_level_backend, fallback_backend, metaspace_backend, wordpiece_backend
 
 
 @pytest.fixture(scope="module")
