@@ -11,6 +11,8 @@ A steady decode step touches whole columns only; Python visits the rows where so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from protocol.columns import EMPTY, Int32, pack
@@ -19,7 +21,10 @@ from protocol.messages import Admit, Plan
 from scheduler_svc.admission import fits
 from scheduler_svc.frontends import Frontends
 from scheduler_svc.requests import Choice, State
-from scheduler_svc.worker import DECODE, DRAIN, PLANNED, PREFILL, Copy, DecodeRows, InFlight, Worker
+from scheduler_svc.worker import DECODE, DRAIN, PLANNED, PREFILL, Copy, DecodeRows, Index, InFlight, Worker, per_frontend
+
+Entries = tuple[Sequence[int] | Index, Sequence[int] | Int32, Sequence[int] | Int32]  # slots, indices, blocks of tables
+NONE_FILLED: tuple[Index, Int32] = (np.zeros(0, dtype=np.intp), EMPTY)
 
 
 class Planner:
@@ -36,10 +41,11 @@ class Planner:
         self.preempted = False
         # single rows (slot, start, count, outputs), behind the decodes
         self.rows: list[tuple[int, int, int, int]] = []
-        self.decode_slots = EMPTY
-        self.decode_starts = EMPTY
-        self.assign: list[tuple[int, int, int]] = []  # slot, index, block
-        self.share: list[tuple[Int32, Int32, Int32]] = []
+        self.decodes: DecodeRows | None = None
+        self.starts = EMPTY  # of the decodes
+        self.filled: tuple[Index, Int32] = NONE_FILLED
+        self.assign: list[Entries] = []
+        self.share: list[Entries] = []
         self.binds: list[tuple[int, int, int]] = []
         self.admits: list[Admit] = []
         self.forks: list[tuple[int, int]] = []  # row (among the single ones), slot
@@ -51,74 +57,61 @@ class Planner:
         """Make the plan and enter it among those in flight. None if there is nothing to do."""
         worker = self.worker
         self.copies, worker.copies = worker.copies, []
-        decodes = self._decodes()
+        self._decodes()
         self._prefills()
         if not self.preempted and worker.queue:
             self._admissions()
-        if not (self.rows or len(self.decode_slots) or ((worker.has_news or self.copies) and not worker.in_flight)):
+        if not (self.rows or self.decodes or ((worker.has_news or self.copies) and not worker.in_flight)):
             worker.copies = self.copies
             return None
-        return self._assemble(decodes, now)
+        return self._assemble(now)
 
     # ------------------------------------------------------------ 1. running sequences
 
-    def _decodes(self) -> DecodeRows | None:
-        """Plan one token for every decoding slot that has credit, budget and blocks. Returns the rows if they are all."""
-        s = self.worker.slots
+    def _decodes(self) -> None:
+        """Plan one token for every decoding slot that has credit, budget and blocks."""
+        worker, s = self.worker, self.worker.slots
         if self.trial:
-            return None
+            return
         while True:
-            everyone = self._decoding()
-            slots = everyone.slots
-            if not len(slots):
-                return None
-            slots = self._with_credit(everyone)
+            if worker.decoding is None:
+                worker.decoding = worker.rows_of((s.state == DECODE).nonzero()[0])
+            rows = worker.decoding
+            if not len(rows.slots):
+                return
+            slots = self._with_credit(rows)
             if len(slots) > self.budget:
-                turn = self.worker.turn = (self.worker.turn + self.budget) % len(slots)
+                turn = worker.turn = (worker.turn + self.budget) % len(slots)
                 slots = np.roll(slots, -turn)[: self.budget]
-            whole = slots is everyone.slots
-            starts = s.computed[slots]
-            grow = np.flatnonzero(starts >= s.capacity[slots])
-            if len(grow) <= self.worker.blocks.available:
+            if slots is not rows.slots:
+                rows = worker.rows_of(slots)
+            grow = (rows.mask & (s.computed >= s.capacity)).nonzero()[0]
+            if len(grow) <= worker.blocks.available:
                 break
             if not self._preempt(None):
                 # only the oldest is left, or what is about to end holds the blocks: these rows wait for a step
-                grow = grow[np.argsort(self._ages(slots[grow]), kind="stable")][self.worker.blocks.available :]
-                slots = np.delete(slots, grow)
-                whole = False
-                starts = s.computed[slots]
-                grow = np.flatnonzero(starts >= s.capacity[slots])
+                left_out = grow[np.argsort(self._ages(grow), kind="stable")][worker.blocks.available :]
+                rows = worker.rows_of(np.setdiff1d(rows.slots, left_out))
+                grow = np.setdiff1d(grow, left_out)
                 break
         if len(grow):
-            self._grow(slots[grow])
-        self.decode_slots, self.decode_starts = slots, starts
-        self.budget -= len(slots)
-        lengths = s.length[slots] + 1
-        s.length[slots] = lengths
-        s.computed[slots] = starts + 1
-        last = slots[lengths >= s.limit[slots]]
-        credit = everyone.credit if whole else _per_frontend(s.frontend[slots])
-        for index, n in credit:
+            self._grow(grow)
+        self.decodes = rows
+        self.starts = s.computed[rows.slots]
+        self.budget -= len(rows.slots)
+        s.length += rows.mask
+        s.computed += rows.mask
+        for index, n in rows.credit:
             self.credit[index] = self._credit(index) - n
+        if worker.caching:
+            full = (rows.mask & (s.computed == s.capacity)).nonzero()[0]
+            self.filled = (full, s.generation[full])
+        last = (rows.mask & (s.length >= s.limit)).nonzero()[0]
         if len(last):
             s.state[last] = PLANNED
-            self.worker.decoding = None
-        if whole:
-            return everyone
-        return DecodeRows(slots, s.generation[slots], credit, pack(slots), pack(s.generation[slots]), _ones(len(slots)))
+            worker.decoding = None
 
-    def _decoding(self) -> DecodeRows:
-        rows = self.worker.decoding
-        if rows is None:
-            s = self.worker.slots
-            slots = np.flatnonzero(s.state == DECODE).astype(np.int32)
-            generations = s.generation[slots]
-            rows = self.worker.decoding = DecodeRows(
-                slots, generations, _per_frontend(s.frontend[slots]), pack(slots), pack(generations), _ones(len(slots))
-            )
-        return rows
-
-    def _with_credit(self, rows: DecodeRows) -> Int32:
+    def _with_credit(self, rows: DecodeRows) -> Index:
         """The slots whose frontends can take another token; of a frontend that cannot take all, the oldest ones."""
         slots = rows.slots
         for index, n in rows.credit:
@@ -130,12 +123,12 @@ class Planner:
                 self.counters.add("scheduler_rows_without_credit", n - free)
         return slots
 
-    def _ages(self, slots: Int32) -> Int32:
+    def _ages(self, slots: Index) -> Index:
         """Rank of each slot among these, oldest first."""
         choices = self.worker.slots.choice
-        keys = [choices[slot].key for slot in slots.tolist()]
-        ranks = np.empty(len(keys), dtype=np.int32)
-        ranks[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys), dtype=np.int32)
+        keys = [choice.key for choice in (choices[slot] for slot in slots.tolist()) if choice is not None]
+        ranks = np.empty(len(keys), dtype=np.intp)
+        ranks[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys))
         return ranks
 
     def _credit(self, index: int) -> int:
@@ -143,28 +136,27 @@ class Planner:
             self.credit[index] = self.frontends.free(self.frontends.at(index))
         return self.credit[index]
 
-    def _grow(self, slots: Int32) -> None:
+    def _grow(self, slots: Index) -> None:
         """One more block for each of these slots."""
         s = self.worker.slots
-        taken = self.worker.blocks.take(len(slots))
+        taken = np.array(self.worker.blocks.take(len(slots)), dtype=np.int32)
         indices = s.blocks[slots]
         s.table[slots, indices] = taken
         s.blocks[slots] = indices + 1
         s.capacity[slots] += self.worker.block_size
-        self.assign += zip(slots.tolist(), indices.tolist(), taken, strict=True)
+        self.assign.append((slots, indices, taken))
 
     def _prefills(self) -> None:
         """The next chunk of every prefill that is under way, oldest first."""
-        s = self.worker.slots
-        slots = np.flatnonzero(s.state == PREFILL)
-        if not len(slots):
+        worker = self.worker
+        if not worker.prefilling:
             return
-        for slot in sorted(slots.tolist(), key=lambda slot: s.choice[slot].key):  # type: ignore[union-attr]
+        under_way = [choice for choice in (worker.slots.choice[slot] for slot in worker.prefilling) if choice is not None]
+        for choice in sorted(under_way, key=lambda choice: choice.key):
             if self.budget <= 0:
                 break
-            choice = s.choice[slot]
-            if s.state[slot] == PREFILL and choice is not None and choice.request.trial == self.trial:
-                self._chunk(slot)  # if it was not preempted for an older one meanwhile
+            if choice.slot in worker.prefilling and choice.request.trial == self.trial:
+                self._chunk(choice.slot)  # if it was not preempted for an older one meanwhile
 
     def _chunk(self, slot: int) -> bool:
         """Plan the slot's next chunk, as much of it as budget and blocks allow. False if that is nothing."""
@@ -210,7 +202,7 @@ class Planner:
         s.table[slot, first:last] = blocks
         s.blocks[slot] = last
         s.capacity[slot] = last * self.worker.block_size
-        self.assign += zip([slot] * len(blocks), range(first, last), blocks, strict=True)
+        self.assign.append(([slot] * len(blocks), range(first, last), blocks))
 
     def _publish(self, slot: int, first: int, last: int) -> None:
         """Blocks first … last − 1 of the slot are full with this plan: later rows may share them from here on."""
@@ -227,6 +219,7 @@ class Planner:
         s = self.worker.slots
         s.length[slot] = length + 1
         s.state[slot] = PLANNED if length + 1 >= s.limit[slot] else DECODE
+        self.worker.prefilling.discard(slot)
         self.worker.decoding = None
 
     def _fork(self, parent: Choice, row: int, length: int) -> None:
@@ -266,7 +259,7 @@ class Planner:
             s.table[slot, :n] = blocks
             s.blocks[slot] = n
             s.capacity[slot] = n * self.worker.block_size
-            self.share.append((np.full(n, slot, dtype=np.int32), np.arange(n, dtype=np.int32), blocks.copy()))
+            self.share.append(([slot] * n, range(n), blocks.tolist()))
 
     def _bind(self, choice: Choice) -> int:
         """A slot for a choice, a record for it if its worker has none."""
@@ -291,7 +284,7 @@ class Planner:
         held = np.flatnonzero((s.state == PREFILL) | (s.state == DECODE)).tolist()
         choices = [c for c in (s.choice[slot] for slot in held) if c is not None]
         oldest = min((c.key for c in choices if not self._owes(c)), default=None)
-        planned = {row[0] for row in self.rows}.union(self.decode_slots.tolist())
+        planned = {row[0] for row in self.rows}.union(self.decodes.slots.tolist() if self.decodes else ())
         victims = [c for c in choices if c.key != oldest and c.slot not in planned and s.blocks[c.slot] and self._yields(c, claimant)]
         if not victims:
             return False
@@ -383,80 +376,90 @@ class Planner:
         self.worker.blocks.release([copy.source for copy in self.copies])
         return [copy for copy in self.copies if s.generation[copy.slot] == copy.generation and s.state[copy.slot] != DRAIN]
 
-    def _assemble(self, decodes: DecodeRows | None, now: float) -> Plan:
-        worker, s, size = self.worker, self.worker.slots, self.worker.block_size
+    def _assemble(self, now: float) -> Plan:
+        worker, s, decodes = self.worker, self.worker.slots, self.decodes
         worker.step += 1
         copies = self._living_copies()
         seals = [(block, name) for block, name in worker.seals if worker.blocks.hash_of[block] == name]
         if decodes is None:
-            slots = generations = starts = EMPTY
-            packed_slots = packed_generations = packed_ones = b""
-            credit: list[tuple[int, int]] = []
-        else:
-            slots, generations, starts = decodes.slots, decodes.generations, self.decode_starts
-            packed_slots, packed_generations, packed_ones = decodes.packed_slots, decodes.packed_generations, decodes.packed_ones
-            credit = decodes.credit
-        packed_starts, packed_counts, packed_outputs = pack(starts), packed_ones, packed_ones
-        filled = np.flatnonzero((starts + 1) % size == 0) if self.caching else EMPTY
-        flight = InFlight(worker.step, slots, generations, credit)
-        if len(filled):
-            flight.filled = (slots[filled], generations[filled], starts[filled] + 1)
-        flight.pending = self.pending
-        flight.row_slots, flight.row_generations = slots, generations
-        fork_rows = fork_slots = EMPTY
+            decodes = worker.rows_of(np.zeros(0, dtype=np.intp))
+        packed = [decodes.slots_packed, decodes.generations_packed, pack(self.starts), decodes.ones_packed, decodes.ones_packed]
+        flight = InFlight(
+            step=worker.step,
+            version=worker.version,
+            slots=decodes.slots,
+            generations=decodes.generations,
+            credit=decodes.credit,
+            decoding=decodes,
+            filled=self.filled,
+            pending=self.pending,
+            row_slots=decodes.slots,
+            row_generations=decodes.generations,
+        )
+        fork_rows, fork_slots = [len(decodes.slots) + row for row, _ in self.forks], [slot for _, slot in self.forks]
         if self.rows:
-            single = np.array(self.rows, dtype=np.int32).T
-            extra = s.generation[single[0]]
-            fork_rows = np.array([len(slots) + row for row, _ in self.forks], dtype=np.int32)
-            fork_slots = np.array([slot for _, slot in self.forks], dtype=np.int32)
-            sampling = single[0][single[3] > 0]
-            packed_slots += pack(single[0])
-            packed_generations += pack(extra)
-            packed_starts += pack(single[1])
-            packed_counts += pack(single[2])
-            packed_outputs += pack(single[3])
-            flight.row_slots = np.concatenate((slots, single[0]))
-            flight.row_generations = np.concatenate((generations, extra))
-            flight.slots = np.concatenate((slots, sampling, fork_slots))
+            slots, starts, counts, outputs = np.array(self.rows, dtype=np.int32).T
+            generations = s.generation[slots]
+            packed = [a + pack(b) for a, b in zip(packed, (slots, generations, starts, counts, outputs), strict=True)]
+            flight.row_slots = np.concatenate((decodes.slots, slots))
+            flight.row_generations = np.concatenate((decodes.generations, generations))
+            flight.slots = np.concatenate((decodes.slots, slots[outputs > 0], np.array(fork_slots, dtype=np.intp)))
             flight.generations = s.generation[flight.slots]
-            flight.credit = _per_frontend(s.frontend[flight.slots])
+            flight.credit = per_frontend(s.frontend[flight.slots])
+            flight.decoding = None
         for index, n in flight.credit:
             self.frontends.at(index).in_flight += n
         if not worker.in_flight:
             worker.heard = now
         worker.in_flight.append(flight)
-        assign = np.array(self.assign, dtype=np.int32).reshape(-1, 3)
-        share = tuple(np.concatenate(column) for column in zip(*self.share, strict=True)) if self.share else (EMPTY,) * 3
-        bind = np.array(self.binds, dtype=np.int32).reshape(-1, 3)
+        assign, share, bind = _entries(self.assign), _entries(self.share), _columns(self.binds)
         plan = Plan(
             step=worker.step,
-            drops=pack(worker.drops),
-            frees=pack(worker.frees),
-            seals=pack([block for block, _ in seals]),
+            drops=_column(worker.drops),
+            frees=_column(worker.frees),
+            seals=_column([block for block, _ in seals]),
             seal_hashes=b"".join([name for _, name in seals]),
-            withdrawals=pack(worker.withdrawals),
+            withdrawals=_column(worker.withdrawals),
             admits=self.admits,
-            bind_slots=pack(bind[:, 0]),
-            bind_generations=pack(bind[:, 1]),
-            bind_records=pack(bind[:, 2]),
-            assign_slots=pack(assign[:, 0]),
-            assign_indices=pack(assign[:, 1]),
-            assign_blocks=pack(assign[:, 2]),
-            share_slots=pack(share[0]),
-            share_indices=pack(share[1]),
-            share_blocks=pack(share[2]),
-            copy_from=pack([copy.source for copy in copies]),
-            copy_to=pack([copy.target for copy in copies]),
-            slots=packed_slots,
-            generations=packed_generations,
-            starts=packed_starts,
-            counts=packed_counts,
-            outputs=packed_outputs,
-            fork_rows=pack(fork_rows),
-            fork_slots=pack(fork_slots),
+            bind_slots=bind[0],
+            bind_generations=bind[1],
+            bind_records=bind[2],
+            assign_slots=assign[0],
+            assign_indices=assign[1],
+            assign_blocks=assign[2],
+            share_slots=share[0],
+            share_indices=share[1],
+            share_blocks=share[2],
+            copy_from=_column([copy.source for copy in copies]),
+            copy_to=_column([copy.target for copy in copies]),
+            slots=packed[0],
+            generations=packed[1],
+            starts=packed[2],
+            counts=packed[3],
+            outputs=packed[4],
+            fork_rows=_column(fork_rows),
+            fork_slots=_column(fork_slots),
         )
         worker.drops, worker.frees, worker.seals, worker.withdrawals = [], [], [], []
         return plan
+
+
+def _column(values: Sequence[int]) -> bytes:
+    """Most columns of most plans are empty."""
+    return pack(values) if values else b""
+
+
+def _columns(entries: list[tuple[int, int, int]]) -> tuple[bytes, bytes, bytes]:
+    if not entries:
+        return b"", b"", b""
+    first, second, third = np.array(entries, dtype=np.int32).T
+    return pack(first), pack(second), pack(third)
+
+
+def _entries(parts: list[Entries]) -> tuple[bytes, bytes, bytes]:
+    """Columns of slots, indices and blocks."""
+    first, second, third = ([np.asarray(part[i], dtype="<i4").tobytes() for part in parts] for i in range(3))
+    return b"".join(first), b"".join(second), b"".join(third)
 
 
 def preempt(worker: Worker, choice: Choice) -> None:
@@ -469,6 +472,7 @@ def preempt(worker: Worker, choice: Choice) -> None:
         return
     worker.drop_blocks(slot)
     s.state[slot] = DRAIN
+    worker.prefilling.discard(slot)
     s.computed[slot] = 0
     choice.state = State.DRAINING
     worker.draining.add(slot)
@@ -480,13 +484,3 @@ def detach_forks(worker: Worker, choice: Choice) -> None:
     for sibling in choice.forks:
         worker.queue.add(sibling)
     choice.forks = []
-
-
-def _per_frontend(indices: Int32) -> list[tuple[int, int]]:
-    """(frontend index, rows) of a column."""
-    counts = np.bincount(indices)
-    return [(i, int(counts[i])) for i in np.flatnonzero(counts).tolist()]
-
-
-def _ones(n: int) -> bytes:
-    return np.ones(n, dtype="<i4").tobytes()

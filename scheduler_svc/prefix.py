@@ -21,7 +21,7 @@ class Hasher:
 
     def __init__(self, key: bytes) -> None:
         # copying a keyed state costs 0.5 µs a block; keying anew costs 0.8
-        self._keyed = hashlib.blake2b(key=key, digest_size=NAME_SIZE)
+        self.keyed = hashlib.blake2b(key=key, digest_size=NAME_SIZE)
 
     def root(self, salt: bytes) -> bytes:
         """The parent of a sequence's first block."""
@@ -29,7 +29,7 @@ class Hasher:
 
     def name(self, parent: bytes, tokens: bytes) -> bytes:
         """The name of a block with these packed tokens behind `parent`."""
-        state = self._keyed.copy()
+        state = self.keyed.copy()
         state.update(parent + tokens)
         return state.digest()
 

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from protocol.columns import EMPTY, Int32, pack, unpack, unpack_floats
+from protocol.columns import Int32, pack, unpack, unpack_floats
 from protocol.messages import DEAD, NAN, STOPPED, Result, Tokens
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.requests import Choice
-from scheduler_svc.worker import DRAIN, InFlight, Worker
+from scheduler_svc.worker import DRAIN, DecodeRows, Index, InFlight, Worker, per_frontend
+
+NO_LOGPROBS = (b"", b"", b"", b"")
+NO_SLOTS: Index = np.zeros(0, dtype=np.intp)
 
 
 class BadResult(Exception):
@@ -25,7 +28,7 @@ class Taken:
     ended: list[Choice] = field(default_factory=list)  # by a stop id or their length; still bound
     nan: list[Choice] = field(default_factory=list)
     drained: list[Choice] = field(default_factory=list)  # preempted, all rows acknowledged; unbound, in no queue yet
-    slots: Int32 = field(default_factory=lambda: EMPTY)  # that got a token
+    slots: Index = field(default_factory=lambda: NO_SLOTS)  # that got a token
     ownerless: int = 0  # rows whose choice has ended meanwhile
 
 
@@ -37,28 +40,40 @@ def take(worker: Worker, result: Result, frontends: Frontends) -> Taken:
         raise BadResult(f"step {result.step} with {len(result.flags)} outputs, where step {flight.step} has {outputs}")
     taken = Taken()
     slots, ids = flight.slots, unpack(result.ids)
-    rows: Int32 | None = None
-    live = s.generation[slots] == flight.generations
+    rows: Index | None = None
     flagged: list[tuple[int, int]] = []
-    if len(ids) != outputs or result.flags.count(0) != outputs or not live.all():
+    untouched = worker.version == flight.version
+    if not untouched or len(ids) != outputs or result.flags.count(0) != outputs:
+        live = s.generation[slots] == flight.generations
         counts, flags = unpack(result.counts), np.frombuffer(result.flags, dtype=np.uint8)
-        flagged = [(int(slots[i]), int(flags[i])) for i in np.flatnonzero(live & (flags > 0)).tolist()]
+        flagged = [(int(slots[i]), int(flags[i])) for i in (live & (flags > 0)).nonzero()[0].tolist()]
         if any(flag & DEAD for _, flag in flagged) or (live & (counts == 0) & (flags & NAN == 0)).any():
             raise BadResult(f"step {result.step} has no token for a sequence that lives")
         taken.ownerless = int(outputs - live.sum())
-        rows = np.flatnonzero(live & (counts > 0)).astype(np.int32)
+        rows = (live & (counts > 0)).nonzero()[0]
         ids = ids[(np.cumsum(counts) - counts)[rows]]
         slots = slots[rows]
     worker.in_flight.popleft()
     for index, n in flight.credit:
         frontends.at(index).in_flight -= n
     taken.slots = slots
-    if len(slots):
+    decoding = flight.decoding if rows is None else None
+    if decoding is not None and len(slots):
+        firsts = s.known[slots]
+        s.flat_history[decoding.base + firsts] = ids
+        s.known += decoding.mask
+        if len(flight.credit) == 1:
+            _tell(result, frontends.at(flight.credit[0][0]), worker, taken, decoding, ids, firsts - decoding.prompts)
+        else:
+            _tell_each(worker, result, frontends, taken, slots, ids, firsts, None)
+        last = (decoding.mask & (s.known >= s.limit)).nonzero()[0]
+        taken.ended = [c for c in (s.choice[slot] for slot in last.tolist()) if c is not None]
+    elif len(slots):
         firsts = s.known[slots]
         ends = firsts + 1
         s.history[slots, firsts] = ids
         s.known[slots] = ends
-        _tell(worker, result, frontends, taken, slots, ids, firsts, rows)
+        _tell_each(worker, result, frontends, taken, slots, ids, firsts, rows)
         last = slots[ends >= s.limit[slots]]
         taken.ended = [c for c in (s.choice[slot] for slot in last.tolist()) if c is not None]
     for slot, flag in flagged:
@@ -82,73 +97,112 @@ def take(worker: Worker, result: Result, frontends: Frontends) -> Taken:
 
 def _seal(worker: Worker, flight: InFlight) -> None:
     """Name the blocks that decoding filled in this step. Their last token has been known since the step before."""
-    s, blocks, size = worker.slots, worker.blocks, worker.block_size
-    slots, generations, ends = flight.filled
-    live = np.flatnonzero((s.generation[slots] == generations) & (s.state[slots] != DRAIN))
-    slots, ends = slots[live], ends[live]
-    packed = s.history[slots[:, None], (ends - size)[:, None] + np.arange(size, dtype=np.int32)].tobytes()
-    full = s.table[slots, ends // size - 1].tolist()
-    name_of, width, names, hash_of, seal = worker.hasher.name, 4 * size, s.names, blocks.hash_of, worker.seals.append
-    offset = 0
-    for slot, block in zip(slots.tolist(), full, strict=True):
-        chain = names[slot]
-        choice = s.choice[slot]
-        assert choice is not None
-        name = name_of(chain[-1] if chain else choice.request.root, packed[offset : offset + width])
+    s = worker.slots
+    slots, generations = flight.filled
+    if worker.version != flight.version or worker.draining:
+        slots = slots[(s.generation[slots] == generations) & (s.state[slots] != DRAIN)]
+    names = [s.names[slot] for slot in slots.tolist()]
+    indices = np.array([len(chain) for chain in names], dtype=np.intp)
+    packed = s.block_history[slots, indices].tobytes()
+    full = s.table[slots, indices].tolist()
+    by_hash, hash_of, copy = worker.blocks.by_hash, worker.blocks.hash_of, worker.hasher.keyed.copy
+    width, offset = 4 * worker.block_size, 0
+    for slot, chain, block in zip(slots.tolist(), names, full, strict=True):
+        state = copy()
+        state.update((chain[-1] if chain else _root(worker, slot)) + packed[offset : offset + width])
+        name = state.digest()
         chain.append(name)
         offset += width
-        if hash_of[block] is None and blocks.register(block, name):
-            seal((block, name))
+        if name not in by_hash and hash_of[block] is None:
+            worker.blocks.register(block, name)
+            worker.seals.append((block, name))
 
 
-def _tell(
+def _root(worker: Worker, slot: int) -> bytes:
+    choice = worker.slots.choice[slot]
+    assert choice is not None
+    return choice.request.root
+
+
+def _tell(result: Result, frontend: Frontend, worker: Worker, taken: Taken, rows: DecodeRows, ids: Int32, firsts: Int32) -> None:
+    """The message of a step that decodes for one frontend only: most of it is packed already."""
+    if not frontend.session:
+        _mute(worker, frontend, rows.slots)
+        return
+    logprobs = _logprobs(result, None) if result.lp_counts else NO_LOGPROBS
+    admitted, cached = _admitted(frontend)
+    message = Tokens(
+        handles=rows.handles_packed,
+        choices=rows.indices_packed,
+        firsts=firsts.tobytes(),
+        counts=rows.ones_packed,
+        ids=result.ids,
+        lp_counts=logprobs[0],
+        lp_ids=logprobs[1],
+        lp_values=logprobs[2],
+        lp_ranks=logprobs[3],
+        admitted=admitted,
+        cached=cached,
+    )
+    taken.tokens.append((frontend, message, len(ids)))
+
+
+def _tell_each(
     worker: Worker,
     result: Result,
     frontends: Frontends,
     taken: Taken,
-    slots: Int32,
+    slots: Index,
     ids: Int32,
     firsts: Int32,
-    rows: Int32 | None,
+    rows: Index | None,
 ) -> None:
-    """One Tokens message per frontend that got any."""
+    """One Tokens message per frontend that got any. `rows`: which outputs these are (None: all)."""
     s = worker.slots
     owners = s.frontend[slots]
-    firsts = firsts - s.prompt[slots]
-    if (owners == owners[0]).all():
-        groups: list[tuple[int, Int32 | None]] = [(int(owners[0]), None)]
-    else:
-        groups = [(index, np.flatnonzero(owners == index).astype(np.int32)) for index in np.unique(owners).tolist()]
-    for index, group in groups:
+    for index, n in per_frontend(owners):
         frontend = frontends.at(index)
-        some = slots if group is None else slots[group]
+        group = (owners == index).nonzero()[0] if n < len(slots) else np.arange(n)
+        theirs = slots[group]
         if not frontend.session:
-            for slot in some.tolist():
-                choice = s.choice[slot]
-                assert choice is not None
-                choice.request.unsent += 1
-            frontend.unsent += len(some)
+            _mute(worker, frontend, theirs)
             continue
-        at = rows if group is None else group if rows is None else rows[group]
-        logprobs = _logprobs(result, at) if result.lp_counts else (b"", b"", b"", b"")
-        admitted, frontend.admitted = frontend.admitted, []
+        logprobs = _logprobs(result, group if rows is None else rows[group]) if result.lp_counts else NO_LOGPROBS
+        admitted, cached = _admitted(frontend)
         message = Tokens(
-            handles=s.handle[some].tobytes(),
-            choices=s.index[some].tobytes(),
-            firsts=(firsts if group is None else firsts[group]).tobytes(),
-            counts=_ones(len(some)),
-            ids=(ids if group is None else ids[group]).tobytes(),
+            handles=pack(s.handle[theirs]),
+            choices=pack(s.index[theirs]),
+            firsts=pack(firsts[group] - s.prompt[theirs]),
+            counts=np.ones(n, dtype="<i4").tobytes(),
+            ids=pack(ids[group]),
             lp_counts=logprobs[0],
             lp_ids=logprobs[1],
             lp_values=logprobs[2],
             lp_ranks=logprobs[3],
-            admitted=pack([handle for handle, _ in admitted]),
-            cached=pack([cached for _, cached in admitted]),
+            admitted=admitted,
+            cached=cached,
         )
-        taken.tokens.append((frontend, message, len(some)))
+        taken.tokens.append((frontend, message, n))
 
 
-def _logprobs(result: Result, rows: Int32 | None) -> tuple[bytes, bytes, bytes, bytes]:
+def _mute(worker: Worker, frontend: Frontend, slots: Index) -> None:
+    """Tokens for a frontend whose session has ended: known, and unsent until somebody names the request."""
+    for slot in slots.tolist():
+        choice = worker.slots.choice[slot]
+        assert choice is not None
+        choice.request.unsent += 1
+    frontend.unsent += len(slots)
+
+
+def _admitted(frontend: Frontend) -> tuple[bytes, bytes]:
+    """Who has been admitted since the last message, and with how many tokens from the cache."""
+    if not frontend.admitted:
+        return b"", b""
+    told, frontend.admitted = frontend.admitted, []
+    return pack([handle for handle, _ in told]), pack([cached for _, cached in told])
+
+
+def _logprobs(result: Result, rows: Index | None) -> tuple[bytes, bytes, bytes, bytes]:
     """The logprob columns of some outputs (None: all)."""
     if rows is None:
         return result.lp_counts, result.lp_ids, result.lp_values, result.lp_ranks
@@ -163,10 +217,3 @@ def _logprobs(result: Result, rows: Int32 | None) -> tuple[bytes, bytes, bytes, 
         unpack_floats(result.lp_values)[pick].tobytes(),
         pack(unpack(result.lp_ranks)[np.repeat(wanted, ranks)]),
     )
-
-
-_ONES = np.ones(4096, dtype="<i4").tobytes()
-
-
-def _ones(n: int) -> bytes:
-    return _ONES[: 4 * n] if n <= 4096 else np.ones(n, dtype="<i4").tobytes()

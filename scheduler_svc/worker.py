@@ -12,12 +12,13 @@ A row computes tokens computed … length − 1, and samples the next one if it 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from protocol.columns import EMPTY, Int32
+from protocol.columns import Int32, pack
 from protocol.messages import Geometry
 from scheduler_svc.blocks import BlockManager
 from scheduler_svc.prefix import Chain, Hasher
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
     from scheduler_svc.frontends import Frontend
     from scheduler_svc.models import Model
 
+Index = npt.NDArray[np.intp]
+
 FREE, PREFILL, DECODE, PLANNED, DRAIN = range(5)
 # PREFILL: more than its last token to compute; DECODE: one token a step; PLANNED: its last row is in flight;
 # DRAIN: preempted, waiting for its last row
 
 
 class Slots:
-    """Columns of shape [slots], int32; `history` int32 [slots, max_model_len + 1]; `table` int32 [slots, width]."""
+    """Columns of shape [slots], int32; `history` int32 [slots, more than max_model_len]; `table` int32 [slots, width]."""
 
     def __init__(self, geometry: Geometry, slots: int) -> None:
         self.count = slots
@@ -45,10 +48,34 @@ class Slots:
         self.handle, self.index, self.frontend, self.priority = columns[9:]
         self.table = np.zeros((slots, geometry.table_width), dtype=np.int32)
         # zeros are not touched, so the memory is only used as far as sequences reach
-        self.history = np.zeros((slots, geometry.max_model_len + 1), dtype=np.int32)
+        width = geometry.table_width * geometry.block_size + geometry.block_size
+        self.history = np.zeros((slots, width), dtype=np.int32)
+        self.flat_history = self.history.reshape(-1)
+        self.block_history = self.history.reshape(slots, -1, geometry.block_size)
         self.choice: list[Choice | None] = [None] * slots
         self.names: list[list[bytes]] = [[] for _ in range(slots)]  # of the slot's full blocks, in order
         self.free = list(range(slots - 1, -1, -1))
+
+
+@dataclass(slots=True)
+class DecodeRows:
+    """Slots that decode together, with whatever their messages need of them that does not change from step to step.
+
+    Arrays have shape [rows], in the order of the slots; `mask` has shape [slots] and is 1 at these: adding it to a
+    column moves all of them for a quarter of the cost of indexing.
+    """
+
+    slots: Index
+    mask: Int32
+    generations: Int32
+    credit: list[tuple[int, int]]  # (frontend index, rows)
+    prompts: Int32  # lengths
+    base: Index  # where each slot's history begins in the flat one
+    slots_packed: bytes
+    generations_packed: bytes
+    ones_packed: bytes
+    handles_packed: bytes
+    indices_packed: bytes
 
 
 @dataclass(slots=True)
@@ -56,26 +83,15 @@ class InFlight:
     """A plan until its result has come. Arrays have shape [outputs], in the result's order."""
 
     step: int
-    slots: Int32
+    version: int  # the worker's, when the plan was made: equal to the present one, every row still has its owner
+    slots: Index
     generations: Int32
     credit: list[tuple[int, int]]  # (frontend index, sampling rows)
-    pending: list[tuple[int, bytes]] = field(default_factory=list)  # prompt blocks that this step fills
-    # decode rows that fill a block: (slot, generation, computed tokens then)
-    filled: tuple[Int32, Int32, Int32] = (EMPTY, EMPTY, EMPTY)
-    row_slots: Int32 = field(default_factory=lambda: EMPTY)
-    row_generations: Int32 = field(default_factory=lambda: EMPTY)
-
-
-@dataclass(slots=True)
-class DecodeRows:
-    """The decoding slots, kept from step to step until one joins or leaves."""
-
-    slots: Int32
-    generations: Int32
-    credit: list[tuple[int, int]]
-    packed_slots: bytes
-    packed_generations: bytes
-    packed_ones: bytes
+    decoding: DecodeRows | None  # the rows, if the step does nothing else
+    filled: tuple[Index, Int32]  # decoding slots whose last block this step fills, and their generations
+    pending: list[tuple[int, bytes]]  # prompt blocks that this step fills
+    row_slots: Index  # every row's, sampling or not
+    row_generations: Int32
 
 
 @dataclass(slots=True)
@@ -99,7 +115,9 @@ class Worker:
         self.fenced = False  # its session is about to be ended
         self.hung = False  # for want of progress
         self.watched = False  # a timer will judge its progress
+        self.prefilling: set[int] = set()  # slots in PREFILL
         self.draining: set[int] = set()  # slots in DRAIN
+        self.version = 0  # moves when a slot loses its owner, or its owner changes frontends
         self.queue = Queue()
         self.in_flight: deque[InFlight] = deque()
         self.step = 0
@@ -170,12 +188,33 @@ class Worker:
         s.frontend[slot] = request.frontend.index
         s.priority[slot] = request.priority
         s.state[slot] = PREFILL
+        self.prefilling.add(slot)
         choice.slot = slot
         choice.state = State.RUNNING
         if choice.worker is not self:
             choice.worker = self
             choice.cached_record = 0
         return slot
+
+    def rows_of(self, slots: Index) -> DecodeRows:
+        """What a step needs to know of these decoding slots."""
+        s = self.slots
+        generations, narrow = s.generation[slots], slots.astype(np.int32)
+        mask = np.zeros(s.count, dtype=np.int32)
+        mask[slots] = 1
+        return DecodeRows(
+            slots=slots,
+            mask=mask,
+            generations=generations,
+            credit=per_frontend(s.frontend[slots]),
+            prompts=s.prompt[slots],
+            base=slots * s.history.shape[1],
+            slots_packed=pack(narrow),
+            generations_packed=pack(generations),
+            ones_packed=np.ones(len(slots), dtype="<i4").tobytes(),
+            handles_packed=pack(s.handle[slots]),
+            indices_packed=pack(s.index[slots]),
+        )
 
     def unbind(self, slot: int) -> Choice:
         """Take the slot from its choice at once. Rows still in flight for it have no owner any more."""
@@ -186,8 +225,9 @@ class Worker:
         # the names found so far are kept for its return; a preempted sequence hashes no block twice
         names = s.names[slot]
         self.drop_blocks(slot)
-        if s.state[slot] == DRAIN:
-            self.draining.discard(slot)
+        self.prefilling.discard(slot)
+        self.draining.discard(slot)
+        self.version += 1
         s.choice[slot] = None
         s.names[slot] = []
         s.state[slot] = FREE
@@ -224,6 +264,7 @@ class Worker:
                 old.in_flight -= 1
                 new.in_flight += 1
         self.decoding = None
+        self.version += 1
 
     def drop_record(self, choice: Choice) -> None:
         """The choice will not come back to this worker."""
@@ -253,9 +294,16 @@ class Worker:
             references += s.table[slot, :n].tolist()
             assert s.capacity[slot] == n * self.block_size
             assert s.known[slot] <= s.length[slot] <= s.limit[slot]
+            assert (slot in self.prefilling, slot in self.draining) == (s.state[slot] == PREFILL, s.state[slot] == DRAIN)
             if s.state[slot] != DRAIN:
                 assert s.computed[slot] <= s.capacity[slot], "tokens computed beyond the table"
             assert s.frontend[slot] == choice.request.frontend.index
             assert s.handle[slot] == choice.request.handle
         assert sorted(s.free) == [i for i in range(s.count) if s.choice[i] is None], "the free slots are not those without owner"
         self.blocks.check(references)
+
+
+def per_frontend(indices: Int32) -> list[tuple[int, int]]:
+    """(frontend index, rows) of a column."""
+    counts = np.bincount(indices)
+    return [(i, int(counts[i])) for i in counts.nonzero()[0].tolist()]
