@@ -1,0 +1,195 @@
+"""The runner on a card, in process: the rows of TARGETS' first table without links, scheduler or text.
+
+    python -m benchmarks.gpu_runner --shape FOLDER [--rows step,long,prefill,w1,shared] [--json OUT]
+
+FOLDER holds a config.json; weights are random. The plans come from `gpu_player.py` with two steps in flight, so a figure
+holds the worker's main thread and the card, and nothing else: the goal's own figures go through three processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_player import Player, Sequence
+from gpu_worker.cuda.engine import Engine, Options
+from gpu_worker.cuda.weights import load_weights
+from gpu_worker.loading.config import from_json
+from gpu_worker.loading.dummy import DummyTensors
+from gpu_worker.loading.source import Shard
+
+ROWS = ("step", "long", "prefill", "w1", "shared")
+
+
+class Bench:
+    """An engine and a player, and what they measured."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.player = Player(engine)
+        self.rng = np.random.default_rng(0)
+        self.out: dict[str, float] = {}
+
+    def prompts(self, count: int, length: int) -> list[np.ndarray]:
+        return [self.rng.integers(0, 10000, length, dtype=np.int32) for _ in range(count)]
+
+    def run(self, prompts: list[np.ndarray], steps: int, reuse: list[Sequence] | None = None) -> tuple[float, float, list[Sequence]]:
+        """Prefill and `steps − 1` decode steps; wall seconds of all, of the prefill, and the sequences, whose blocks stay."""
+        p = self.player
+        start = time.perf_counter()
+        new = [p.add(t, steps, reuse=reuse[i] if reuse else None) for i, t in enumerate(prompts)]
+        seqs = [s for s, _ in new]
+        p.prefill(new)
+        if steps == 1:
+            p.settle()
+        first = time.perf_counter() - start
+        p.decode(seqs, steps - 1)
+        p.settle()
+        return time.perf_counter() - start, first, seqs
+
+    def release(self, seqs: list[Sequence]) -> None:
+        """Free slots and what was decoded, keep the prompts' full blocks: a prefix cache."""
+        self.drop(seqs, shared=True)
+        for s in seqs:
+            del s.blocks[(len(s.prompt) - 1) // self.engine.geometry.block_size :]
+
+    def drop(self, seqs: list[Sequence], shared: bool = False) -> None:
+        """Free slots and blocks, except the full blocks of the prompt where they are another's."""
+        for s in seqs:
+            self.player.drop([s], but=(len(s.prompt) - 1) // self.engine.geometry.block_size if shared else 0)
+
+    def steps(self) -> None:
+        """Batches of B prompts of 128 ids (cached), 256 greedy tokens each."""
+        for batch in (1, 8, 64):
+            prompts = self.prompts(batch, 128)
+            _, _, kept = self.run(prompts, 256)
+            self.release(kept)
+            walls, marks = [], []
+            for _ in range(3):
+                at = len(self.player.seconds)
+                wall, _, seqs = self.run(prompts, 256, kept)
+                walls.append(wall / 256 * 1e3)
+                marks.append(statistics.median(self.player.seconds[at + 1 :]) * 1e3)
+                self.drop(seqs, shared=True)
+            self.forget(kept)
+            self.out[f"step_b{batch}_ms"] = statistics.median(walls)
+            self.out[f"step_b{batch}_device_ms"] = statistics.median(marks)
+            self.out[f"step_b{batch}_idle_us"] = statistics.median(self.player.idle[-200:]) * 1e6
+            self.say(f"step_b{batch}")
+
+    def forget(self, kept: list[Sequence]) -> None:
+        """Free the blocks of a prefix cache."""
+        for s in kept:
+            self.player.free_blocks += s.blocks
+
+    def long(self) -> None:
+        """32 prompts of 3,584 ids: prefill cold, then decode over the cached prompts."""
+        prompts = self.prompts(32, 3584)
+        for _ in range(2):  # the first compiles
+            wall, _, kept = self.run(prompts, 1)
+            self.out["prefill_tok_s"] = 32 * 3584 / wall
+            self.release(kept)
+            if not _:
+                self.forget(kept)
+        self.say("prefill")
+        for _ in range(2):
+            one, _, seqs = self.run(prompts, 1, kept)
+            self.drop(seqs, shared=True)
+            many, _, seqs = self.run(prompts, 129, kept)
+            self.drop(seqs, shared=True)
+        self.out["long_decode_ms"] = (many - one) / 128 * 1e3
+        self.out["long_decode_device_ms"] = statistics.median(self.player.seconds[-100:]) * 1e3
+        self.forget(kept)
+        self.say("long")
+
+    def w1(self) -> None:
+        """256 prompts and outputs of 100 to 1,024 tokens, temperature 0.6; cold, then with the prompts cached."""
+        random.seed(0)
+        prompts = [np.array([random.randint(0, 10000) for _ in range(random.randint(100, 1024))], np.int32) for _ in range(256)]
+        lengths = [random.randint(100, 1024) for _ in range(256)]
+        kept: list[Sequence] = []
+        p = self.player
+        for name in ("first", "cold", "warm"):  # the first captures the graphs
+            start = time.perf_counter()
+            new = [
+                p.add(t, n, reuse=kept[i] if name == "warm" else None, temperature=0.6)
+                for i, (t, n) in enumerate(zip(prompts, lengths, strict=True))
+            ]
+            seqs = [s for s, _ in new]
+            p.prefill(new)
+            p.decode(seqs, max(lengths))
+            p.settle()
+            wall = time.perf_counter() - start
+            if sum(len(s.tokens) for s in seqs) != sum(lengths):
+                raise SystemExit("W1 lost tokens")
+            self.out[f"w1_{name}_tok_s"] = sum(lengths) / wall
+            if name == "cold":
+                self.release(seqs)
+                kept = seqs
+            else:
+                self.drop(seqs, shared=name == "warm")
+        self.forget(kept)
+        self.say("w1")
+
+    def shared(self) -> None:
+        """256 prompts of one prefix of 2,048 ids and 64 own ids, 64 tokens each; the first computes the prefix, the others share it."""
+        p = self.player
+        for _ in range(2):
+            prefix = self.prompts(1, 2048)[0]
+            prompts = [np.concatenate((prefix, own)) for own in self.prompts(256, 64)]
+            start = time.perf_counter()
+            first = p.add(prompts[0], 64)
+            p.prefill([first])
+            new = [p.add(t, 64, reuse=first[0], keep=2048) for t in prompts[1:]]
+            p.prefill(new)
+            seqs = [first[0], *(s for s, _ in new)]
+            p.decode(seqs, 64)
+            p.settle()
+            self.out["shared_prefix_req_s"] = 256 / (time.perf_counter() - start)
+            p.drop(seqs[:1])
+            p.drop(seqs[1:], but=128)
+        self.say("shared")
+
+    def say(self, prefix: str) -> None:
+        print(" ".join(f"{k}={v:.4g}" for k, v in self.out.items() if k.startswith(prefix)), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", type=Path, required=True)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--json", type=Path)
+    for switch in ("graphs", "pdl", "few"):
+        parser.add_argument(f"--no-{switch}", dest=switch, action="store_false")
+    args = parser.parse_args()
+    begin = time.perf_counter()
+    config = from_json(json.loads((args.shape / "config.json").read_text()))
+    device = torch.device("cuda")
+    weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
+    torch.cuda.synchronize()
+    loaded = time.perf_counter()
+    engine = Engine(config, weights, Options(graphs=args.graphs, pdl=args.pdl, few=args.few))
+    bench = Bench(engine)
+    print(
+        f"{args.shape.name}: weights {loaded - begin:.1f} s, engine {time.perf_counter() - loaded:.1f} s, {engine.geometry.blocks} blocks",
+        flush=True,
+    )
+    rows = args.rows.split(",")
+    for name, work in (("step", bench.steps), ("long", bench.long), ("w1", bench.w1), ("shared", bench.shared)):
+        if name in rows or (name == "long" and "prefill" in rows):
+            work()
+    if args.json:
+        versions = {"torch": torch.__version__, "path": "runner in process"}
+        record = {"card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "versions": versions, "shape": args.shape.name}
+        args.json.write_text(json.dumps(record | {"rows": bench.out}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

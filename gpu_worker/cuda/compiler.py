@@ -1,0 +1,98 @@
+"""CUDA C++ to machine code through NVRTC, which comes with torch: no nvcc on the user's machine, results cached on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from gpu_worker.errors import LoadError
+
+KERNELS = Path(__file__).parent / "kernels"
+
+
+class CompileError(Exception):
+    """NVRTC refused a kernel; the message is its log. Always our own bug."""
+
+
+def _candidates() -> list[str]:
+    """Where libnvrtc may lie: beside the CUDA libraries that torch's wheels bring, else wherever the loader finds it."""
+    found: list[str] = []
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or [] if spec else []:
+        found += sorted(str(p) for p in Path(root).glob("*/lib/libnvrtc.so.*") if ".alt." not in p.name)
+    return [*found, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    for name in _candidates():
+        try:
+            for builtins in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")) if "/" in name else ():
+                if ".alt." not in builtins.name:
+                    ctypes.CDLL(str(builtins))  # found by its soname once it is loaded; no search path names its folder
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise LoadError("libnvrtc was not found: it comes with torch's CUDA wheels (package nvidia-cuda-nvrtc)")
+
+
+def cache_dir() -> Path:
+    """The folder of compiled kernels: $PAGEWIRE_CACHE, else ~/.cache/pagewire."""
+    root = os.environ.get("PAGEWIRE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pagewire")
+    return Path(root) / "kernels"
+
+
+def compile_cubin(source: str, arch: str, defines: dict[str, int | str]) -> bytes:
+    """Compile `kernels/{source}` for `arch` ("sm_90a") with the macros given; returns the cubin. Raises CompileError.
+
+    The cache key covers everything the result depends on: source, headers beside it, macros, arch, compiler version.
+    """
+    text = (KERNELS / source).read_text()
+    header = (KERNELS / "common.cuh").read_text()
+    lib = _nvrtc()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    key = hashlib.blake2b("\0".join([text, header, *options, f"{major.value}.{minor.value}"]).encode(), digest_size=16).hexdigest()
+    path = cache_dir() / f"{source}-{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin = _compile(lib, text, header, source, options)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # renamed whole: a killed process leaves no half file
+        file.write(cubin)
+    os.replace(file.name, path)
+    return cubin
+
+
+def _compile(lib: ctypes.CDLL, text: str, header: str, source: str, options: list[str]) -> bytes:
+    program = ctypes.c_void_p()
+    headers = (ctypes.c_char_p * 1)(header.encode())
+    names = (ctypes.c_char_p * 1)(b"common.cuh")
+    _check(lib, lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 1, headers, names))
+    try:
+        args = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        if lib.nvrtcCompileProgram(program, len(options), args):  # ctypes drops the GIL: kernels compile in parallel threads
+            size = ctypes.c_size_t()
+            lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            lib.nvrtcGetProgramLog(program, log)
+            raise CompileError(f"{source} {' '.join(options)}\n{log.value.decode(errors='replace')}")
+        size = ctypes.c_size_t()
+        _check(lib, lib.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        _check(lib, lib.nvrtcGetCUBIN(program, cubin))
+        return cubin.raw
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _check(lib: ctypes.CDLL, code: int) -> None:
+    if code:
+        lib.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CompileError(lib.nvrtcGetErrorString(code).decode())

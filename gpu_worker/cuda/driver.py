@@ -1,0 +1,110 @@
+"""Loading and launching compiled kernels through the CUDA driver (libcuda), in torch's own context.
+
+A launch packs its arguments into one buffer laid out as C would (`struct` with native alignment), so a launch from
+Python costs a few microseconds. Programmatic dependent launch (PDL, CUDA programming guide) is an attribute of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+
+from gpu_worker.cuda.compiler import compile_cubin
+
+_PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_REGISTERS, _LOCAL_BYTES = 4, 3  # CU_FUNC_ATTRIBUTE_NUM_REGS, _LOCAL_SIZE_BYTES
+_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+
+
+class CudaError(RuntimeError):
+    """A driver call failed. After a launch failure the context is lost: the process must end."""
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+@functools.cache
+def _cuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(code: int) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _cuda().cuGetErrorString(code, ctypes.byref(text))
+        raise CudaError(f"CUDA error {code}: {(text.value or b'?').decode()}")
+
+
+class Kernel:
+    """A kernel ready to be launched: block and cluster size fixed, grid, arguments and stream given at each call.
+
+    `signature` is a `struct` format of the arguments: P pointer, i int32, f float, q int64.
+    """
+
+    def __init__(self, module: Module, name: str, signature: str, block: int, cluster: int = 1, shared: int = 0, pdl: bool = True) -> None:
+        self.function = ctypes.c_void_p()
+        _check(_cuda().cuModuleGetFunction(ctypes.byref(self.function), module.handle, name.encode()))
+        if shared > 48 * 1024:
+            _check(_cuda().cuFuncSetAttribute(self.function, _MAX_DYNAMIC_SHARED, shared))
+        self.module = module  # keeps it loaded
+        self.block, self.shared, self.cluster = block, shared, cluster
+        self._pack = struct.Struct("@" + signature)
+        self._attributes = (_Attribute * 2)()
+        count = 0
+        if pdl:
+            self._attributes[count].id, self._attributes[count].value[0] = _PDL, 1
+            count += 1
+        if cluster > 1:
+            self._attributes[count].id = _CLUSTER
+            self._attributes[count].value[0:3] = [cluster, 1, 1]
+            count += 1
+        self._config = _Config((1, 1, 1), (block, 1, 1), shared, None, self._attributes, count)
+        self._size = ctypes.c_size_t(self._pack.size)
+
+    def __call__(self, stream: int, grid: tuple[int, int], *args: float) -> None:
+        """Launch on `stream` (a handle) with `grid` blocks in x and y. Raises CudaError."""
+        buffer = ctypes.create_string_buffer(self._pack.pack(*args), self._pack.size)
+        config = self._config
+        config.grid[0], config.grid[1] = grid
+        config.stream = stream
+        extra = (ctypes.c_void_p * 5)(_BUFFER_POINTER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(self._size), _END)
+        _check(_cuda().cuLaunchKernelEx(ctypes.byref(config), self.function, None, extra))
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread."""
+        return self._attribute(_REGISTERS)
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes per thread in local memory; more than 0 means spills."""
+        return self._attribute(_LOCAL_BYTES)
+
+    def _attribute(self, which: int) -> int:
+        value = ctypes.c_int()
+        _check(_cuda().cuFuncGetAttribute(ctypes.byref(value), which, self.function))
+        return value.value
+
+
+class Module:
+    """A compiled source file with its macros, loaded into the current context (torch's)."""
+
+    def __init__(self, source: str, arch: str, defines: dict[str, int | str] | None = None) -> None:
+        self.handle = ctypes.c_void_p()
+        cubin = compile_cubin(source, arch, defines or {})
+        _check(_cuda().cuModuleLoadData(ctypes.byref(self.handle), cubin))

@@ -1,0 +1,161 @@
+"""One model on one card: device state, forward pass, graphs. Steps go in by `start`, tokens come out by `finish`.
+
+`start` only enqueues: it never waits for the card, save when it is a whole ring ahead of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpu_worker.cuda.forward import Forward
+from gpu_worker.cuda.graphs import Graphs, bucket_of
+from gpu_worker.cuda.state import DeviceState, is_decode
+from gpu_worker.cuda.weights import ModelWeights
+from gpu_worker.errors import LoadError
+from gpu_worker.layers.rope import rope_table
+from gpu_worker.loading.config import ModelConfig
+from gpu_worker.runner import Outcome, Step
+from protocol.messages import Geometry
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes and switches of an engine; every optimisation can be turned off."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 4096
+    block_size: int = 16
+    num_blocks: int = 0  # 0: what is left under `utilization`
+    utilization: float = 0.9
+    graphs: bool = True
+    pdl: bool = True
+    few: bool = True  # linear.cu for few tokens
+
+
+@dataclass(slots=True)
+class _Running:
+    result: int  # entry of the result ring
+    outputs: int
+    event: torch.cuda.Event
+
+
+class Engine:
+    """The step on the card. `start` is called on one thread, in plan order; `finish` on another, in the same order."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, options: Options) -> None:
+        """Raises LoadError if the card has no room for a single sequence of max_model_len."""
+        self.config, self.options = config, options
+        self.device, dtype = weights.embedding.device, weights.embedding.dtype
+        self.stream = torch.cuda.Stream(self.device)
+        repeat = 1 << (config.heads // config.kv_heads - 1).bit_length()
+        tile_rows = 32 if dtype == torch.float32 else 128
+        properties = torch.cuda.get_device_properties(self.device)
+        spread = max(4, properties.multi_processor_count * 3 // config.kv_heads)  # programs of decode attention that run at once
+        blocks = options.num_blocks or self._room(weights)
+        self.geometry = Geometry(
+            block_size=options.block_size,
+            blocks=blocks,
+            host_blocks=0,
+            slots=options.max_num_seqs,
+            max_model_len=options.max_model_len,
+            max_step_tokens=options.max_num_batched_tokens,
+            vocab_size=config.vocab_size,
+        )
+        self.state = DeviceState(self.geometry, self.device, spread, max(1, tile_rows // repeat))
+        shape = (config.layers, blocks + 1, 2, config.kv_heads, options.block_size, config.head_dim)
+        cache = torch.zeros(shape, dtype=dtype, device=self.device)
+        table = rope_table(config, options.max_model_len).to(self.device)
+        angles = table[:, 0].contiguous(), table[:, 1].contiguous()
+        self.forward = Forward(config, weights, self.state, cache, angles, pdl=options.pdl, few=options.few)
+        self.graphs = Graphs(self._decode, options.graphs)
+        self.layers_begun = 0
+        self._pending: deque[_Running] = deque()
+        self._room_in_results = threading.Semaphore(self.state.results - 2)
+        self._next_result = 0
+        self._last_end = 0
+        torch.cuda.synchronize(self.device)
+
+    def start(self, step: Step) -> None:
+        """Enqueue a step."""
+        self._room_in_results.acquire()
+        result = self._next_result
+        self._next_result = (result + 1) % self.state.results
+        outputs = int((step.outputs > 0).sum()) + len(step.fork_slots)
+        with torch.cuda.stream(self.stream):
+            decode = is_decode(step)
+            entries = self.state.write(step, result)
+            number = next(entries)
+            for following in entries:  # `number` holds assignments only
+                self._prepare_only(number)
+                number = following
+            if decode:
+                self.graphs.run(bucket_of(len(step.slots), self.geometry.slots))
+                self.layers_begun += self.config.layers
+            else:
+                self._mixed(step, outputs)
+            event = torch.cuda.Event(blocking=True)
+            event.record(self.stream)
+        self.state.guards[number] = event
+        self._pending.append(_Running(result, outputs, event))
+
+    def finish(self) -> Outcome:
+        """Wait for the oldest step and return what it sampled."""
+        running = self._pending.popleft()
+        running.event.synchronize()
+        tokens, flags, start, end = self.state.read(running.result, running.outputs)
+        idle = max(0, start - self._last_end) if self._last_end else 0
+        self._last_end = end
+        self._room_in_results.release()
+        return Outcome(tokens=tokens, flags=flags.astype(np.uint8), seconds=(end - start) * 1e-9, idle=idle * 1e-9)
+
+    def reset(self) -> None:
+        """Forget all slots. Nothing may be in flight."""
+        with torch.cuda.stream(self.stream):
+            self.state.reset()
+
+    def _decode(self, bucket: int) -> None:
+        stream = self.stream.cuda_stream
+        self.forward.prepare(stream, bucket, decode=True)
+        self.forward.decode(stream, bucket)
+        self.forward.sample(stream, bucket)
+
+    def _mixed(self, step: Step, outputs: int) -> None:
+        stream = self.stream.cuda_stream
+        rows, tokens = len(step.slots), int(step.counts.sum())
+        self.forward.prepare(stream, max(rows, outputs), decode=False)
+        tiles = int((-(-step.counts // self.state.tile_tokens)).sum())
+        copies = len(step.plan.copy_from) // 4
+        self.layers_begun += self.forward.prefill(stream, rows, tokens, tiles, copies, int((step.outputs > 0).sum()))
+        if outputs:
+            self.forward.sample(stream, outputs)
+        else:
+            self.forward.mark(stream)
+
+    def _prepare_only(self, number: int) -> None:
+        self.forward.prepare(self.stream.cuda_stream, 0, decode=False)
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        self.state.guards[number] = event
+
+    def _room(self, weights: ModelWeights) -> int:
+        """Blocks that fit beside weights and buffers under `utilization` of the card's memory."""
+        c, o = self.config, self.options
+        size = weights.embedding.element_size()
+        width = c.hidden * 2 + c.q_size * 2 + 2 * c.kv_size + 3 * c.intermediate
+        buffers = size * (o.max_num_batched_tokens * width + o.max_num_seqs * c.vocab_size) + (512 << 20)  # and cuBLAS, graphs, tables
+        free, total = torch.cuda.mem_get_info(self.device)
+        block = c.layers * 2 * c.kv_heads * o.block_size * c.head_dim * size
+        blocks = int((free - (1 - o.utilization) * total - buffers) // block) - 1
+        needed = -(-o.max_model_len // o.block_size)
+        if blocks < needed:
+            raise LoadError(
+                f"not enough memory on the card: {free >> 20} MiB are free beside the weights, {needed} blocks of {block >> 10} KiB "
+                "are needed for one sequence; lower --max-model-len or raise --gpu-memory-utilization"
+            )
+        return blocks

@@ -1,0 +1,303 @@
+"""A forward pass as a sequence of kernel launches on one stream, over buffers allocated once (so that graphs can keep them).
+
+`decode`: every row one token; five kernels a layer for few rows, eight for more. `prefill`: rows of any length.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from gpu_worker.cuda.driver import Kernel, Module
+from gpu_worker.cuda.kernels.decode_attention import decode_attention
+from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
+from gpu_worker.cuda.linears import FEW, LinearKernel, best_cut
+from gpu_worker.cuda.state import TILE, DeviceState, max_items
+from gpu_worker.cuda.weights import LayerWeights, ModelWeights
+from gpu_worker.loading.config import ModelConfig
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # macro DTYPE
+SAMPLE_SPLITS = 64  # programs over the vocabulary for few outputs
+
+
+class Forward:
+    """The kernels of one model on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        state: DeviceState,
+        cache: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        *,
+        pdl: bool = True,
+        few: bool = True,
+    ) -> None:
+        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used."""
+        self.config, self.weights, self.state, self.cache, self.pdl = config, weights, state, cache, pdl
+        self.cosines, self.sines = angles
+        g, device, dtype = state.geometry, cache.device, cache.dtype
+        properties = torch.cuda.get_device_properties(device)
+        self.sms = properties.multi_processor_count
+        arch = f"sm_{properties.major}{properties.minor}" + ("a" if properties.major >= 9 else "")
+        tokens, qkv = g.max_step_tokens, config.q_size + 2 * config.kv_size
+
+        def buffer(rows: int, width: int) -> torch.Tensor:
+            return torch.zeros(rows, width, dtype=dtype, device=device)
+
+        self.h, self.x = buffer(tokens, config.hidden), buffer(max(tokens, g.slots), config.hidden)
+        self.qkv, self.attended = buffer(tokens, qkv), buffer(tokens, config.q_size)
+        self.gate_up, self.activated = buffer(tokens, 2 * config.intermediate), buffer(tokens, config.intermediate)
+        self.logits = buffer(g.slots, config.vocab_size)
+        self.repeat = config.heads // config.kv_heads
+        self.padded_repeat = 1 << (self.repeat - 1).bit_length()
+        partials = state.max_items
+        self.partial = torch.zeros(partials, config.kv_heads, self.padded_repeat, config.head_dim, device=device)
+        self.partial_ml = torch.zeros(partials, config.kv_heads, 2, self.padded_repeat, device=device)
+        self.arrivals = torch.zeros(g.slots, config.kv_heads, dtype=torch.int32, device=device)
+        self.best = torch.zeros(g.slots, SAMPLE_SPLITS, 4, dtype=torch.int32, device=device)
+        self.sample_arrivals = torch.zeros(g.slots, dtype=torch.int32, device=device)
+        self.scale = config.head_dim**-0.5 * math.log2(math.e)
+        self._compile(arch, DTYPES[dtype], few and dtype == torch.bfloat16)
+
+    def _compile(self, arch: str, dtype: int, few: bool) -> None:
+        """Load all CUDA kernels, compiling in parallel what the disk cache lacks."""
+        c = self.config
+
+        def linear(n: int, k: int, **roles: bool) -> LinearKernel | None:
+            cut = best_cut(n, k, bool(roles.get("norm")), self.sms) if few else None
+            return LinearKernel(cut, arch, c.norm_eps, **roles) if cut else None
+
+        device = self.cache.device
+
+        def in_context(job: tuple[str, int, int, dict[str, bool]]) -> LinearKernel | None:
+            torch.cuda.set_device(device)
+            torch.cuda.current_blas_handle()  # makes torch's context current in this thread
+            return linear(job[1], job[2], **job[3])
+
+        qkv = c.q_size + 2 * c.kv_size
+        jobs: list[tuple[str, int, int, dict[str, bool]]] = [
+            ("qkv", qkv, c.hidden, {"norm": True, "bias": c.qkv_bias}),
+            ("o", c.hidden, c.q_size, {"residual": True, "bias": c.o_bias}),
+            ("gate_up", 2 * c.intermediate, c.hidden, {"norm": True, "silu": True}),
+            ("down", c.hidden, c.intermediate, {"residual": True}),
+            ("head", c.vocab_size, c.hidden, {}),
+        ]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            self.few = dict(zip((job[0] for job in jobs), pool.map(in_context, jobs), strict=True))
+        plan, elementwise = Module("plan.cu", arch), Module("elementwise.cu", arch, {"DTYPE": dtype})
+        slots, inputs = "PPPPii", "PPPPPPPPP"
+        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiii", 1024, pdl=False)
+        self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
+        self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiPii", 256, pdl=False)
+        self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
+        self.k_embed = Kernel(elementwise, "embed", "PPPi", 128, pdl=self.pdl)
+        self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", 256, pdl=self.pdl)
+        self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiiif", 256, pdl=self.pdl)
+        self.k_silu = Kernel(elementwise, "silu_mul", "PPq", 256, pdl=self.pdl)
+        self.k_sample = Kernel(Module("sampler.cu", arch, {"DTYPE": dtype}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
+
+    # ------------------------------------------------------------ the step's parts
+
+    def prepare(self, stream: int, bucket: int, decode: bool) -> None:
+        """Consume one ring entry: deltas, rows, and for a decode step of `bucket` rows its inputs and work list."""
+        s, g = self.state, self.state.geometry
+        self.k_prepare(
+            stream,
+            (1, 1),
+            *s.slots_arguments,
+            *s.inputs_arguments,
+            s.ring.data_ptr(),
+            s.entry_words,
+            s.entries,
+            s.result_ring.data_ptr(),
+            s.result_words // 2,  # counted in 8-byte words
+            bucket,
+            self.items(bucket),
+            s.spread,
+            g.block_size,
+            int(decode),
+        )
+
+    def items(self, bucket: int) -> int:
+        """Programs (per KV head) of the decode attention for a bucket."""
+        g = self.state.geometry
+        if not bucket:
+            return 0
+        return min(max_items(bucket, g.max_model_len, g.blocks * g.block_size, self.state.spread), self.state.max_items)
+
+    def decode(self, stream: int, bucket: int) -> None:
+        """Embedding to logits of `bucket` rows."""
+        self.k_embed(
+            stream, (bucket, 1), self.state.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), self.config.hidden
+        )
+        for index, layer in enumerate(self.weights.layers):
+            self._qkv(stream, layer, bucket)
+            self._decode_attention(index, layer, bucket)
+            self._rest(stream, layer, bucket)
+        self._head(stream, bucket)
+
+    def prefill(self, stream: int, rows: int, tokens: int, tiles: int, copies: int, logit_rows: int) -> int:
+        """Rows of any length, embedding to logits of the rows that sample; returns layers begun."""
+        s, c, g = self.state, self.config, self.state.geometry
+        ring = (s.ring.data_ptr(), s.entry_words)
+        if copies:
+            vectors = self.cache[0, 0].numel() * self.cache.element_size() // 16
+            self.k_copy(stream, (copies, c.layers), *s.inputs_arguments, *ring, self.cache.data_ptr(), g.blocks + 1, vectors)
+        if not rows:
+            return 0
+        self.k_expand(stream, (rows, 1), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
+        self.k_embed(stream, (tokens, 1), s.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), c.hidden)
+        for index, layer in enumerate(self.weights.layers):
+            self._qkv(stream, layer, tokens)
+            self.k_rotate(
+                stream,
+                (tokens, -(-(c.heads + 2 * c.kv_heads) // 8)),
+                self.qkv.data_ptr(),
+                s.positions.data_ptr(),
+                s.places.data_ptr(),
+                layer.q_norm.data_ptr() if layer.q_norm is not None else 0,
+                layer.k_norm.data_ptr() if layer.k_norm is not None else 0,
+                self.cosines.data_ptr(),
+                self.sines.data_ptr(),
+                self.cache[index].data_ptr(),
+                c.heads,
+                c.kv_heads,
+                c.head_dim,
+                g.block_size,
+                c.norm_eps,
+            )
+            self._prefill_attention(index, tiles)
+            self._rest(stream, layer, tokens)
+        if logit_rows:
+            self._head(stream, logit_rows)
+        return c.layers
+
+    def sample(self, stream: int, outputs: int) -> None:
+        """A token for each output, into the slots and the result ring."""
+        s = self.state
+        self.k_sample(
+            stream,
+            (max(1, min(SAMPLE_SPLITS, 1024 // outputs)), outputs),
+            self.logits.data_ptr(),
+            s.outputs.data_ptr(),
+            s.step.data_ptr(),
+            s.parameters.data_ptr(),
+            s.last_token.data_ptr(),
+            s.dead.data_ptr(),
+            self.best.data_ptr(),
+            self.sample_arrivals.data_ptr(),
+            s.result_ring.data_ptr(),
+            s.result_words,
+            s.geometry.slots,
+            self.config.vocab_size,
+        )
+
+    def mark(self, stream: int) -> None:
+        """The end of a step without outputs."""
+        self.k_mark(stream, (1, 1), *self.state.inputs_arguments, self.state.result_ring.data_ptr(), self.state.result_words // 2)
+
+    # ------------------------------------------------------------ the layer's parts
+
+    def _qkv(self, stream: int, layer: LayerWeights, tokens: int) -> None:
+        few = self.few["qkv"]
+        if few and tokens <= FEW:
+            bias = layer.qkv_bias.data_ptr() if layer.qkv_bias is not None else 0
+            few(stream, layer.qkv.data_ptr(), self.h.data_ptr(), 0, bias, self.qkv.data_ptr(), tokens)
+            return
+        self._norm(stream, self.h, 0, 0, tokens)
+        if layer.qkv_bias is None:
+            torch.mm(self.x[:tokens], layer.qkv.t(), out=self.qkv[:tokens])
+        else:
+            torch.addmm(layer.qkv_bias, self.x[:tokens], layer.qkv.t(), out=self.qkv[:tokens])
+
+    def _rest(self, stream: int, layer: LayerWeights, tokens: int) -> None:
+        """Everything behind attention."""
+        o, gate_up, down = self.few["o"], self.few["gate_up"], self.few["down"]
+        h, attended, activated = self.h.data_ptr(), self.attended.data_ptr(), self.activated.data_ptr()
+        few = tokens <= FEW
+        if o and few:
+            o(stream, layer.o.data_ptr(), attended, h, layer.o_bias.data_ptr() if layer.o_bias is not None else 0, h, tokens)
+        else:
+            self.h[:tokens].addmm_(self.attended[:tokens], layer.o.t())
+            if layer.o_bias is not None:
+                self.h[:tokens].add_(layer.o_bias)
+        if gate_up and few:
+            gate_up(stream, layer.gate_up.data_ptr(), h, 0, 0, activated, tokens)
+        else:
+            self._norm(stream, self.h, 0, 0, tokens)
+            torch.mm(self.x[:tokens], layer.gate_up.t(), out=self.gate_up[:tokens])
+            count = tokens * self.config.intermediate
+            per_block = 256 * 8 // self.h.element_size()
+            self.k_silu(stream, (-(-count // per_block), 1), self.gate_up.data_ptr(), activated, count)
+        if down and few:
+            down(stream, layer.down.data_ptr(), activated, h, 0, h, tokens)
+        else:
+            self.h[:tokens].addmm_(self.activated[:tokens], layer.down.t())
+
+    def _head(self, stream: int, rows: int) -> None:
+        self._norm(stream, self.h, self.state.logit_rows.data_ptr(), self.weights.final_norm.data_ptr(), rows)
+        few = self.few["head"]
+        if few and rows <= FEW:
+            few(stream, self.weights.head.data_ptr(), self.x.data_ptr(), 0, 0, self.logits.data_ptr(), rows)
+        else:
+            torch.mm(self.x[:rows], self.weights.head.t(), out=self.logits[:rows])
+
+    def _norm(self, stream: int, source: torch.Tensor, index: int, weight: int, rows: int) -> None:
+        self.k_norm(stream, (rows, 1), source.data_ptr(), index, weight, self.x.data_ptr(), self.config.hidden, self.config.norm_eps)
+
+    def _decode_attention(self, index: int, layer: LayerWeights, bucket: int) -> None:
+        c, s = self.config, self.state
+        decode_attention[(c.kv_heads, self.items(bucket))](
+            self.qkv,
+            self.cache[index],
+            s.table,
+            s.items,
+            self.attended,
+            self.partial,
+            self.partial_ml,
+            self.arrivals,
+            layer.q_norm if layer.q_norm is not None else self.cosines,
+            layer.k_norm if layer.k_norm is not None else self.cosines,
+            self.cosines,
+            self.sines,
+            self.scale,
+            c.norm_eps,
+            s.geometry.table_width,
+            KV_HEADS=c.kv_heads,
+            R=self.repeat,
+            RP=self.padded_repeat,
+            D=c.head_dim,
+            PAGE=s.geometry.block_size,
+            TILE=TILE,
+            STAGES=2,
+            QK_NORM=layer.q_norm is not None,
+            PDL=self.pdl,
+            num_warps=4,
+            launch_pdl=self.pdl,
+        )
+
+    def _prefill_attention(self, index: int, tiles: int) -> None:
+        c, s = self.config, self.state
+        prefill_attention[(c.kv_heads, tiles)](
+            self.qkv,
+            self.cache[index],
+            s.table,
+            s.tiles,
+            s.rows,
+            self.attended,
+            self.scale,
+            s.geometry.table_width,
+            KV_HEADS=c.kv_heads,
+            R=self.repeat,
+            RP=self.padded_repeat,
+            D=c.head_dim,
+            PAGE=s.geometry.block_size,
+            ROWS=s.tile_tokens * self.padded_repeat,
+            TILE=32 if self.h.dtype == torch.float32 else 64,
+            STAGES=2 if self.h.dtype == torch.float32 else 3,
+            num_warps=4 if self.h.dtype == torch.float32 else 8,
+        )

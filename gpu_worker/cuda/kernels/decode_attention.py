@@ -1,0 +1,158 @@
+"""Attention of one new token per sequence over its paged cache, with everything around it in the same kernel.
+
+For each (work item, KV head) a program normalises and rotates the query heads that share the KV head (packed as rows of
+one matrix product), attends to its span of cached tokens through the block table, and the program of a row's last span
+also rotates the new key, adds the new token itself and writes K and V to the cache. Spans of one row are joined by
+whichever program arrives last (flash decoding: Dao et al. 2023), always in the order of the spans.
+
+The work list (`plan.cu`, `prepare`) is made on the device each step: the grid is fixed, what each program does is not.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def decode_attention(
+    qkv,  # [rows, (HEADS + 2 KV_HEADS) * D], not yet normalised or rotated
+    cache,  # one layer's [blocks, 2, KV_HEADS, PAGE, D]
+    table,  # [slots + 1, width] int32
+    items,  # [n, 8] int32: row or -1, first token, end, splits, own partial, row's first partial, slot, position
+    out,  # [rows, HEADS * D]
+    partial,  # [partials, KV_HEADS, RP, D] fp32
+    partial_ml,  # [partials, KV_HEADS, 2, RP] fp32: maximum, sum
+    arrivals,  # [rows, KV_HEADS] int32, zero, left zero
+    q_norm,
+    k_norm,  # [D], read if QK_NORM
+    cosines,
+    sines,  # [positions, D / 2] fp32
+    scale,  # softmax's, times log2(e)
+    eps,
+    width,
+    KV_HEADS: tl.constexpr,
+    R: tl.constexpr,  # query heads per KV head
+    RP: tl.constexpr,  # R rounded up to a power of two
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    h = tl.program_id(0)
+    item = items + tl.program_id(1) * 8
+    row = tl.load(item)
+    lo = tl.load(item + 1)
+    hi = tl.load(item + 2)
+    slot = tl.load(item + 6)
+    tiles = tl.arange(0, TILE)
+    slot_table = table + slot * width
+    # cached tokens are of earlier steps: their pages may be named before the wait
+    page = tl.load(slot_table + (lo + tiles) // PAGE, mask=lo + tiles < hi, other=0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if row < 0:
+        return
+    splits = tl.load(item + 3)
+    position = tl.load(item + 7)
+    last = hi == position
+    HEADS: tl.constexpr = KV_HEADS * R
+    HALF: tl.constexpr = D // 2
+    r = tl.arange(0, 16)
+    d = tl.arange(0, D)
+    live = (r < R)[:, None]
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    c = tl.load(cosines + position * HALF + d % HALF)
+    s = tl.load(sines + position * HALF + d % HALF) * tl.where(d < HALF, -1.0, 1.0)
+
+    base = qkv + row * ((HEADS + 2 * KV_HEADS) * D)
+    qp = base + (h * R + r)[:, None] * D
+    q = tl.load(qp + d[None, :], mask=live, other=0.0).to(tl.float32)
+    q2 = tl.load(qp + partner[None, :], mask=live, other=0.0).to(tl.float32)
+    kp = base + (HEADS + h) * D
+    k = tl.load(kp + d).to(tl.float32)
+    k2 = tl.load(kp + partner).to(tl.float32)
+    if QK_NORM:
+        qs = tl.rsqrt(tl.sum(q * q, 1) / D + eps)[:, None]
+        q = q * qs * tl.load(q_norm + d).to(tl.float32)[None, :]
+        q2 = q2 * qs * tl.load(q_norm + partner).to(tl.float32)[None, :]
+        ks = tl.rsqrt(tl.sum(k * k, 0) / D + eps)
+        k = k * ks * tl.load(k_norm + d).to(tl.float32)
+        k2 = k2 * ks * tl.load(k_norm + partner).to(tl.float32)
+    qr = (q * c[None, :] + q2 * s[None, :]).to(qkv.dtype.element_ty)
+    kr = (k * c + k2 * s).to(qkv.dtype.element_ty)
+    v_new = tl.load(base + (HEADS + KV_HEADS + h) * D + d)
+
+    # the softmax begins with the new token, in the row's last span
+    own = tl.sum(qr.to(tl.float32) * kr.to(tl.float32)[None, :], 1) * scale
+    m = tl.where(last, own, -1.0e30)
+    total = tl.zeros([16], tl.float32) + tl.where(last, 1.0, 0.0)
+    acc = tl.zeros([16, D], tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
+    PLANE: tl.constexpr = KV_HEADS * PAGE * D
+    new_page = tl.load(slot_table + position // PAGE).to(tl.int64)
+    new = cache + new_page * (2 * PLANE) + h * (PAGE * D) + (position % PAGE) * D + d
+    keep = (d >= 0) & last
+    tl.store(new, kr, mask=keep)
+    tl.store(new + PLANE, v_new, mask=keep)
+
+    for start in tl.range(lo, hi, TILE, num_stages=STAGES):
+        token = start + tiles
+        ok = token < hi
+        at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + (token % PAGE)[:, None] * D + d[None, :]
+        page = tl.load(slot_table + (token + TILE) // PAGE, mask=token + TILE < hi, other=0)  # carried: keeps the pipeline's buffers apart
+        kt = tl.load(at, mask=ok[:, None], other=0.0)
+        score = tl.dot(qr, tl.trans(kt), input_precision="ieee") * scale
+        score = tl.where(ok[None, :], score, -1.0e30)
+        vt = tl.load(at + PLANE, mask=ok[:, None], other=0.0)  # masked: a poisoned page must not reach 0 x NaN
+        top = tl.maximum(m, tl.max(score, 1))
+        shrink = tl.exp2(m - top)
+        p = tl.exp2(score - top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(vt.dtype), vt, acc * shrink[:, None], input_precision="ieee")
+        m = top
+
+    to = out + row * (HEADS * D) + (h * R + r)[:, None] * D + d[None, :]
+    if splits == 1:
+        tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
+    else:
+        cell = tl.load(item + 4) * KV_HEADS + h
+        tl.store(partial + cell * (RP * D) + r[:, None] * D + d[None, :], acc, mask=live, cache_modifier=".cg")
+        tl.store(partial_ml + cell * (2 * RP) + r, m, mask=r < R, cache_modifier=".cg")
+        tl.store(partial_ml + cell * (2 * RP) + RP + r, total, mask=r < R, cache_modifier=".cg")
+        tl.debug_barrier()
+        seen = tl.atomic_add(arrivals + row * KV_HEADS + h, 1, sem="acq_rel")
+        if seen == splits - 1:
+            first = tl.load(item + 5)
+            rr = tl.arange(0, RP)
+            some = tl.arange(0, 32 // RP)  # partials at a time; more take too many registers
+            m_all = tl.full([RP], -1.0e30, tl.float32)
+            l_all = tl.zeros([RP], tl.float32)
+            acc_all = tl.zeros([RP, D], tl.float32)
+            for begin in range(0, splits, 32 // RP):
+                there = begin + some < splits
+                cells = (first + begin + some) * KV_HEADS + h
+                ml = partial_ml + cells[:, None] * (2 * RP) + rr[None, :]
+                ms = tl.load(ml, mask=there[:, None], other=-1.0e30, cache_modifier=".cg")
+                ls = tl.load(ml + RP, mask=there[:, None], other=0.0, cache_modifier=".cg")
+                os = tl.load(
+                    partial + cells[:, None, None] * (RP * D) + rr[None, :, None] * D + d[None, None, :],
+                    mask=there[:, None, None] & (rr < R)[None, :, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                top = tl.maximum(m_all, tl.max(ms, 0))
+                shrink = tl.exp2(m_all - top)
+                weight = tl.where(there[:, None], tl.exp2(ms - top[None, :]), 0.0)
+                l_all = l_all * shrink + tl.sum(weight * ls, 0)
+                acc_all = acc_all * shrink[:, None] + tl.sum(weight[:, :, None] * os, 0)
+                m_all = top
+            tl.store(
+                out + row * (HEADS * D) + (h * R + rr)[:, None] * D + d[None, :],
+                (acc_all / l_all[:, None]).to(out.dtype.element_ty),
+                mask=(rr < R)[:, None],
+            )
+            tl.store(arrivals + row * KV_HEADS + h, 0)

@@ -1,0 +1,172 @@
+// A step's inputs, built on the device from the plan's columns (mapped pinned memory) and the slot table.
+//
+// Ring entry (int32 words): a header of 16, then the columns at the offsets it names. `state.py` writes it.
+//   header: 0 rows, 1 tokens, 2 outputs, 3 assignments, 4 bindings, 5 result entry, 6 copies, 7 tiles, 8 logit rows,
+//           9 … 14 offsets of rows, assignments, bindings, outputs, tokens, tiles and 15 of logit rows; copies follow the tiles
+//   row: slot, first position, count, known tokens, offset among the step's tokens, offset among the known tokens, 0, 0
+//   assignment: slot, index, block, 0     binding: slot, then 31 words of parameters (`sampler.cu`)
+//   output: row of the logits, slot, position, 0     tile: row, first token in the row     logit row: token of the step
+#include "common.cuh"
+
+struct Slots {        // rows of the tables: slots + 1; the last one is the dummy, whose table names the dummy page only
+  int* table;         // [slots + 1, width] blocks
+  int* parameters;    // [slots + 1, 32]
+  int* last_token;    // [slots + 1]
+  int* dead;          // [slots + 1]
+  int slots, width;
+};
+struct Inputs {       // what the step's kernels read
+  int4* rows;         // [rows, 2] as in the ring entry, dead rows on the dummy slot at position 0
+  int4* outputs;      // [rows]
+  int* tokens;        // [tokens] ids
+  int* positions;     // [tokens]
+  int* places;        // [tokens] block * block_size + offset, where K and V go
+  int* tiles;         // [tiles, 2] of the prefill attention
+  int* logit_rows;    // [rows]
+  int4* items;        // [items, 2] of the decode attention
+  int* step;          // 0 ring position (counts up), 1 entry in use, 2 result entry, 3 outputs
+};
+
+__device__ __forceinline__ u64 nanoseconds() {
+  u64 t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+
+// Exclusive prefix sum over the block (1,024 threads at most); *total is the sum. Ends with a barrier.
+__device__ __forceinline__ int prefix_sum(int v, int* scratch, int* total) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  int run = v;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int up = __shfl_up_sync(0xffffffffu, run, d);
+    if (lane >= d) run += up;
+  }
+  if (lane == 31) scratch[warp] = run;
+  __syncthreads();
+  int before = 0, sum = 0;
+  for (int i = 0; i < blockDim.x / 32; ++i) {
+    if (i < warp) before += scratch[i];
+    sum += scratch[i];
+  }
+  __syncthreads();
+  *total = sum;
+  return before + run - v;
+}
+
+// One block. Applies assignments and bindings, then builds rows and outputs; for a decode step (every row one token; `bucket` rows
+// launched) tokens, positions and the attention's work list as well.
+//
+// Work list: tiles of 64 cached tokens; chunk = max(4, ceil(all tiles / spread)) tiles, at most 16; a row gets ceil(tiles / chunk)
+// items of nearly equal size, at least one. Item: row, first, end, splits, own partial, row's first partial, slot, position.
+extern "C" __global__ void __launch_bounds__(1024)
+prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* results, int result_words, int bucket, int max_items,
+        int spread, int block_size, int decode) {
+  __shared__ int scratch[32];
+  __shared__ int header[16];
+  pdl_wait();
+  pdl_trigger();
+  const int tid = threadIdx.x, used = in.step[0] % entries;
+  const int* e = ring + (u64)used * entry_words;
+  if (tid < 16) header[tid] = e[tid];
+  __syncthreads();
+  const int rows = header[0];
+  if (tid == 0) {
+    in.step[0] += 1;
+    in.step[1] = used;
+    in.step[2] = header[5];
+    in.step[3] = header[2];
+    results[(u64)header[5] * result_words] = nanoseconds();
+  }
+  const int4* assignments = (const int4*)(e + header[10]);
+  for (int i = tid; i < header[3]; i += blockDim.x) {
+    const int4 a = assignments[i];
+    s.table[(u64)a.x * s.width + a.y] = a.z;
+  }
+  const int* bindings = e + header[11];
+  for (int i = tid; i < header[4] * 32; i += blockDim.x) {
+    const int slot = bindings[i & ~31], word = bindings[i];
+    if (i & 31) s.parameters[slot * 32 + (i & 31)] = word;
+    else s.dead[slot] = 0;
+  }
+  if (!decode) {
+    const int* tiles = e + header[14];
+    for (int i = tid; i < header[7] * 2; i += blockDim.x) in.tiles[i] = tiles[i];
+    const int* logit_rows = e + header[15];
+    for (int i = tid; i < header[8]; i += blockDim.x) in.logit_rows[i] = logit_rows[i];
+  }
+  __syncthreads();
+
+  int tiles = 0, position = 0, slot = s.slots;
+  if (tid < bucket) {
+    int4 a = make_int4(s.slots, 0, 1, 0), b = make_int4(tid, 0, 0, 0);
+    if (tid < rows) {
+      a = ((const int4*)(e + header[9]))[2 * tid];
+      b = ((const int4*)(e + header[9]))[2 * tid + 1];
+      if (s.dead[a.x]) {  // still runs, harmlessly
+        a.x = s.slots;
+        if (decode) a.y = 0;
+      }
+    }
+    in.rows[2 * tid] = a;
+    in.rows[2 * tid + 1] = b;
+    slot = a.x;
+    position = a.y;
+    if (decode) {
+      tiles = max((position + 63) / 64, 1);
+      in.tokens[tid] = tid < rows ? (a.w ? e[header[13] + b.y] : s.last_token[slot]) : 0;
+      in.positions[tid] = position;
+      in.places[tid] = s.table[(u64)slot * s.width + position / block_size] * block_size + position % block_size;
+      in.logit_rows[tid] = tid;
+    }
+    in.outputs[tid] = tid < header[2] ? ((const int4*)(e + header[12]))[tid] : make_int4(0, -1, 0, 0);
+  }
+  if (!decode) return;
+  int all, items;
+  prefix_sum(tiles, scratch, &all);
+  const int chunk = min(max(4, (all + spread - 1) / spread), 16);
+  const int wanted = (tiles + chunk - 1) / chunk, share = wanted ? (tiles + wanted - 1) / wanted : 1;
+  const int splits = (tiles + share - 1) / share;  // none is empty: only one item may end at the row's position
+  const int first = prefix_sum(splits, scratch, &items);
+  if (tid < bucket) {
+    const int per = share * 64;
+    for (int i = 0; i < splits; ++i) {
+      in.items[2 * (first + i)] = make_int4(tid, min(i * per, position), min((i + 1) * per, position), splits);
+      in.items[2 * (first + i) + 1] = make_int4(first + i, first, slot, position);
+    }
+  }
+  for (int i = items + tid; i < max_items; i += blockDim.x) in.items[2 * i] = make_int4(-1, 0, 0, 1);
+}
+
+// Tokens, positions and places of rows with any number of tokens; grid (rows).
+extern "C" __global__ void expand(Slots s, Inputs in, const int* ring, int entry_words, int block_size) {
+  pdl_wait();
+  pdl_trigger();
+  const int* e = ring + (u64)in.step[1] * entry_words;
+  const int4 a = in.rows[2 * blockIdx.x], b = in.rows[2 * blockIdx.x + 1];
+  for (int i = threadIdx.x; i < a.z; i += blockDim.x) {
+    const int position = a.y + i;
+    in.tokens[b.x + i] = i < a.w ? e[e[13] + b.y + i] : s.last_token[a.x];
+    in.positions[b.x + i] = position;
+    in.places[b.x + i] = s.table[(u64)a.x * s.width + position / block_size] * block_size + position % block_size;
+  }
+}
+
+// Copies whole blocks: grid (copies, layers). cache: [layers][blocks][block_bytes / 16] of 16 bytes.
+extern "C" __global__ void copy_blocks(Inputs in, const int* ring, int entry_words, uint4* cache, int blocks, int block_vectors) {
+  pdl_wait();
+  pdl_trigger();
+  const int* e = ring + (u64)in.step[1] * entry_words;
+  const int* copy = e + e[14] + 2 * e[7] + 2 * blockIdx.x;
+  uint4* layer = cache + (u64)blockIdx.y * blocks * block_vectors;
+  const uint4* from = layer + (u64)copy[0] * block_vectors;
+  uint4* to = layer + (u64)copy[1] * block_vectors;
+  for (int i = threadIdx.x; i < block_vectors; i += blockDim.x) to[i] = from[i];
+}
+
+// The end of a step without outputs: its time.
+extern "C" __global__ void mark(Inputs in, u64* results, int result_words) {
+  pdl_wait();
+  pdl_trigger();
+  results[(u64)in.step[2] * result_words + 1] = nanoseconds();
+}

@@ -1,0 +1,175 @@
+"""A worker's state on the device: slot table, inputs of the step, and the two rings in mapped host memory.
+
+A plan's columns go into the plan ring (pinned host memory, which kernels read over the bus; `kernels/plan.cu` gives the
+layout) and the sampler writes into the result ring: no copy-engine operation, no synchronisation, and a CUDA graph finds
+its entry through a counter on the device. Entries are reused in order, once the step that used them has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from gpu_worker.runner import Record, Step
+from protocol.columns import Int32, unpack
+from protocol.messages import Geometry
+
+HEADER = 16
+PARAMETERS = 32  # words of a slot: slot, temperature, seed (2), number of stop ids, stop ids
+MAX_STOP_IDS = PARAMETERS - 5
+MAX_ASSIGNMENTS = 16384  # of one ring entry; a plan with more takes several
+TILE = 64  # cached tokens in a tile of the decode attention's work list
+
+
+def is_decode(step: Step) -> bool:
+    """Whether every row computes and samples one token, and nothing else happens: what a captured graph can do."""
+    return bool(
+        len(step.slots) and (step.counts == 1).all() and (step.outputs == 1).all() and not len(step.fork_slots) and not step.plan.copy_from
+    )
+
+
+def max_items(rows: int, max_len: int, pool_tokens: int, spread: int) -> int:
+    """Upper bound of the work list that `prepare` makes for `rows` sequences of at most `max_len` tokens."""
+    tiles = min(rows * -(-max_len // TILE), pool_tokens // TILE + rows)
+    return max(min(rows + max(spread, tiles // 16), rows * max(1, -(-max_len // (4 * TILE)))), rows)
+
+
+class DeviceState:
+    """Tensors on the card and rings beside it. `slots` rows and a dummy one, whose blocks are all the dummy block."""
+
+    def __init__(
+        self, geometry: Geometry, device: torch.device, spread: int, tile_tokens: int, entries: int = 16, results: int = 64
+    ) -> None:
+        g = self.geometry = geometry
+        if g.slots > 1024:
+            raise ValueError(f"max_num_seqs: {g.slots} is more than 1024, the rows that one block of `prepare` handles")
+        self.spread, self.tile_tokens = spread, tile_tokens
+
+        def words(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.table = torch.full((g.slots + 1, g.table_width), g.blocks, dtype=torch.int32, device=device)
+        self.parameters = words(g.slots + 1, PARAMETERS)
+        self.last_token, self.dead = words(g.slots + 1), words(g.slots + 1)
+        self.rows, self.outputs = words(g.slots, 8), words(g.slots, 4)
+        self.tokens, self.positions, self.places = (words(g.max_step_tokens) for _ in range(3))
+        self.max_tiles = -(-g.max_step_tokens // tile_tokens) + g.slots
+        self.tiles = words(self.max_tiles, 2)
+        self.logit_rows = words(g.slots)
+        self.max_items = max_items(g.slots, g.max_model_len, g.blocks * g.block_size, spread)
+        self.items = words(self.max_items, 8)
+        self.step = words(8)
+
+        self.entries, self.results = entries, results
+        self.entry_words = (
+            (HEADER + 4 * MAX_ASSIGNMENTS + g.slots * (8 + PARAMETERS + 4 + 1 + 2) + g.max_step_tokens + 2 * self.max_tiles + 64) // 4 * 4
+        )
+        self.result_words = 4 + 2 * g.slots
+        self.ring = torch.zeros(entries, self.entry_words, dtype=torch.int32).pin_memory()
+        self.result_ring = torch.zeros(results, self.result_words, dtype=torch.int32).pin_memory()
+        self._ring: Int32 = self.ring.numpy()
+        self._results: Int32 = self.result_ring.numpy()
+        self.position = 0  # entries written
+        self.guards: list[torch.cuda.Event | None] = [None] * entries
+
+        self.slots_arguments = (*(t.data_ptr() for t in (self.table, self.parameters, self.last_token, self.dead)), g.slots, g.table_width)
+        self.inputs_arguments = tuple(
+            t.data_ptr()
+            for t in (self.rows, self.outputs, self.tokens, self.positions, self.places, self.tiles, self.logit_rows, self.items, self.step)
+        )
+
+    def reset(self) -> None:
+        """Forget all slots. Nothing may be in flight."""
+        self.table.fill_(self.geometry.blocks)
+        self.dead.zero_()
+
+    def write(self, step: Step, result: int) -> Iterator[int]:
+        """Write a step into as many ring entries as it needs (all but the last hold assignments only); yield each one's
+        number once it is written. The caller launches `prepare` for it and leaves an event in `guards`, reached when the
+        entry has been read."""
+        plan = step.plan
+        assignments = np.zeros(((len(plan.assign_slots) + len(plan.share_slots)) // 4, 4), dtype=np.int32)
+        for at, names in enumerate(
+            (("assign_slots", "share_slots"), ("assign_indices", "share_indices"), ("assign_blocks", "share_blocks"))
+        ):
+            assignments[:, at] = np.concatenate([unpack(getattr(plan, name)) for name in names])
+        while len(assignments) > MAX_ASSIGNMENTS:
+            yield self._entry(result, assignments[:MAX_ASSIGNMENTS])
+            assignments = assignments[MAX_ASSIGNMENTS:]
+        yield self._entry(result, assignments, step)
+
+    def _entry(self, result: int, assignments: Int32, step: Step | None = None) -> int:
+        number = self.position % self.entries
+        self.position += 1
+        guard = self.guards[number]
+        if guard is not None:
+            guard.synchronize()
+        entry = self._ring[number]
+        header = np.zeros(HEADER, dtype=np.int32)
+        header[5] = result
+        at = HEADER
+
+        def put(count_at: int, offset_at: int, values: Int32, count: int) -> None:
+            nonlocal at
+            header[count_at], header[offset_at] = count, at
+            entry[at : at + values.size] = values.reshape(-1)
+            at += -(-values.size // 4) * 4
+
+        put(3, 10, assignments, len(assignments))
+        if step is not None:
+            put(4, 11, _bindings(step.bind_slots, step.bind_records), len(step.bind_slots))
+            ends = np.cumsum(step.counts, dtype=np.int32)
+            rows = np.zeros((len(step.slots), 8), dtype=np.int32)
+            rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = step.slots, step.starts, step.counts, step.known
+            rows[:, 4] = ends - step.counts
+            rows[:, 5] = np.cumsum(step.known) - step.known
+            put(0, 9, rows, len(rows))
+            header[1] = ends[-1] if len(ends) else 0
+            sampled = np.flatnonzero(step.outputs)
+            logit_row = np.cumsum(step.outputs > 0) - 1
+            outputs = np.zeros((len(sampled) + len(step.fork_slots), 4), dtype=np.int32)
+            outputs[:, 0] = np.concatenate((logit_row[sampled], logit_row[step.fork_rows]))
+            outputs[:, 1], outputs[:, 2] = step.output_slots, step.output_positions
+            put(2, 12, outputs, len(outputs))
+            put(1, 13, step.prefill, int(header[1]))
+            put(8, 15, (ends[sampled] - 1).astype(np.int32), len(sampled))
+            tiles = np.zeros((0, 2), np.int32) if is_decode(step) else self._tiles(step.counts)
+            header[7], header[14] = len(tiles), at
+            entry[at : at + tiles.size] = tiles.reshape(-1)
+            at += tiles.size
+            copies = np.stack((unpack(step.plan.copy_from), unpack(step.plan.copy_to)), axis=1)
+            header[6] = len(copies)
+            entry[at : at + copies.size] = copies.reshape(-1)
+        entry[:HEADER] = header
+        return number
+
+    def _tiles(self, counts: Int32) -> Int32:
+        """Tiles of the prefill attention, shape [tiles, 2]: row, first token in the row."""
+        per_row = -(-counts // self.tile_tokens)
+        row = np.repeat(np.arange(len(counts), dtype=np.int32), per_row)
+        first = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        return np.stack((row, first * self.tile_tokens), axis=1).astype(np.int32)
+
+    def read(self, result: int, outputs: int) -> tuple[Int32, Int32, int, int]:
+        """Tokens and flags (shapes [outputs]) of a finished step, its start and end in nanoseconds of the card's clock."""
+        words = self._results[result]
+        start, end = words[:4].view(np.int64)
+        slots = self.geometry.slots
+        return words[4 : 4 + outputs].copy(), words[4 + slots : 4 + slots + outputs].copy(), int(start), int(end)
+
+
+def _bindings(slots: Int32, records: list[Record]) -> Int32:
+    """Parameters of bound slots, shape [slots, PARAMETERS]."""
+    words = np.zeros((len(slots), PARAMETERS), dtype=np.int32)
+    for row, slot, record in zip(words, slots, records, strict=True):
+        stops = unpack(record.params.stop_ids)
+        if len(stops) > MAX_STOP_IDS:
+            raise ValueError(f"stop_ids: {len(stops)} ids, more than the {MAX_STOP_IDS} that a slot holds")
+        row[0] = slot
+        row[1:2].view(np.float32)[0] = record.params.temperature
+        row[2:4].view(np.uint64)[0] = record.seed
+        row[4] = len(stops)
+        row[5 : 5 + len(stops)] = stops
+    return words

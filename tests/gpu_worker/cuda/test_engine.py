@@ -1,0 +1,154 @@
+"""The whole step on the card against float64, through the real WorkerCore."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.gpu_player import Player
+from gpu_worker.loading.config import ModelConfig, RopeScaling
+from gpu_worker.loading.dummy import DummyTensors
+from gpu_worker.loading.source import Shard
+from tests.gpu_worker.cuda.reference import Reference, error
+
+if torch.cuda.is_available():
+    from gpu_worker.cuda.engine import Engine, Options
+    from gpu_worker.cuda.weights import load_weights
+
+QWEN3 = ModelConfig(
+    family="qwen3", vocab_size=2048, hidden=512, intermediate=768, layers=3, heads=8, kv_heads=4, head_dim=128, max_length=4096,
+    norm_eps=1e-6, rope_theta=1e6, tied_embeddings=True, qk_norm=True,
+)  # fmt: skip
+LLAMA = replace(
+    QWEN3, family="llama", heads=8, kv_heads=2, norm_eps=1e-5, tied_embeddings=False, qk_norm=False,
+    rope_scaling=RopeScaling("llama3", 8.0, 256, 1.0, 4.0),
+)  # fmt: skip
+QWEN2 = replace(LLAMA, family="qwen2", qkv_bias=True, rope_scaling=None)
+SMALL = replace(LLAMA, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, tied_embeddings=True, rope_scaling=None)
+CONFIGS = {"qwen3": QWEN3, "llama": LLAMA, "qwen2": QWEN2, "smollm2": SMALL}
+
+
+class Noisy(DummyTensors):
+    """Dummy weights whose norms and biases are not trivial."""
+
+    def vector(self, name: str) -> torch.Tensor:
+        v = super().vector(name)
+        generator = torch.Generator(v.device).manual_seed(len(name) + sum(name.encode()))
+        return v + 0.3 * torch.randn(v.shape, generator=generator, device=v.device, dtype=v.dtype)
+
+
+def make(config: ModelConfig, dtype: torch.dtype, **options: object) -> tuple[Engine, Noisy]:
+    source = Noisy(config, 1, torch.device("cuda"), torch.float32)
+    weights = load_weights(source, config, torch.device("cuda"), dtype, Shard())
+    sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 1024, "max_model_len": 1536, "num_blocks": 1200} | options
+    engine = Engine(config, weights, Options(**sizes))
+    engine.forward.cache.fill_(float("nan"))  # what nobody wrote must not be read
+    return engine, source
+
+
+def prompts(lengths: list[int], vocab: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, vocab, n, dtype=np.int32) for n in lengths]
+
+
+def teacher(config: ModelConfig, source: Noisy, dtype: torch.dtype, sequences: list[np.ndarray], at: int) -> tuple[torch.Tensor, float]:
+    """float64 logits behind position `at` from the end, and torch's own error in `dtype`."""
+    exact, rounded = (Reference(config, source, dtype, d) for d in (torch.float64, dtype))
+    want = torch.stack([exact.logits(torch.tensor(s, device="cuda"))[at] for s in sequences])
+    return want, error(torch.stack([rounded.logits(torch.tensor(s, device="cuda"))[at] for s in sequences]), want)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "cublas"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prefill_in_chunks_and_decode_match_float64(name: str, dtype: torch.dtype, few: bool) -> None:
+    if dtype == torch.float32 and not few:
+        pytest.skip("fp32 never takes the kernel for few tokens")
+    config = CONFIGS[name]
+    engine, source = make(config, dtype, few=few)
+    player = Player(engine, depth=1)
+    texts = prompts([1, 15, 16, 17, 63, 64, 65, 129, 700, 1025], config.vocab_size)
+    new = [player.add(p, 40) for p in texts]
+    seqs = [s for s, _ in new]
+    player.prefill(new[:8])
+    player.settle()
+    want, bound = teacher(config, source, dtype, texts[:8], -1)
+    assert error(engine.forward.logits[:8], want) < 2 * bound
+    for pair in new[8:]:
+        player.prefill([pair], chunk=100)
+    player.settle()
+    for steps in range(3):  # eager, captured, replayed
+        player.decode(seqs, 1)
+        player.settle()
+        full = [np.concatenate((p, s.tokens)).astype(np.int32)[:-1] for p, s in zip(texts, seqs, strict=True)]
+        want, bound = teacher(config, source, dtype, full, -1)
+        assert error(engine.forward.logits[:10], want) < 2 * bound, steps
+        best = engine.forward.logits[:10].float().argmax(1).tolist()
+        assert [s.tokens[-1] for s in seqs] == best
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9, 20])
+def test_graphs_change_no_bit(rows: int) -> None:
+    tokens = []
+    for graphs in (True, False):
+        engine, _ = make(QWEN3, torch.bfloat16, graphs=graphs)
+        player = Player(engine)
+        new = [player.add(p, 30, temperature=0.7, seed=i) for i, p in enumerate(prompts([40 + 37 * i for i in range(rows)], 2048))]
+        player.prefill(new)
+        player.decode([s for s, _ in new], 29)
+        player.settle()
+        tokens.append([s.tokens for s, _ in new])
+    assert tokens[0] == tokens[1]
+    assert all(len(t) == 30 for t in tokens[0])
+
+
+def test_a_dead_slot_runs_on_without_tokens_and_leaves_its_blocks_alone() -> None:
+    engine, _ = make(QWEN3, torch.bfloat16)
+    player = Player(engine, depth=1)
+    text = prompts([50], 2048)[0]
+    first = player.add(text, 20)
+    player.prefill([first])
+    player.decode([first[0]], 6)
+    player.settle()
+    stop = first[0].tokens[4]
+    before = first[0].tokens.index(stop)
+    again = player.add(text, 20, stop_ids=np.array([7, stop], np.int32).tobytes())
+    other = player.add(text, 20)
+    player.prefill([again, other])
+    player.decode([again[0], other[0]], 8)
+    player.settle()
+    assert again[0].tokens == first[0].tokens[: before + 1]
+    assert len(other[0].tokens) == 9
+    assert other[0].tokens[:7] == first[0].tokens
+
+
+def test_a_nan_is_flagged_and_gives_no_token() -> None:
+    engine, _ = make(QWEN3, torch.bfloat16)
+    player = Player(engine, depth=1)
+    new = [player.add(p, 20) for p in prompts([50, 60], 2048)]
+    player.prefill(new)
+    player.settle()
+    engine.forward.cache[:, new[0][0].blocks[0]] = float("nan")
+    player.decode([s for s, _ in new], 1)
+    step, _ = player.flight[0] if player.flight else (None, None)
+    player.settle()
+    assert step is None
+    assert [len(s.tokens) for s, _ in new] == [1, 2]
+
+
+def test_long_and_short_sequences_share_a_step() -> None:
+    config = QWEN3
+    engine, source = make(config, torch.bfloat16, max_model_len=4096, num_blocks=2000, max_num_seqs=16)
+    player = Player(engine, depth=1)
+    texts = prompts([4000, 3, 2500, 64, 1000], config.vocab_size)
+    new = [player.add(p, 20) for p in texts]
+    player.prefill(new)
+    for _ in range(3):
+        player.decode([s for s, _ in new], 1)
+    player.settle()
+    full = [np.concatenate((p, s.tokens)).astype(np.int32)[:-1] for p, (s, _) in zip(texts, new, strict=True)]
+    want, bound = teacher(config, source, torch.bfloat16, full, -1)
+    assert error(engine.forward.logits[:5], want) < 2 * bound
