@@ -116,6 +116,8 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
 def _convert(folder: Path) -> bytes:
     """tokenizer.json made from an older format (SentencePiece, vocab.json with merges.txt)."""
     try:
+        import google.protobuf  # noqa: F401  (transformers reads tokenizer.model with these two)
+        import sentencepiece  # noqa: F401
         from transformers import AutoTokenizer
     except ImportError as error:
         raise BundleError(f"{folder} has no tokenizer.json; to convert its older tokenizer files install pagewire[convert]") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
@@ -161,6 +162,27 @@ def test_an_older_format_names_the_extra_that_converts_it(tmp_path: Path, monkey
     a_folder(tmp_path, tokenizer__model="not a tokenizer.json")
     with pytest.raises(BundleError, match=r"pagewire\[convert\]"):
         read_bundle(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_older_format_is_converted_where_the_extra_is_installed(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    for needed in ("google.protobuf", "transformers"):
+        pytest.importorskip(needed)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a few words to learn from", "and a few words more"] * 9),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    a_folder(tmp_path, config__json='{"model_type": "llama"}', tokenizer_config__json='{"tokenizer_class": "LlamaTokenizer"}')
+    converted = json.loads(open_bundle(read_bundle(tmp_path))["tokenizer.json"])
+    assert len(converted["model"]["vocab"]) == 300
 
 
 def test_oversized_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
