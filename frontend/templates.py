@@ -42,6 +42,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -52,7 +53,7 @@ class ChatTemplate:
         continue_final_message: the prompt ends inside the last message, for the model to go on with it; then
         add_generation_prompt must be False. `kwargs` are passed to the template. Raises TemplateError.
         """
-        taken = self._special.keys() & kwargs.keys()
+        taken = {"messages", *self._special} & kwargs.keys()
         if taken:
             raise TemplateError(f"{min(taken)!r} is set by the server", "chat_template_kwargs")
         chat = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]

@@ -139,9 +139,10 @@ def test_no_messages_are_refused() -> None:
         ChatTemplate(PLAIN).render([])
 
 
-def test_what_the_model_sets_cannot_be_passed_in() -> None:
-    with pytest.raises(TemplateError, match="'bos_token' is set by the server") as caught:
-        render(PLAIN, special={"bos_token": "<s>"}, bos_token="x")
+@pytest.mark.parametrize("name", ["messages", "bos_token"])
+def test_what_the_server_sets_cannot_be_passed_in(name: str) -> None:
+    with pytest.raises(TemplateError, match=f"'{name}' is set by the server") as caught:
+        render(PLAIN, special={"bos_token": "<s>"}, **{name: "x"})
     assert caught.value.param == "chat_template_kwargs"
 
 
