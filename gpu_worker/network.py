@@ -161,7 +161,8 @@ class Network(threading.Thread):
         self._say_state()
 
     def _turn(self) -> None:
-        wait = min(self._dialer.next_time(), self._progress_at, self._publish_at) - time.monotonic()
+        tick_at = self._dialer.next_time()
+        wait = min(tick_at, self._progress_at, self._publish_at) - time.monotonic()
         ready = dict(self._poller.poll(int(wait * 1000) + 1 if wait > 0 else 0))
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
@@ -180,7 +181,8 @@ class Network(threading.Thread):
         now = time.monotonic()
         if now >= self._progress_at:
             self._report_progress(now)
-        self._handle(self._dialer.tick(now))
+        if now >= tick_at:
+            self._handle(self._dialer.tick(now))
         if now >= self._publish_at:
             self._publish_at = now + TELEMETRY
             self._publish()

@@ -29,6 +29,7 @@ class FakeScheduler:
         self.epoch = epoch
         self.key = KEY
         self.session = 0
+        self.refusal = ""  # the answer to every HELLO, if any
         self.hellos: list[Hello] = []
         self.messages: list[Message] = []
         self.closed: list[PeerClosed] = []
@@ -69,6 +70,9 @@ class FakeScheduler:
                 match event:
                     case Greeted(hello=hello):
                         self.hellos.append(hello)
+                        if self.refusal:
+                            self.listener.refuse(event, self.refusal)
+                            continue
                         self.session, events = self.listener.welcome(event, self.epoch, self.key, 0, time.monotonic())
                         self.closed += [e for e in events if isinstance(e, PeerClosed)]
                     case PeerMessage(message=message):

@@ -43,12 +43,12 @@ def rundir(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def start(rundir: RunDir) -> Iterator[Start]:
-    """Starts worker processes, and ends them."""
+    """Starts worker processes, and ends them. `patch` is Python that runs before the worker."""
     with ExitStack() as stack:
 
-        def start(runner: str = "oracle", **environment: str) -> subprocess.Popen[bytes]:
+        def start(runner: str = "oracle", patch: str = "", **environment: str) -> subprocess.Popen[bytes]:
             process = subprocess.Popen(
-                [sys.executable, "-c", WORKER, str(rundir.path), runner], env={**os.environ, **environment}, stderr=subprocess.PIPE
+                [sys.executable, "-c", patch + WORKER, str(rundir.path), runner], env={**os.environ, **environment}, stderr=subprocess.PIPE
             )
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -289,6 +289,83 @@ def test_an_unknown_runner_is_refused_in_one_line(start):
     assert process.returncode not in (0, None)
     assert b"--runner abacus" in stderr
     assert b"torch, oracle, simulated" in stderr
+
+
+SLOW_LOAD = """
+import time
+from gpu_worker.oracle import OracleRunner
+load = OracleRunner.load
+OracleRunner.load = lambda self: time.sleep(2.5) or load(self)
+"""
+FAILED_LOAD = """
+from gpu_worker.errors import LoadError
+from gpu_worker.oracle import OracleRunner
+def load(self):
+    raise LoadError("no room for the weights: give it a smaller model")
+OracleRunner.load = load
+"""
+LOST_DEVICE = """
+from gpu_worker.oracle import OracleRunner
+def METHOD(self, step):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+OracleRunner.METHOD = METHOD
+"""
+
+
+def test_a_worker_that_loads_keeps_its_session_and_says_that_it_loads(start, scheduler):
+    start(patch=SLOW_LOAD)
+    assert scheduler.expect(Phase).name == "loading"
+    scheduler.send(FileRequest(b"t" * 16, 0))
+    assert scheduler.expect(FileChunk).total == -1
+    scheduler.expect(Ready)
+    assert not scheduler.closed  # longer than the silence time
+    assert len({h.incarnation for h in scheduler.hellos}) == 1
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_worker_in_one_line(start):
+    process = start(patch=FAILED_LOAD)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode not in (0, None)
+    assert b"no room for the weights" in stderr
+
+
+@pytest.mark.parametrize("method", ["start", "finish"])
+def test_a_lost_device_ends_the_process_with_its_stack_in_the_log(start, scheduler, rundir, method):
+    process = start(patch=LOST_DEVICE.replace("METHOD", method))
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    scheduler.until(lambda: process.poll() is not None)
+    assert process.returncode == 1
+    log = (rundir.logs / "worker-7.log").read_text()
+    assert "illegal memory access" in log
+    assert "Traceback" in log
+    assert not list(rundir.sockets.glob("tap-*"))
+
+
+def test_a_refusal_is_said_once(start, scheduler, rundir):
+    scheduler.refusal = "a worker of another protocol"
+    start()
+    scheduler.until(lambda: len(scheduler.hellos) >= 2)
+    scheduler.refusal = ""
+    scheduler.expect(Ready)
+    assert (rundir.logs / "worker-7.log").read_text().count("refuses this worker: a worker of another protocol") == 1
+
+
+def test_plans_not_begun_are_left_when_the_session_ends(start, scheduler):
+    start(PAGEWIRE_ORACLE_STEP_TIME="0.4")
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT, max_tokens=45))
+    for step in range(2, 45):
+        scheduler.send(next_plan(step, len(PROMPT) + step - 2))
+    assert scheduler.expect(Result).step == 1
+    scheduler.closed += scheduler.listener.close(scheduler.session, "for the test")
+    began = time.monotonic()
+    scheduler.expect(Ready)  # after the silence time and the running step, not after all of them
+    assert time.monotonic() - began < 12
+    assert not any(isinstance(m, Result) for m in scheduler.messages)
+    scheduler.send(first_plan(PROMPT))
+    result = scheduler.expect(Result)
+    assert (result.step, unpack(result.ids).tolist()) == (1, expected(PROMPT, 11, 1))
 
 
 def test_the_simulated_runner_streams_letters_and_reports_its_time(start, scheduler):
