@@ -60,6 +60,7 @@ class Tokenizer:
         self.bos = bos
         self.eos = list(eos)
         self.chat = chat
+        self._adds_bos = bos >= 0 and encoder.encode_batch([""], True)[0][:1] == [bos]
 
     @staticmethod
     def from_bundle(bundle: bytes) -> Tokenizer:
@@ -85,7 +86,9 @@ class Tokenizer:
             batch = self._encoder.encode_batch(texts, add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError("a text is not valid Unicode: it holds half a surrogate pair") from error
-        return [ids[1:] if self.bos >= 0 and ids[:2] == [self.bos, self.bos] else ids for ids in batch] if add_special_tokens else batch
+        if not (add_special_tokens and self._adds_bos):
+            return batch
+        return [ids[1:] if ids[:2] == [self.bos, self.bos] else ids for ids in batch]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids outside the vocabulary have none, invalid UTF-8 becomes U+FFFD."""

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from frontend.tokenizer import Tokenizer, TokenizerError
 from protocol.tokenizer_files import byte_bundle
@@ -59,6 +60,13 @@ def test_bos_is_never_doubled() -> None:
     assert plain.count(tokenizer.bos) == 1
     assert tokenizer.encode_batch(["<s>he"], add_special_tokens=False) == [plain]
     assert tokenizer.encode_batch(["he"], add_special_tokens=False) == [plain[1:]]
+
+
+def test_a_tokenizer_that_adds_no_bos_leaves_those_of_the_text_alone() -> None:
+    backend = byte_level_backend()
+    backend.post_processor = processors.ByteLevel()
+    tokenizer = Tokenizer.from_bundle(a_bundle(backend, tokenizer_config__json={"bos_token": "<s>"}))
+    assert tokenizer.encode_batch(["<s><s>", ""]) == [[tokenizer.bos] * 2, []]
 
 
 def test_ids_of_a_padded_vocabulary_have_no_text() -> None:
