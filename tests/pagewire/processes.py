@@ -38,6 +38,12 @@ class Program:
             assert self._read(deadline), f"{text!r} did not come; output:\n{self.output}"
         return self.output
 
+    def read_some(self, timeout: float) -> None:
+        """Read whatever comes within that time."""
+        deadline = time.monotonic() + timeout
+        while self._read(deadline):
+            pass
+
     def wait(self, timeout: float = 30.0) -> int:
         """The exit code; the output is read to its end."""
         deadline = time.monotonic() + timeout
