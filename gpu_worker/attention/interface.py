@@ -35,9 +35,7 @@ class CacheShape:
 
 def new_cache(shape: CacheShape, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """[layers, blocks + 1, 2 (keys, values), kv_heads, block_size, head_dim], zeroed: stale NaNs would spread."""
-    return torch.zeros(
-        (shape.layers, shape.blocks + 1, 2, shape.kv_heads, shape.block_size, shape.head_dim), device=device, dtype=dtype
-    )
+    return torch.zeros((shape.layers, shape.blocks + 1, 2, shape.kv_heads, shape.block_size, shape.head_dim), device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)

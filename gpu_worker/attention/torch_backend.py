@@ -77,7 +77,7 @@ class TorchAttention:
         """Cut the rows into units and gather those of one size."""
         by_size: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for i in np.flatnonzero(~rows.dead).tolist():
-            start, left, token = int(rows.starts[i]), int(rows.counts[i]), int(first_token[i])
+            start, left = int(rows.starts[i]), int(rows.counts[i])
             while left:
                 n = min(left, _QUERIES[-1])
                 size = next(q for q in _QUERIES if q >= n)

@@ -40,11 +40,12 @@ class _Reader(gguf.GGUFReader):
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+        data: Any = self.data
+        kind, count = struct.unpack_from("<IQ", data, orig_offs)
         size = 12
         if kind == gguf.GGUFValueType.STRING:
             for _ in range(count):
-                size += 8 + struct.unpack_from("<Q", self.data, orig_offs + size)[0]
+                size += 8 + struct.unpack_from("<Q", data, orig_offs + size)[0]
         else:
             size += count * np.dtype(self.gguf_scalar_to_np[gguf.GGUFValueType(kind)]).itemsize
         return size, [self.data[orig_offs : orig_offs + size]], [0], [gguf.GGUFValueType.ARRAY]
@@ -79,7 +80,7 @@ class GgufFile:
             factors=tuple(float(f) for f in rope.data) if rope is not None else (),
         )
         header = hashlib.blake2b(digest_size=16)
-        header.update(np.asarray(reader.data[: reader.data_offset]))
+        header.update(reader.data[: reader.data_offset].tobytes())
         header.update(path.stat().st_size.to_bytes(8, "little"))
         self.header_hash = header.digest()
 

@@ -24,7 +24,7 @@ class SafetensorsFolder:
         self.folder = folder
         try:
             files = _files(folder)
-            self._open = [safe_open(file, framework="pt") for file in files]
+            self._open: list[Any] = [safe_open(file, framework="pt") for file in files]
             self._where: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
             self.header_hash = _header_hash(files)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -34,14 +34,16 @@ class SafetensorsFolder:
         return name in self._where
 
     def vector(self, name: str) -> torch.Tensor:
-        return self._find(name).get_tensor(name)
+        vector: torch.Tensor = self._find(name).get_tensor(name)
+        return vector
 
     def read(self, piece: Piece) -> torch.Tensor:
         view = self._find(piece.name).get_slice(piece.name)
         shape = view.get_shape()
         if len(shape) != 2 or piece.rows[1] > shape[0] or piece.columns[1] > shape[1]:
             raise LoadError(f"{self.folder}: {piece.name} has shape {shape}, too small for the model's sizes")
-        return view[slice(*piece.rows), slice(*piece.columns)]
+        part: torch.Tensor = view[slice(*piece.rows), slice(*piece.columns)]
+        return part
 
     def four_bit(self, piece: Piece) -> FourBit | None:
         return None

@@ -40,6 +40,8 @@ class Llama:
             x = x + self._attention(i, layer, rms_norm(x, layer.input_norm, config.norm_eps), cos, sin, attention)
             if i == config.layers - 1:
                 x = x[last]
+                if not len(last):
+                    return x.new_zeros(0, config.vocab_size, dtype=torch.float32)
             x = x + layer.down(silu_mul(layer.gate_up(rms_norm(x, layer.post_norm, config.norm_eps))))
         return weights.head(rms_norm(x, weights.norm, config.norm_eps)).float()
 
@@ -53,5 +55,5 @@ class Llama:
             q = rotate(rms_norm(qkv[:, :heads], layer.q_norm, config.norm_eps), cos, sin)
             k = rotate(rms_norm(qkv[:, heads : heads + kv_heads], layer.k_norm, config.norm_eps), cos, sin)
         else:
-            q, k = rotate(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), dim=1)
+            q, k = rotate(qkv[:, : heads + kv_heads], cos, sin).tensor_split((heads,), dim=1)
         return layer.o(attention.attend(index, q, k, qkv[:, heads + kv_heads :]))

@@ -1,0 +1,199 @@
+"""One step of a real model in torch: slots and blocks on one side, the model on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cache
+from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.errors import LoadError
+from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
+from gpu_worker.models.llama import Llama
+from gpu_worker.models.weights import CpuMaker, DenseMaker, LinearMaker, load_weights
+from gpu_worker.runner import Description, Outcome, Step
+from gpu_worker.sampler import Sampler
+from gpu_worker.settings import WorkerSettings
+from gpu_worker.slots import BlockTables
+from gpu_worker.stops import StopIds
+from protocol.columns import Int32, unpack
+from protocol.messages import DEAD, NAN, STOPPED, Geometry, Plan
+from protocol.tokenizer_files import bundle_hash
+
+_CACHE_BYTES = 2 << 30  # of keys and values on the CPU, unless the number of blocks is given
+_CACHE_SHARE = 0.4  # of the memory available, at most
+
+
+class TorchStep:
+    """A loaded model, its cache, and the device state of every slot."""
+
+    def __init__(self, model: Llama, attention: Attention, cache: torch.Tensor, geometry: Geometry, begun: Callable[[], None]) -> None:
+        self._model = model
+        self._attention = attention
+        self._cache = cache
+        self._host_cache = torch.zeros((cache.shape[0], geometry.host_blocks, *cache.shape[2:]), dtype=cache.dtype)
+        self._device = cache.device
+        self._vocab_size = geometry.vocab_size
+        self._begun = begun
+        self._tables = BlockTables(geometry.slots, geometry.table_width)
+        self._sampler = Sampler(geometry.slots, geometry.vocab_size, cache.device)
+        self._stops = StopIds(geometry.slots)
+        self._last_token = np.zeros(geometry.slots, np.int64)
+        self._dead: npt.NDArray[np.bool_] = np.zeros(geometry.slots, dtype=bool)
+
+    @staticmethod
+    @torch.inference_mode()
+    def load(settings: WorkerSettings, threads: int, begun: Callable[[], None]) -> tuple[TorchStep, Description]:
+        """Load the model and allocate its cache. Raises LoadError, one line."""
+        torch.set_num_threads(threads)
+        files = open_model(settings)
+        config = files.config
+        length = settings.max_model_len or min(4096, config.max_length)
+        if length > config.max_length:
+            raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
+        config.check_length(length)
+        device, dtype, packed, maker = _placement(settings, files)
+        weights = load_weights(config, files.tensors(device, dtype), maker)
+        shape = _cache_shape(settings, config, length, device, dtype)
+        cache = new_cache(shape, device, dtype)
+        geometry = Geometry(
+            block_size=shape.block_size,
+            blocks=shape.blocks,
+            host_blocks=settings.num_cpu_blocks,
+            slots=settings.max_num_seqs,
+            max_model_len=length,
+            max_step_tokens=settings.max_num_batched_tokens,
+            vocab_size=config.vocab_size,
+        )
+        attention = TorchAttention(cache, shape, config.heads)
+        model = Llama(config, weights, length, device)
+        kv_dtype = str(dtype).removeprefix("torch.")
+        description = Description(
+            model=files.name,
+            fingerprint=fingerprint(files, kv_dtype, packed, kv_dtype),
+            geometry=geometry,
+            attention=attention.name,
+            eos=files.generation.eos,
+            bos=files.generation.bos,
+            defaults=files.generation.defaults,
+            tokenizer=bundle_hash(files.bundle),
+            bundle=files.bundle,
+        )
+        return TorchStep(model, attention, cache, geometry, begun), description
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Outcome:
+        """Compute one step, to its end."""
+        self._apply(step)
+        if not len(step.slots):
+            return Outcome(tokens=np.zeros(0, np.int32), flags=np.zeros(0, np.uint8), copied=step.plan.step)
+        logits = self._forward(step)
+        slots = step.output_slots
+        live = ~self._dead[slots]
+        sampled = self._sampler.sample(logits, slots, step.output_positions, live)
+        tokens = sampled.tokens
+        stopped = self._stops.hit(slots, tokens)
+        flags = np.where(live, np.where(tokens < 0, NAN, np.where(stopped, STOPPED, 0)), DEAD).astype(np.uint8)
+        self._last_token[slots] = np.maximum(tokens, 0)
+        self._dead[slots] |= flags != 0
+        lp = sampled.logprobs
+        return Outcome(
+            tokens=tokens,
+            flags=flags,
+            copied=step.plan.step,
+            lp_counts=lp.counts,
+            lp_ids=lp.ids,
+            lp_values=lp.values,
+            lp_ranks=lp.ranks,
+        )
+
+    def reset(self) -> None:
+        """Forget all slots; blocks keep their content."""
+        self._tables.clear()
+        self._dead[:] = False
+
+    def _apply(self, step: Step) -> None:
+        """Bindings, table entries and copies of a plan."""
+        plan = step.plan
+        self._tables.apply(plan)
+        for slot, record in zip(step.bind_slots.tolist(), step.bind_records, strict=True):
+            self._dead[slot] = False
+            self._sampler.bind(slot, record)
+            self._stops.bind(slot, record)
+        if plan.assign_blocks:
+            # attention multiplies what lies behind a row's end by zero, which only a NaN survives
+            self._cache.index_fill_(1, self._blocks(plan.assign_blocks), 0.0)
+        self._copy(plan)
+
+    def _copy(self, plan: Plan) -> None:
+        cache, host = self._cache, self._host_cache
+        if plan.copy_to:
+            cache.index_copy_(1, self._blocks(plan.copy_to), cache.index_select(1, self._blocks(plan.copy_from)))
+        if plan.out_to:
+            host.index_copy_(1, self._blocks(plan.out_to).cpu(), cache.index_select(1, self._blocks(plan.out_from)).cpu())
+        if plan.in_to:
+            cache.index_copy_(1, self._blocks(plan.in_to), host.index_select(1, self._blocks(plan.in_from).cpu()).to(self._device))
+
+    def _blocks(self, column: bytes) -> torch.Tensor:
+        return self._index(unpack(column))
+
+    def _forward(self, step: Step) -> torch.Tensor:
+        """The logits of each output, [outputs, vocab]."""
+        counts = step.counts.astype(np.int64)
+        ends = np.cumsum(counts)
+        nth = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
+        ids = np.repeat(self._last_token[step.slots], counts)
+        ids[nth < np.repeat(step.known, counts)] = step.prefill
+        positions = nth + np.repeat(step.starts, counts)
+        self._attention.begin(Rows(step.starts, step.counts, self._tables.table[step.slots], self._dead[step.slots]))
+        sampling = np.flatnonzero(step.outputs > 0)
+        logits = self._model.forward(
+            self._index(ids), self._index(positions), self._index(ends[sampling] - 1), self._attention, self._begun
+        )
+        if not len(step.fork_rows):
+            return logits
+        rank = np.cumsum(step.outputs > 0) - 1  # which of the logits a row's are
+        return logits[self._index(np.concatenate((rank[sampling], rank[step.fork_rows])))]
+
+    def _index(self, values: npt.NDArray[np.int64] | Int32) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._device)
+
+
+def _placement(settings: WorkerSettings, files: ModelFiles) -> tuple[torch.device, torch.dtype, bool, LinearMaker]:
+    """Device, dtype of activations and cache, whether weights stay packed, and the maker of linears."""
+    if settings.device == "cuda":
+        if not torch.cuda.is_available():
+            raise LoadError("device cuda is asked for, and torch finds no usable GPU or driver")
+        dtype = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
+        device = torch.device("cuda")
+        return device, dtype, False, DenseMaker(device, dtype)
+    if settings.dtype not in ("auto", "float32"):
+        raise LoadError(f"dtype {settings.dtype} is not supported on the CPU; float32 and auto (a GGUF's weights kept packed) are")
+    packed = settings.dtype == "auto" and files.quantised
+    return torch.device("cpu"), torch.float32, packed, CpuMaker(packed)
+
+
+def _cache_shape(settings: WorkerSettings, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> CacheShape:
+    """As many blocks as asked for, or as the memory allows. Raises LoadError if one sequence of full length has no room."""
+    one = CacheShape(config.layers, 1, config.kv_heads, settings.block_size, config.head_dim)
+    block_bytes = one.elements_per_block * dtype.itemsize
+    blocks = settings.num_gpu_blocks
+    if not blocks:
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            budget = free - int((1 - settings.gpu_memory_utilization) * total)
+        else:
+            budget = min(_CACHE_BYTES, int(_CACHE_SHARE * psutil.virtual_memory().available))
+        blocks = budget // block_bytes - 1
+    needed = -(-length // settings.block_size)
+    if blocks < needed:
+        raise LoadError(
+            f"{max(blocks, 0)} blocks of {settings.block_size} tokens hold no sequence of {length} tokens, which needs {needed}: "
+            f"lower --max-model-len or raise --num-gpu-blocks ({block_bytes * needed / 2**20:.0f} MiB)"
+        )
+    return CacheShape(config.layers, blocks, config.kv_heads, settings.block_size, config.head_dim)
