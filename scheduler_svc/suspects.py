@@ -2,8 +2,8 @@
 
 When a worker's session ends with plans unacknowledged, the oldest of them is held responsible: its requests are
 suspects. They come back in halves, each half in steps of its own with nothing else in flight on that worker, halved
-again at each failure, and are cleared by a token that becomes known. A lost session is one failure; a HELLO that
-names the step makes it two; four in a row end the request.
+again at each failure, and are cleared by a token that becomes known. Failures of a plan that held one request alone
+are counted: a lost session is one, a HELLO that names the step makes it two; four in a row end the request.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Suspects:
         for group in (living[:half], living[half:]):
             self._groups += 1
             for request in group:
-                request.strikes += strikes
+                if len(living) == 1:  # in company, the fault may be another's
+                    request.strikes += strikes
                 request.trial = self._groups
                 self.active.add(request)
         return [request for request in living if request.strikes >= FATAL]

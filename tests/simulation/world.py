@@ -234,7 +234,7 @@ class World:
             prompt[rng.randrange(len(prompt))] = POISON
         n = rng.choice((2, 3)) if rng.random() < self.mix.forks else 1
         params = SamplingParams(
-            max_tokens=rng.randrange(1, 40),
+            max_tokens=rng.randrange(1, 80 - len(prompt) if len(prompt) > 41 else 40),
             temperature=rng.choice((0.0, 1.0)),
             min_tokens=rng.choice((0, 0, 5)),
             stop_ids=pack([EOS] if rng.random() < 0.7 else []),
