@@ -28,10 +28,12 @@ def fits(worker: Worker, choice: Choice, blocks: int) -> bool:
     if not len(busy):
         return True
     expected = worker.model.outputs.expected
-    left = np.minimum(s.limit[busy], np.maximum(s.prompt[busy] + expected, length + BEYOND)) - length
+    ends = s.prompt[busy] + expected
+    left = np.minimum(s.limit[busy], np.where(ends > length, ends, length + BEYOND)) - length
     request = choice.request
     siblings = sum(c.queue is worker.queue and not len(c.tokens) for c in request.choices) if not len(choice.tokens) else 1
-    own = min(choice.limit, max(len(request.prompt) + expected, choice.length + BEYOND)) - choice.length
+    end = len(request.prompt) + expected
+    own = min(choice.limit, end if end > choice.length else choice.length + BEYOND) - choice.length
     have = np.concatenate((np.maximum(length, s.capacity[busy]), [blocks * size] + [size] * (siblings - 1)))
     left = np.concatenate((left, [own] * siblings))
     order = np.argsort(-left, kind="stable")

@@ -85,15 +85,17 @@ class BlockManager:
             if not left:
                 self._link(block)
 
-    def register(self, block: int, name: bytes) -> bool:
-        """Let a used block be found by its hash. False if another block already holds this content."""
-        if name in self.by_hash:
-            return self.by_hash[name] == block
-        assert self.refs[block], "only a used block can be given a hash"
-        assert self.hash_of[block] is None, "a block has one hash"
-        self.by_hash[name] = block
-        self.hash_of[block] = name
-        return True
+    def publish(self, blocks: Sequence[int], names: Sequence[bytes]) -> list[tuple[int, bytes]]:
+        """Register those of the used blocks that have no hash and whose content no other block holds; returns them."""
+        by_hash, hash_of = self.by_hash, self.hash_of
+        published = []
+        for pair in zip(blocks, names, strict=True):
+            block, name = pair
+            if name not in by_hash and hash_of[block] is None:
+                by_hash[name] = block
+                hash_of[block] = name
+                published.append(pair)
+        return published
 
     def adopt(self, block: int, name: bytes) -> bool:
         """Take over a block that the worker still holds from an earlier session, as cached."""

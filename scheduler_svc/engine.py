@@ -310,6 +310,7 @@ class Engine:
         """Let a choice wait; it is hashed and routed between plans."""
         choice.state = State.WAITING
         request = choice.request
+        request.held_since = request.held_since or now
         if request.deadline and not request.admitted:
             self.timers.at(request.deadline, lambda then: self._overdue(request, then))
         self._arrivals.append(choice)
@@ -350,10 +351,9 @@ class Engine:
         worker = choice.request.model.route(choice)
         if worker is not None:
             worker.queue.add(choice)
+            choice.request.held_since = 0.0
             return
         choice.request.model.queue.add(choice)
-        if not choice.request.held_since:
-            choice.request.held_since = now
         self._hold(choice.request, now)
 
     def _hold(self, request: Request, now: float) -> None:

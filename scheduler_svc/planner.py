@@ -83,6 +83,8 @@ class Planner:
             if len(slots) > self.budget:
                 turn = worker.turn = (worker.turn + self.budget) % len(slots)
                 slots = np.roll(slots, -turn)[: self.budget]
+            if not len(slots):
+                return
             if slots is not rows.slots:
                 rows = worker.rows_of(slots)
             grow = (rows.mask & (s.computed >= s.capacity)).nonzero()[0]
@@ -94,6 +96,8 @@ class Planner:
                 rows = worker.rows_of(np.setdiff1d(rows.slots, left_out))
                 grow = np.setdiff1d(grow, left_out)
                 break
+        if not len(rows.slots):
+            return
         if len(grow):
             self._grow(grow)
         self.decodes = rows
@@ -209,10 +213,7 @@ class Planner:
         s, blocks = self.worker.slots, self.worker.blocks
         if last <= first:
             return
-        names = s.names[slot][first:last]
-        for block, name in zip(s.table[slot, first:last].tolist(), names, strict=True):
-            if blocks.hash_of[block] is None and blocks.register(block, name):
-                self.pending.append((block, name))
+        self.pending += blocks.publish(s.table[slot, first:last].tolist(), s.names[slot][first:last])
 
     def _sampled_first(self, slot: int, length: int) -> None:
         """The slot's prefill ends in this plan: from the next one on it decodes."""
@@ -284,7 +285,10 @@ class Planner:
         held = np.flatnonzero((s.state == PREFILL) | (s.state == DECODE)).tolist()
         choices = [c for c in (s.choice[slot] for slot in held) if c is not None]
         oldest = min((c.key for c in choices if not self._owes(c)), default=None)
-        planned = {row[0] for row in self.rows}.union(self.decodes.slots.tolist() if self.decodes else ())
+        # those planned already keep their blocks for this step, unless nothing more is planned after the claim
+        planned = {copy.slot for copy in self.copies}
+        if claimant is None or claimant.slot >= 0:
+            planned |= {row[0] for row in self.rows}.union(self.decodes.slots.tolist() if self.decodes else ())
         victims = [c for c in choices if c.key != oldest and c.slot not in planned and s.blocks[c.slot] and self._yields(c, claimant)]
         if not victims:
             return False
@@ -327,7 +331,7 @@ class Planner:
                 fits = self._admit(choice)
                 worker.stuck = None if fits else (choice, worker.blocks.available)
             if not fits:
-                if self._may_claim(choice):
+                if not worker.draining and self._may_claim(choice):
                     self._preempt(choice)
                 return
 

@@ -55,9 +55,11 @@ class Chain:
         """Name at most `most` further blocks; return how many were named."""
         first = len(self.names)
         last = min(self.full, first + most)
-        name, width, packed, parent, add = self._hasher.name, self._width, self._packed, self._parent, self.names.append
+        copy, width, packed, parent, add = self._hasher.keyed.copy, self._width, self._packed, self._parent, self.names.append
         for offset in range(first * width, last * width, width):
-            parent = name(parent, packed[offset : offset + width])
+            state = copy()  # Hasher.name, without the call
+            state.update(parent + packed[offset : offset + width])
+            parent = state.digest()
             add(parent)
         self._parent = parent
         if last == self.full:

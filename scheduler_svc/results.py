@@ -105,17 +105,13 @@ def _seal(worker: Worker, flight: InFlight) -> None:
     indices = np.array([len(chain) for chain in names], dtype=np.intp)
     packed = s.block_history[slots, indices].tobytes()
     full = s.table[slots, indices].tolist()
-    by_hash, hash_of, copy = worker.blocks.by_hash, worker.blocks.hash_of, worker.hasher.keyed.copy
-    width, offset = 4 * worker.block_size, 0
-    for slot, chain, block in zip(slots.tolist(), names, full, strict=True):
+    copy, width, offset = worker.hasher.keyed.copy, 4 * worker.block_size, 0
+    for slot, chain in zip(slots.tolist(), names, strict=True):
         state = copy()
         state.update((chain[-1] if chain else _root(worker, slot)) + packed[offset : offset + width])
-        name = state.digest()
-        chain.append(name)
+        chain.append(state.digest())
         offset += width
-        if name not in by_hash and hash_of[block] is None:
-            worker.blocks.register(block, name)
-            worker.seals.append((block, name))
+    worker.seals += worker.blocks.publish(full, [chain[-1] for chain in names])
 
 
 def _root(worker: Worker, slot: int) -> bytes:

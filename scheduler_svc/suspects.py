@@ -57,8 +57,9 @@ class Suspects:
             return []
         if named and hello.failed_step == loss.oldest:
             return self._strike(loss.requests[loss.oldest], 1)
+        alone = len(loss.requests[loss.oldest]) == 1
         for request in loss.requests[loss.oldest]:  # the process lives, so that step broke nothing
-            request.strikes = max(request.strikes - 1, 0)
+            request.strikes -= alone and request.strikes > 0
             if not request.strikes:
                 self.clear(request)
         return self._strike(loss.requests[hello.failed_step], 2) if named else []
