@@ -26,7 +26,7 @@ from gpu_worker.runner import Description, Runner
 from gpu_worker.settings import WorkerSettings
 from protocol.counters import Counters
 from protocol.messages import FileRequest, Hello, Message, Phase, Plan, Progress, Result
-from protocol.service import Service
+from protocol.service import CannotRun, Service
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
 from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
 from protocol.tap import Tap
@@ -34,6 +34,7 @@ from protocol.telemetry import Publisher
 
 CHANNELS = 2
 TELEMETRY = 1.0  # seconds between two publications
+FAREWELL = 100  # ms that the last results may take to leave; a scheduler that is gone holds nothing up
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Figures:
 
 
 class Network(threading.Thread):
-    """Runs from `start()` to `close()`. `session` is the open session, 0 for none; any thread may read it."""
+    """Runs from `open()` to `close()`. `session` is the open session, 0 for none; any thread may read it."""
 
     def __init__(self, settings: WorkerSettings, service: Service, runner: Runner) -> None:
         super().__init__(name="network", daemon=True)
@@ -96,6 +97,7 @@ class Network(threading.Thread):
         hello = Hello(role="worker", name=settings.name, incarnation=service.incarnation, attempt=1)
         self._dialer = Dialer(hello, len(self._endpoints), CHANNELS, settings.times, self._counters, time.monotonic())
         self._calls: deque[Callable[[], None]] = deque()
+        self._opened: SimpleQueue[Exception | None] = SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
         self._stop_seen = False
@@ -105,6 +107,12 @@ class Network(threading.Thread):
         self._publish_at = 0.0
 
     # ------------------------------------------------------------ for other threads
+
+    def open(self) -> None:
+        """Start the thread; returns once it has its sockets. Raises CannotRun, RunDirError."""
+        self.start()
+        if (error := self._opened.get()) is not None:
+            raise error
 
     def send(self, session: int, message: Message) -> None:
         """Send on a session; if it is over by then, the message goes nowhere, counted."""
@@ -133,7 +141,12 @@ class Network(threading.Thread):
         """The thread: an error in it is handed to the main thread."""
         try:
             with ExitStack() as stack:
-                self._open(stack)
+                try:
+                    self._open(stack)
+                except Exception as error:
+                    self._opened.put(error)
+                    return
+                self._opened.put(None)
                 while not self._closing:
                     self._turn()
         except Exception as error:
@@ -155,9 +168,12 @@ class Network(threading.Thread):
         self._poller.register(self._service.stop_fd, zmq.POLLIN)
         self._sockets: dict[tuple[int, int], tuple[Socket, Socket]] = {}  # (endpoint, channel) → socket and its monitor
         stack.callback(self._disconnect_all)
-        for endpoint in range(len(self._endpoints)):
-            for channel in range(CHANNELS):
-                self._connect(endpoint, channel)
+        for endpoint, name in enumerate(self._endpoints):
+            try:
+                for channel in range(CHANNELS):
+                    self._connect(endpoint, channel)
+            except zmq.ZMQError as error:
+                raise CannotRun(f"cannot connect to the scheduler at {name}: {error.strerror}") from None
         self._say_state()
 
     def _turn(self) -> None:
@@ -292,6 +308,8 @@ class Network(threading.Thread):
 
     def _close(self) -> None:
         self._transmit()
+        for socket, _ in self._sockets.values():
+            socket.setsockopt(zmq.LINGER, FAREWELL)
         self._closing = True
 
     # ------------------------------------------------------------ what others see

@@ -37,7 +37,7 @@ def run(settings: WorkerSettings) -> None:
         except (LoadError, ValueError) as error:
             raise CannotRun(str(error)) from None
         network = Network(settings, service, runner)
-        network.start()
+        network.open()
         try:
             _serve(service, runner, network, switch)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,12 +26,13 @@ from tests.gpu_worker.worker_plans import rows_of
 pytestmark = pytest.mark.slow
 
 WORKER = """
+import json
 import sys
 from pathlib import Path
 from gpu_worker.service import run
 from gpu_worker.settings import WorkerSettings
 sizes = {"block_size": 4, "num_gpu_blocks": 32, "max_num_seqs": 4, "max_model_len": 64}
-run(WorkerSettings(run_dir=Path(sys.argv[1]), name="worker-7", runner=sys.argv[2], **sizes))
+run(WorkerSettings(run_dir=Path(sys.argv[1]), name="worker-7", runner=sys.argv[2], **sizes, **json.loads(sys.argv[3])))
 """
 PROMPT = list(b"once upon a time")
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -43,12 +45,14 @@ def rundir(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def start(rundir: RunDir) -> Iterator[Start]:
-    """Starts worker processes, and ends them. `patch` is Python that runs before the worker."""
+    """Starts worker processes, and ends them. `patch` is Python that runs before the worker, `more` are settings."""
     with ExitStack() as stack:
 
-        def start(runner: str = "oracle", patch: str = "", **environment: str) -> subprocess.Popen[bytes]:
+        def start(runner: str = "oracle", patch: str = "", more: dict | None = None, **environment: str) -> subprocess.Popen[bytes]:
             process = subprocess.Popen(
-                [sys.executable, "-c", patch + WORKER, str(rundir.path), runner], env={**os.environ, **environment}, stderr=subprocess.PIPE
+                [sys.executable, "-c", patch + WORKER, str(rundir.path), runner, json.dumps(more or {})],
+                env={**os.environ, **environment},
+                stderr=subprocess.PIPE,
             )
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -366,6 +370,30 @@ def test_plans_not_begun_are_left_when_the_session_ends(start, scheduler):
     scheduler.send(first_plan(PROMPT))
     result = scheduler.expect(Result)
     assert (result.step, unpack(result.ids).tolist()) == (1, expected(PROMPT, 11, 1))
+
+
+def test_an_endpoint_that_is_none_is_refused_in_one_line(start):
+    process = start(more={"schedulers": ["carrier-pigeon://coop"]})
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode not in (0, None)
+    assert b"cannot connect to the scheduler at carrier-pigeon://coop" in stderr
+
+
+def test_of_two_schedulers_the_one_with_the_higher_epoch_is_served(start, rundir, tmp_path):
+    endpoints = [rundir.workers, f"ipc://{tmp_path}/other"]
+    old, new = FakeScheduler(endpoints[0], epoch=3), FakeScheduler(endpoints[1], epoch=4)
+    new.refusal = "not yet"
+    try:
+        start(more={"schedulers": endpoints})
+        old.expect(Ready)
+        new.refusal = ""
+        new.until(lambda: new.session or old.turn())
+        assert new.expect(Ready).geometry.blocks == 32
+        new.send(first_plan(PROMPT))
+        assert unpack(new.expect(Result).ids).tolist() == expected(PROMPT, 11, 1)
+    finally:
+        old.close()
+        new.close()
 
 
 def test_the_simulated_runner_streams_letters_and_reports_its_time(start, scheduler):
