@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 
 from tests.simulation.world import MIXES, World
+
+
+def run_one(seed: int, name: str) -> tuple[int, str, str, dict[str, int]]:
+    """Run one seed: (seed, mix, what went wrong or nothing, what happened)."""
+    world = World(seed, MIXES[name])
+    try:
+        world.run()
+    except Exception:
+        return seed, name, traceback.format_exc(), {}
+    return seed, name, "", world.happened()
 
 
 def main() -> int:
@@ -15,27 +27,28 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100, help="how many seeds, spread over the mixes")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--mix", choices=sorted(MIXES), help="only this mix")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--keep-going", action="store_true", help="report every seed that fails, not only the first")
     arguments = parser.parse_args()
-    mixes = [MIXES[arguments.mix]] if arguments.mix else list(MIXES.values())
-    began, failed = time.monotonic(), 0
+    names = [arguments.mix] if arguments.mix else list(MIXES)
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    began, passed, failed = time.monotonic(), 0, 0
     counts: dict[str, int] = {}
-    for i in range(arguments.first, arguments.first + arguments.seeds):
-        mix = mixes[i % len(mixes)]
-        world = World(i, mix)
-        try:
-            world.run()
-        except Exception:
-            failed += 1
-            print(f"seed {i}, mix {mix.name!r} failed:", file=sys.stderr)
-            traceback.print_exc()
-            if not arguments.keep_going:
-                return 1
-        for what, n in world.happened().items():
-            counts[what] = counts.get(what, 0) + n
-    seconds = time.monotonic() - began
-    print(f"{arguments.seeds - failed} passed, {failed} failed in {seconds:.0f} s")
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        for seed, name, error, happened in pool.map(run_one, seeds, [names[seed % len(names)] for seed in seeds], chunksize=4):
+            if error:
+                failed += 1
+                print(f"seed {seed}, mix {name!r} failed:\n{error}", file=sys.stderr)
+                if not arguments.keep_going:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+            else:
+                passed += 1
+            for what, n in happened.items():
+                counts[what] = counts.get(what, 0) + n
     print(", ".join(f"{what} {n}" for what, n in sorted(counts.items())))
+    print(f"simulation: {time.monotonic() - began:.0f} s")
+    print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 
 

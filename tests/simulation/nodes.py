@@ -261,12 +261,18 @@ class WorkerNode(PeerNode):
                     self._say_ready()
             case Closed():
                 self._ready_pending = False
-                if not self._running and not self._hung:
+                if self._hung:  # the process sees that its main thread does not come back, and ends
+                    self.clock.after(self._times.progress, lambda: self.run(self._give_up))
+                elif not self._running:
                     self._reset()
             case Received(Plan() as plan):
                 self._plan(plan)
             case Received(FileRequest() as request):
                 self.dialer.send(self.core.file_chunk(request), self.clock.now)
+
+    def _give_up(self) -> None:
+        assert self._on_crash is not None
+        self._on_crash(self)
 
     def _say_ready(self) -> None:
         self.core.welcome(self.dialer.hash_key)
@@ -282,8 +288,7 @@ class WorkerNode(PeerNode):
             return
         effect = self._poison(plan)
         if effect == "crash":
-            assert self._on_crash is not None
-            self._on_crash(self)
+            self._give_up()
             return
         if effect == "hang":
             self._hung = True

@@ -70,7 +70,11 @@ MIXES = {
         Mix("pauses", pauses=4),
         Mix("cuts", holds=5),
         Mix("poison raises", poison="raise"),
+        Mix("poison crashes", poison="crash", workers=3),
+        Mix("poison hangs", poison="hang", workers=3),
         Mix("nan", poison="nan"),
+        Mix("standby", schedulers=2, scheduler_crashes=2),
+        Mix("standby, pauses", schedulers=2, pauses=5),
         Mix(
             "everything",
             weather=Weather(loss=0.01, duplication=0.01, reordering=0.02),
