@@ -6,20 +6,9 @@ import argparse
 import multiprocessing
 import sys
 import time
-import traceback
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.simulation.world import MIXES, World
-
-
-def run_one(seed: int, name: str) -> tuple[int, str, str, dict[str, int]]:
-    """Run one seed: (seed, mix, what went wrong or nothing, what happened)."""
-    world = World(seed, MIXES[name])
-    try:
-        world.run()
-    except Exception:
-        return seed, name, traceback.format_exc(), {}
-    return seed, name, "", world.happened()
+from tests.simulation.world import MIXES, run_one
 
 
 def main() -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -356,3 +357,13 @@ class World:
 def replace_params(params: SamplingParams, **changes: object) -> SamplingParams:
     """A copy with changes."""
     return msgspec.structs.replace(params, **changes)
+
+
+def run_one(seed: int, name: str) -> tuple[int, str, str, dict[str, int]]:
+    """Run one seed: (seed, mix, what went wrong or nothing, what happened)."""
+    world = World(seed, MIXES[name])
+    try:
+        world.run()
+    except Exception:
+        return seed, name, traceback.format_exc(), {}
+    return seed, name, "", world.happened()
