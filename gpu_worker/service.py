@@ -9,6 +9,7 @@ The main thread is the runner's own: whatever a library keeps per thread (a CUDA
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -52,6 +53,9 @@ def _serve(service: Service, runner: Runner, network: Network, switch: KillSwitc
     g = description.geometry
     service.log.info("loaded %s: %d blocks of %d tokens, %d slots", description.model, g.blocks, g.block_size, g.slots)
     network.loaded(description)
+    # A full collection visits all that torch has made, 171,000 objects, and stops every thread for 0.1 s meanwhile.
+    gc.collect()
+    gc.freeze()
     output = _Output(WorkerCore(description), runner, network, switch)
     output.start()
     _Loop(service, output).run()  # if this raises, a step may never end: nobody waits for it
