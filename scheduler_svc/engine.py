@@ -7,6 +7,7 @@ frontends ──► Intake ──► Ledger (requests)          Planner ──�
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from math import inf
@@ -18,6 +19,7 @@ from protocol.messages import (
     Attach,
     Credit,
     Done,
+    Failed,
     FileChunk,
     FileRequest,
     Hello,
@@ -44,6 +46,8 @@ from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.suspects import Suspects
 from scheduler_svc.worker import Worker
 
+log = logging.getLogger(__name__)
+
 CREDIT_STEPS = 8  # a frontend's credit, in steps of all slots and plans in flight
 HASHED_BLOCKS = 512  # named between two plans: 0.4 ms
 ARRIVALS = 64  # choices routed between two plans
@@ -62,6 +66,7 @@ class Engine:
         self.workers: dict[int, Worker] = {}
         self.models: dict[str, Model] = {}
         self.frontends = Frontends(unacked)
+        self.frontends.limit = CREDIT_STEPS * settings.depth * settings.max_num_seqs
         self.timers = Timers()
         self.ledger = Ledger(counters, self.timers, settings.times.grace)
         self.suspects = Suspects()
@@ -69,7 +74,8 @@ class Engine:
         self.intake = Intake(settings, self.ledger, self.frontends, self.models, counters, self._enqueue)
         self.intake.waiting = self._waiting
         self.intake.loading = self._loading
-        self._arrivals: deque[Choice] = deque()  # on their way into a queue
+        self._arrivals: deque[tuple[Choice, int]] = deque()  # on their way into a queue, with their tokens
+        self._arriving_tokens = 0
         self._told: list[ModelInfo] = []
         self._started = False
 
@@ -121,7 +127,7 @@ class Engine:
             return
         match message:
             case Submit():
-                self.intake.submit(frontend, message, now)
+                self._submit(frontend, message, now)
             case Abort():
                 self.intake.abort(frontend, message, now)
             case Done():
@@ -134,6 +140,20 @@ class Engine:
                 self.files.request(session, message, list(self.workers.values()))
             case _:
                 self.counters.add("scheduler_unexpected_message")
+
+    def _submit(self, frontend: Frontend, message: Submit, now: float) -> None:
+        """A fault of ours in handling one request ends that request, not the service."""
+        try:
+            self.intake.submit(frontend, message, now)
+        except Exception:
+            self.counters.add("scheduler_faults")
+            log.exception("request %s could not be taken", message.request.hex())
+            failed = Failed(message.request, 500, "internal_error", "The scheduler failed at this request.")
+            request = self.ledger.requests.get(message.request)
+            if request is None:
+                self.ledger.send(frontend, failed)
+            else:
+                self.ledger.fail(request, now, failed.status, failed.code, failed.reason)
 
     # ------------------------------------------------------------ workers
 
@@ -313,7 +333,8 @@ class Engine:
         request.held_since = request.held_since or now
         if request.deadline and not request.admitted:
             self.timers.at(request.deadline, lambda then: self._overdue(request, then))
-        self._arrivals.append(choice)
+        self._arrivals.append((choice, choice.length))
+        self._arriving_tokens += choice.length
 
     def _arrive(self, now: float) -> None:
         """Name some blocks of the arrivals, and let those which are complete wait at a worker."""
@@ -321,13 +342,14 @@ class Engine:
         for _ in range(ARRIVALS):
             if not self._arrivals:
                 return
-            choice = self._arrivals[0]
+            choice, tokens = self._arrivals[0]
             if choice.state is State.WAITING and choice.queue is None:
                 blocks -= self._name(choice, blocks)
                 if blocks <= 0:
                     return
                 self._route(choice, now)
             self._arrivals.popleft()
+            self._arriving_tokens -= tokens
 
     def _name(self, choice: Choice, most: int) -> int:
         """Name at most `most` blocks of the choice, for every block size among the model's workers."""
@@ -449,8 +471,8 @@ class Engine:
 
     def _waiting(self) -> tuple[int, int]:
         queues = [model.queue for model in self.models.values()] + [w.queue for w in self.workers.values()]
-        arriving = sum(choice.length for choice in self._arrivals)
-        return sum(len(queue) for queue in queues) + len(self._arrivals), sum(queue.tokens for queue in queues) + arriving
+        choices = sum(len(queue) for queue in queues) + len(self._arrivals)
+        return choices, sum(queue.tokens for queue in queues) + self._arriving_tokens
 
     def _infos(self) -> list[ModelInfo]:
         loading = self._loading()
@@ -508,7 +530,7 @@ class Engine:
             if frontend is not None:
                 assert frontend.in_flight == in_flight.get(frontend.index, 0), "credit does not match the rows in flight"
                 assert frontend.unsent == sum(request.unsent for request in frontend.requests.values())
-        arriving = {id(choice) for choice in self._arrivals}
+        arriving = {id(choice) for choice, _ in self._arrivals}
         for request in self.ledger.requests.values():
             assert request.frontend.requests.get(request.id) is request
             assert request.ended == all(choice.state is State.ENDED for choice in request.choices), (

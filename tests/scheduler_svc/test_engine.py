@@ -587,3 +587,20 @@ def test_a_file_that_nobody_has_is_answered_so() -> None:
     frontend = stage.frontend()
     frontend.send(FileRequest(b"t" * 16, 0), stage.now)
     assert stage.engine.out[-1][1] == FileChunk(b"t" * 16, 0, -1, b"")
+
+
+def test_a_fault_of_ours_ends_the_request_that_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    stage.worker()
+    frontend = stage.frontend()
+    other = frontend.submit(PROMPT, stage.now)
+
+    def broken(choice: object, now: float) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.engine.intake, "_enqueue", broken)
+        failed = failure(stage, frontend.submit(PROMPT, stage.now))
+    assert failed.status == 500
+    stage.run()
+    assert other.complete
