@@ -6,6 +6,7 @@ A step message carries a few of these instead of one record per sequence; encodi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +64,15 @@ def equal_rows(first: tuple[str, bytes], *others: tuple[str, bytes]) -> int:
 
 
 def within(column: bytes, field: str, low: int, high: int) -> Int32:
-    """Check that every value of an int32 column lies in [low, high), and return the array."""
+    """Check that a column is one of int32 with every value in [low, high), and return the array."""
+    rows(column, field)
     values = unpack(column)
     if values.size and (int(values.min()) < low or int(values.max()) >= high):
         raise BadMessage(field, f"a value outside [{low}, {high})")
     return values
+
+
+def finite(value: float, field: str, low: float = -inf) -> None:
+    """Check that a number is finite and at least `low`."""
+    if not low <= value < inf or value == -inf:
+        raise BadMessage(field, f"{value} is out of range")

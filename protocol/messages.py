@@ -19,9 +19,12 @@ Words
 
 from __future__ import annotations
 
-import msgspec
+from math import inf
 
-from protocol.columns import BadMessage, Int32, equal_rows, rows, within
+import msgspec
+from numpy import int64
+
+from protocol.columns import BadMessage, Int32, equal_rows, finite, rows, unpack_floats, within
 
 PROTOCOL = 1  # newest version spoken
 PROTOCOL_OLDEST = 1  # oldest version spoken
@@ -195,12 +198,22 @@ class Models(Message, tag="models", frozen=True):
 
     models: list[ModelInfo]
 
+    def check(self, geometry: Geometry | None = None) -> None:
+        for model in self.models:
+            within(model.eos, "eos", 0, INT32_MAX)
+            if len(model.tokenizer) != 16:
+                raise BadMessage("tokenizer", "must be 16 bytes")
+
 
 class FileRequest(Message, tag="file?", frozen=True):
     """Frontend → scheduler → worker: a piece of the tokenizer files with this hash. One outstanding."""
 
     tokenizer: bytes
     offset: int
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        if self.offset < 0:
+            raise BadMessage("offset", "is negative")
 
 
 class FileChunk(Message, tag="file", frozen=True):
@@ -210,6 +223,10 @@ class FileChunk(Message, tag="file", frozen=True):
     offset: int
     total: int
     data: bytes
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        if self.offset < 0:
+            raise BadMessage("offset", "is negative")
 
 
 # ---------------------------------------------------------------- a request's life
@@ -250,8 +267,12 @@ class SamplingParams(Part, frozen=True):
             raise BadMessage("min_p", "must lie in [0, 1]")
         if not 0.0 < self.repetition_penalty <= 1e6:
             raise BadMessage("repetition_penalty", "must be positive")
+        finite(self.presence_penalty, "presence_penalty")
+        finite(self.frequency_penalty, "frequency_penalty")
         if rows(self.bias_ids, "bias_ids") != rows(self.bias_values, "bias_values"):
             raise BadMessage("bias_values", "must be one per id")
+        if not (unpack_floats(self.bias_values) < inf).all():  # −inf bans a token
+            raise BadMessage("bias_values", "holds an infinity or no number")
         for field in ("stop_ids", "bias_ids", "allowed_ids"):
             rows(getattr(self, field), field)
             within(getattr(self, field), field, 0, vocab_size)
@@ -301,8 +322,7 @@ class Submit(Message, tag="submit", frozen=True):
         for choice in self.choices:
             rows(choice.known, "known")
             within(choice.known, "known", 0, INT32_MAX)
-            if not 0 <= choice.seed < 2**64:
-                raise BadMessage("seed", "must have 64 bits")
+            _check_seed(choice.seed)
         self.params.check()
 
 
@@ -314,7 +334,7 @@ class Abort(Message, tag="abort", frozen=True):
 
     def check(self, geometry: Geometry | None = None) -> None:
         _check_id(self.request)
-        rows(self.choices, "choices")
+        within(self.choices, "choices", 0, INT32_MAX)
 
 
 class Done(Message, tag="done", frozen=True):
@@ -334,12 +354,18 @@ class Attach(Message, tag="attach", frozen=True):
 
     def check(self, geometry: Geometry | None = None) -> None:
         _check_id(self.request)
+        if not 0 <= self.handle <= INT32_MAX:
+            raise BadMessage("handle", "is out of range")
 
 
 class Resumed(Message, tag="resumed", frozen=True):
     """Frontend → scheduler, once per session: everything that lives has been named (`count` requests)."""
 
     count: int
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        if self.count < 0:
+            raise BadMessage("count", "is negative")
 
 
 class Journal(Message, tag="journal", frozen=True):
@@ -414,6 +440,7 @@ class Tokens(Message, tag="tokens", frozen=True):
         counts = within(self.counts, "counts", 0, MAX_TOKENS_ANYWHERE)
         if int(counts.sum()) != rows(self.ids, "ids"):
             raise BadMessage("ids", "must be as many as counts say")
+        within(self.choices, "choices", 0, INT32_MAX)
         within(self.firsts, "firsts", 0, MAX_TOKENS_ANYWHERE)
         equal_rows(("admitted", self.admitted), ("cached", self.cached))
         if self.lp_counts:
@@ -499,6 +526,7 @@ class Plan(Message, tag="plan", frozen=True):
             within(admit.known, "known", 0, g.vocab_size)
             if rows(admit.prompt, "prompt") + rows(admit.known, "known") > g.max_model_len:
                 raise BadMessage("prompt", "is longer than max_model_len")
+            _check_seed(admit.seed)
             admit.params.check(g.vocab_size)
         equal_rows(("bind_slots", self.bind_slots), ("bind_generations", self.bind_generations), ("bind_records", self.bind_records))
         within(self.bind_slots, "bind_slots", 0, g.slots)
@@ -532,7 +560,7 @@ class Plan(Message, tag="plan", frozen=True):
         within(self.slots, "slots", 0, g.slots)
         starts = within(self.starts, "starts", 0, g.max_model_len)
         counts = within(self.counts, "counts", 1, g.max_step_tokens + 1)
-        if n and int((starts + counts).max()) > g.max_model_len:
+        if n and int((starts.astype(int64) + counts).max()) > g.max_model_len:
             raise BadMessage("counts", "reach beyond max_model_len")
         if n and int(counts.sum()) > g.max_step_tokens:
             raise BadMessage("counts", "sum to more than max_step_tokens")
@@ -591,8 +619,13 @@ def _check_id(request: bytes) -> None:
         raise BadMessage("request", "must be 16 bytes")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise BadMessage("seed", "must have 64 bits")
+
+
 def _check_logprobs(lp_counts: bytes, counts: Int32, ids: bytes, values: bytes, ranks: bytes) -> None:
-    per_token = within(lp_counts, "lp_counts", 0, 1 << 16)
+    per_token = within(lp_counts, "lp_counts", 0, 1 << 16).astype(int64)
     pairs = int((per_token * counts).sum())
     if rows(ids, "lp_ids") != pairs or rows(values, "lp_values") != pairs:
         raise BadMessage("lp_ids", "must be as many as lp_counts say")
