@@ -18,6 +18,7 @@ from protocol.counters import Counters
 from protocol.times import Times
 
 WINDOW = 1024  # messages sent and not yet acknowledged
+MAX_BACKOFF = 4  # times the first timeout; more would leave a lossy link too few tries within the window time
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class Sender:
             if now >= sent.at + timeout:
                 sent.at, sent.resent = now, True
                 again.append((sent.sequence, sent.body))
-        self._backoff *= 2
+        self._backoff = min(2 * self._backoff, MAX_BACKOFF)
         self._counters.add("link_resent", len(again))
         return again
 
