@@ -62,14 +62,14 @@ class Supervisor:
         probe: Callable[[], bool],
         ready: str,
         shutdown_timeout: float = 3.0,
-        say: Callable[[str], None] = lambda line: print(line, flush=True),
+        say: Callable[[str], None] = print,
     ) -> None:
         self._children = [_Child(spec) for spec in specs]
         self._rundir = rundir
         self._probe = probe
         self._ready = ready
         self._shutdown_timeout = shutdown_timeout
-        self._say = say
+        self._print = say
         self._stopping = 0.0  # when the first request to stop came
         self._hurry = False  # the user pressed Ctrl-C again
         self._failure = ""
@@ -95,6 +95,11 @@ class Supervisor:
                     self._say(f"pagewire up: {self._failure}")
                 self._stop(wakeups)
         return 1 if self._failure else 0
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # whoever read the output is gone, the services are not
+            self._print(line)
+            sys.stdout.flush()
 
     # ------------------------------------------------------------ starting
 

@@ -22,7 +22,7 @@ def test_a_dump_names_reason_direction_peer_size_header_and_tag(tmp_path: Path) 
     first, received, sent = lines(recorder.dump("session over: silence"))
     assert first["reason"] == "session over: silence"
     assert first["service"] == "scheduler-0"
-    assert (received["direction"], received["peer"], received["frames"]) == ("in", "frontend-0", [[5, 6, 7], ["abort"]])
+    assert (received["direction"], received["peer"], received["frames"]) == ("in", "frontend-0", [[5, 6, 7], "abort"])
     assert received["bytes"] == sum(map(len, frames))
     assert sent["frames"] == [[1, 0, 2]]
 
@@ -39,7 +39,7 @@ def test_no_prompt_is_written(tmp_path: Path) -> None:
     prompt = b"\x01\x02\x03\x04" * 100
     submit = Submit(b"r" * 16, 1, "secret-model", prompt, SamplingParams(8), [Choice(0, 1)])
     recorder.record("in", "f", [encode(Header(5, 6, 7)), encode(submit)])
-    recorder.record("in", "f", [b"garbage that is no MessagePack" * 10, b"", b"\xc1" * 70])
+    recorder.record("in", "f", [b"garbage that is no MessagePack" * 10, b"", b"\xc1" * 70, b"\x91", b"\xdc\0"])
     text = recorder.dump("x").read_text()
     assert "submit" in text
     assert "secret" not in text
