@@ -42,7 +42,7 @@ def started(seqs: int, blocks: int, max_model_len: int, step_tokens: int, depth:
     engine.hash_key = bytes(16)
     geometry = Geometry(BLOCK, blocks, 0, seqs, max_model_len, step_tokens, VOCABULARY)
     engine.worker_opened(WORKER, Hello("worker", "w", 1, 1), 0.0)
-    engine.worker_message(WORKER, Ready("m", b"f", geometry, "none", pack([0])), 0.0)
+    engine.worker_message(WORKER, Ready("m", b"f", geometry, "none", pack([0]), tokenizer=bytes(16)), 0.0)
     engine.frontend_opened(FRONTEND, "f", 2, 0.0)
     engine.frontend_message(FRONTEND, Resumed(0), 0.0)
     engine.out.clear()

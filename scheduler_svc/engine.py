@@ -44,6 +44,7 @@ from scheduler_svc.requests import Choice, Request, State
 from scheduler_svc.results import BadResult, take
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.suspects import Suspects
+from scheduler_svc.waiting import Shares
 from scheduler_svc.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -65,13 +66,14 @@ class Engine:
         self.counters = counters
         self.workers: dict[int, Worker] = {}
         self.models: dict[str, Model] = {}
+        self.shares = Shares()
         self.frontends = Frontends(unacked)
         self.frontends.limit = CREDIT_STEPS * settings.depth * settings.max_num_seqs
         self.timers = Timers()
         self.ledger = Ledger(counters, self.timers, settings.times.grace)
         self.suspects = Suspects()
         self.files = FileRelay(self.ledger, self.frontends)
-        self.intake = Intake(settings, self.ledger, self.frontends, self.models, counters, self._enqueue)
+        self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self._enqueue)
         self.intake.waiting = self._waiting
         self.intake.loading = self._loading
         self._arrivals: deque[tuple[Choice, int]] = deque()  # on their way into a queue, with their tokens
@@ -160,7 +162,7 @@ class Engine:
     def worker_opened(self, session: int, hello: Hello, now: float) -> None:
         """A worker's session is open; it loads until READY."""
         self._start(now)
-        self.workers[session] = Worker(session, hello.name, hello.incarnation)
+        self.workers[session] = Worker(session, hello.name, hello.incarnation, self.shares)
         self._fail_suspects(self.suspects.returned(hello), now)
         self._announce()
 
@@ -227,7 +229,7 @@ class Engine:
     def _ready(self, worker: Worker, message: Ready, now: float) -> None:
         model = self.models.get(message.model)
         if model is None:
-            model = self.models[message.model] = Model(message.model)
+            model = self.models[message.model] = Model(message.model, self.shares)
         refusal = model.refusal(message)
         if refusal:
             self._fence(worker, refusal)
@@ -413,11 +415,13 @@ class Engine:
         for other in worker.model.workers:
             if other is worker or not other.queue or (other.slots.free and other.stuck is None):
                 continue
-            choice = other.queue[0]
+            choice = other.queue.first(lambda _: False, 0)
+            if choice is None:
+                continue
             chained = not self.settings.enable_prefix_caching or (
                 worker.block_size in choice.chains and choice.chains[worker.block_size].complete
             )
-            if choice.limit <= worker.capacity and chained and not choice.request.trial:
+            if choice.limit <= worker.capacity and chained:
                 other.queue.remove(choice)
                 if choice.worker is not None:
                     choice.worker.drop_record(choice)

@@ -16,6 +16,7 @@ from scheduler_svc.models import Model
 from scheduler_svc.prefix import Hasher
 from scheduler_svc.requests import Choice, Request, State
 from scheduler_svc.settings import SchedulerSettings
+from scheduler_svc.waiting import Shares
 
 RETRY_AFTER = 1.0  # seconds, told with a refusal for a full queue
 
@@ -29,6 +30,7 @@ class Intake:
         ledger: Ledger,
         frontends: Frontends,
         models: dict[str, Model],
+        shares: Shares,
         counters: Counters,
         enqueue: Callable[[Choice, float], None],
     ) -> None:
@@ -36,6 +38,7 @@ class Intake:
         self._ledger = ledger
         self._frontends = frontends
         self._models = models
+        self._shares = shares
         self._counters = counters
         self._enqueue = enqueue
         self._numbers = 0
@@ -71,7 +74,7 @@ class Intake:
             return
         model = self._models.get(message.model)
         if model is None:
-            model = self._models[message.model] = Model(message.model)
+            model = self._models[message.model] = Model(message.model, self._shares)
         self._numbers += 1
         priority = message.priority if self._settings.policy == "priority" else 0
         request = Request(message, self._numbers, priority, model, frontend, self.hasher.root(message.cache_salt), now)
@@ -158,6 +161,9 @@ class Intake:
     def adopt(self, frontend: Frontend, request: Request, handle: int) -> None:
         """The request belongs to this frontend session from here on; rows in flight count against its credit."""
         old = request.frontend
+        waiting = [(choice, choice.queue) for choice in request.choices if choice.queue is not None]
+        for choice, queue in waiting:
+            queue.remove(choice)
         old.requests.pop(request.id, None)
         old.unsent -= request.unsent
         request.unsent = 0
@@ -170,6 +176,8 @@ class Intake:
                 s.handle[choice.slot] = handle
                 s.frontend[choice.slot] = frontend.index
                 choice.worker.reassign(choice.slot, old, frontend)
+        for choice, queue in waiting:
+            queue.add(choice)
         self._frontends.sweep()
 
     # ------------------------------------------------------------ the others

@@ -7,7 +7,8 @@ from collections import deque
 
 from protocol.columns import EMPTY, unpack
 from protocol.messages import ModelInfo, Ready
-from scheduler_svc.requests import Choice, Queue, Request
+from scheduler_svc.requests import Choice, Request
+from scheduler_svc.waiting import Queue, Shares
 from scheduler_svc.worker import Worker
 
 RECENT = 256  # outputs that a prediction looks back on
@@ -34,12 +35,12 @@ class Outputs:
 class Model:
     """One model, known since its first worker's READY (or since a request asked for it before any worker came)."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, shares: Shares) -> None:
         self.name = name
         self.ready: Ready | None = None  # what its first worker announced
         self.eos = EMPTY
         self.workers: list[Worker] = []  # ready ones
-        self.queue = Queue()  # choices that no ready worker can take
+        self.queue = Queue(shares)  # choices that no ready worker can take
         self.outputs = Outputs()
         self.longest = 0  # tokens that the largest worker seen could hold
         self.max_model_len = 0

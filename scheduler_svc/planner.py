@@ -238,6 +238,7 @@ class Planner:
                 continue
             shared = s.table[parent.slot, :full]
             slot = self._bind(child)
+            worker.queue.charge(child, min(child.limit - length, worker.model.outputs.expected))
             s.names[slot] = s.names[parent.slot][:full]
             self._share(slot, shared)
             child.shared_blocks = full + bool(partial)
@@ -316,12 +317,10 @@ class Planner:
     def _admissions(self) -> None:
         """Waiting choices in order, until one does not fit."""
         worker = self.worker
-        skipped = 0
-        while len(worker.queue) > skipped and self.budget > 0:
-            choice = worker.queue[skipped]
-            if self._owes(choice) or choice.request.trial != self.trial:
-                skipped += 1  # it waits, but nobody else for it
-                continue
+        while self.budget > 0:
+            choice = worker.queue.first(lambda index: self._credit(index) <= 0, self.trial)
+            if choice is None:
+                return
             stuck = worker.stuck
             if not worker.slots.free or (
                 stuck is not None and stuck[0] is choice and worker.blocks.available <= stuck[1] and worker.running
@@ -351,6 +350,7 @@ class Planner:
         idle_hits = sum(not blocks.refs[block] for block in hits)
         if not fits(worker, choice, -(-length // size) - len(hits) + idle_hits):
             return False
+        worker.queue.charge(choice, length - len(hits) * size + min(choice.limit - length, worker.model.outputs.expected))
         worker.queue.remove(choice)
         if not len(choice.tokens):
             for sibling in request.choices:

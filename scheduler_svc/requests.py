@@ -1,13 +1,11 @@
-"""Requests and their choices, and the order in which choices wait.
+"""Requests and their choices, what a client asked for and what becomes of it.
 
 A choice (one output of a request) is what gets scheduled: it has tokens, a slot while it runs, and an end of its own.
 """
 
 from __future__ import annotations
 
-import bisect
 import enum
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from scheduler_svc.frontends import Frontend
     from scheduler_svc.models import Model
     from scheduler_svc.prefix import Chain
+    from scheduler_svc.waiting import Queue
     from scheduler_svc.worker import Worker
 
 Key = tuple[int, float, int, int]  # priority, arrival, number of the request, index of the choice
@@ -51,6 +50,7 @@ class Choice:
         "slot",
         "state",
         "tokens",
+        "was_running",
         "worker",
     )
 
@@ -67,6 +67,7 @@ class Choice:
         self.cached_record = 0  # its record at `worker`; 0: none
         self.forks: list[Choice] = []  # siblings that will share this one's prefill
         self.chains: dict[int, Chain] = {}  # block size -> names of the full blocks of prompt + tokens
+        self.was_running = False  # its tenant has been charged for it
         self.no_hits = False  # recompute alone (after a NaN)
         self.shared_blocks = 0  # blocks of its table that it did not fill itself
 
@@ -119,6 +120,7 @@ class Request:
         "root",
         "strikes",
         "submit",
+        "tenant",
         "trial",
         "unsent",
     )
@@ -137,6 +139,7 @@ class Request:
         self.arrival = now - submit.age
         self.deadline = now + submit.deadline if submit.deadline > 0 else 0.0
         self.priority = priority
+        self.tenant = submit.tenant
         self.cached = submit.cached
         self.root = root
         self.failure: Failed | None = None
@@ -153,40 +156,3 @@ class Request:
         """Bytes that keeping it costs, nearly."""
         kept = len(self.submit.prompt) + len(self.submit.header) + 4 * sum(len(c.tokens) for c in self.choices)
         return kept + sum(len(c.known) for c in self.submit.choices) + 1024
-
-
-class Queue:
-    """Waiting choices in the order of their keys. Adding and removing move a list's tail: microseconds at 10,000."""
-
-    def __init__(self) -> None:
-        self._keys: list[Key] = []
-        self._choices: list[Choice] = []
-        self.tokens = 0  # prompt tokens waiting
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Iterator[Choice]:
-        return iter(self._choices)
-
-    def __getitem__(self, i: int) -> Choice:
-        return self._choices[i]
-
-    def add(self, choice: Choice) -> None:
-        """Let a choice wait here."""
-        assert choice.queue is None
-        assert choice.slot < 0
-        at = bisect.bisect(self._keys, choice.key)
-        self._keys.insert(at, choice.key)
-        self._choices.insert(at, choice)
-        self.tokens += choice.length
-        choice.queue = self
-        choice.state = State.WAITING
-
-    def remove(self, choice: Choice) -> None:
-        """Take a choice out; it must be here."""
-        at = bisect.bisect_left(self._keys, choice.key)
-        assert self._choices[at] is choice
-        del self._keys[at], self._choices[at]
-        self.tokens -= choice.length
-        choice.queue = None

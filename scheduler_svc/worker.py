@@ -22,8 +22,9 @@ from protocol.columns import Int32, pack
 from protocol.messages import Geometry
 from scheduler_svc.blocks import BlockManager
 from scheduler_svc.prefix import Chain, Hasher
-from scheduler_svc.requests import Choice, Queue, State
+from scheduler_svc.requests import Choice, State
 from scheduler_svc.settings import SchedulerSettings
+from scheduler_svc.waiting import Queue, Shares
 
 if TYPE_CHECKING:
     from scheduler_svc.frontends import Frontend
@@ -107,7 +108,7 @@ class Copy:
 class Worker:
     """A worker's session."""
 
-    def __init__(self, session: int, name: str, incarnation: int) -> None:
+    def __init__(self, session: int, name: str, incarnation: int, shares: Shares) -> None:
         self.session = session
         self.name = name
         self.incarnation = incarnation
@@ -118,7 +119,7 @@ class Worker:
         self.prefilling: set[int] = set()  # slots in PREFILL
         self.draining: set[int] = set()  # slots in DRAIN
         self.version = 0  # moves when a slot loses its owner, or its owner changes frontends
-        self.queue = Queue()
+        self.queue = Queue(shares)
         self.in_flight: deque[InFlight] = deque()
         self.step = 0
         self.records = 0

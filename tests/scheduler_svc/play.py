@@ -42,6 +42,7 @@ from scheduler_svc.settings import SchedulerSettings
 
 VOCABULARY = 64
 STOP = 63
+TOKENIZER = b"t" * 16
 
 
 def digest(*parts: object) -> int:
@@ -105,7 +106,9 @@ class FakeWorker:
     def ready(self, now: float) -> None:
         blocks = sorted(self.hashes)
         names = b"".join(self.hashes[b] for b in blocks)
-        ready = Ready(self.model, self.fingerprint, self.geometry, "none", pack([STOP]), blocks=pack(blocks), hashes=names)
+        ready = Ready(
+            self.model, self.fingerprint, self.geometry, "none", pack([STOP]), tokenizer=TOKENIZER, blocks=pack(blocks), hashes=names
+        )
         self.engine.worker_message(self.session, through(ready), now)
 
     def close(self, now: float) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from protocol.columns import pack, unpack
 from protocol.messages import Abort, Attach, Choice, Done, Failed, FileChunk, FileRequest, Gone, Journal, Plan, Submit, Tokens
-from tests.scheduler_svc.play import FakeFrontend, Stage, through
+from scheduler_svc.waiting import Shares
+from tests.scheduler_svc.play import TOKENIZER, FakeFrontend, Stage, Stream, expected, through
 
 PROMPT = list(range(1, 19))  # 18 tokens: 4 blocks of 4, and 2 tokens
 
@@ -498,7 +499,6 @@ def test_attach_hands_over_journal_and_ownership() -> None:
     (journal,) = [message for session, message, _ in stage.engine.out if isinstance(message, Journal)]
     submit = through(journal).submit  # type: ignore[attr-defined]
     assert (submit.handle, submit.owner, submit.header, submit.admitted) == (77, 1, b"head", True)
-    from tests.scheduler_svc.play import Stream
 
     new.streams[77] = Stream(submit, [unpack(submit.choices[0].known).tolist()])
     stage.deliver()
@@ -552,7 +552,6 @@ def test_a_journal_with_more_tokens_than_we_know_is_believed() -> None:
     frontend = stage.frontend()
     stream = frontend.submit(PROMPT, stage.now, max_tokens=12, stop=False)
     stage.turn()
-    from tests.scheduler_svc.play import expected
 
     right = expected(PROMPT, stream.submit.choices[0].seed, 12, stop=False)
     old = stream.submit
@@ -575,18 +574,18 @@ def test_tokenizer_files_are_asked_for_once_and_given_to_everyone() -> None:
     first, second = stage.frontend(incarnation=100), stage.frontend(incarnation=101)
     stage.engine.out.clear()
     for frontend in (first, second):
-        frontend.send(FileRequest(b"", 0), stage.now)
-    assert list(stage.engine.out) == [(worker.session, FileRequest(b"", 0), 0)]
+        frontend.send(FileRequest(TOKENIZER, 0), stage.now)
+    assert list(stage.engine.out) == [(worker.session, FileRequest(TOKENIZER, 0), 0)]
     stage.engine.out.clear()
-    stage.engine.worker_message(worker.session, FileChunk(b"", 0, 3, b"abc"), stage.now)
+    stage.engine.worker_message(worker.session, FileChunk(TOKENIZER, 0, 3, b"abc"), stage.now)
     assert [session for session, _, _ in stage.engine.out] == [first.session, second.session]
 
 
 def test_a_file_that_nobody_has_is_answered_so() -> None:
     stage = Stage()
     frontend = stage.frontend()
-    frontend.send(FileRequest(b"t" * 16, 0), stage.now)
-    assert stage.engine.out[-1][1] == FileChunk(b"t" * 16, 0, -1, b"")
+    frontend.send(FileRequest(b"u" * 16, 0), stage.now)
+    assert stage.engine.out[-1][1] == FileChunk(b"u" * 16, 0, -1, b"")
 
 
 def test_a_fault_of_ours_ends_the_request_that_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,3 +603,29 @@ def test_a_fault_of_ours_ends_the_request_that_met_it(monkeypatch: pytest.Monkey
     assert failed.status == 500
     stage.run()
     assert other.complete
+
+
+def test_tenants_that_wait_share_the_tokens_whatever_their_number_of_requests() -> None:
+    stage = Stage()
+    stage.worker(slots=4)
+    frontend = stage.frontend()
+    streams: dict[str, list[Stream]] = {"few": [], "many": []}
+    for i in range(110):
+        tenant = "few" if i >= 100 else "many"
+        streams[tenant].append(frontend.submit([i % 60] * 9, stage.now, max_tokens=6, stop=False, tenant=tenant))
+    while not all(stream.complete for stream in streams["few"]):
+        stage.turn()
+    many = sum(stream.complete for stream in streams["many"])
+    assert 6 <= many <= 15
+
+
+def test_a_tenant_that_pauses_saves_nothing_up() -> None:
+    shares = Shares()
+    for tenant in "ab":
+        shares.arrive(tenant)
+    shares.charge("a", 500)
+    shares.charge("b", 600)
+    shares.leave("b")
+    shares.charge("a", 5000)
+    shares.arrive("b")
+    assert shares.given("b") == 5500
