@@ -61,6 +61,21 @@ class Slots:
         self.generation: Int32 = np.full(slots, UNBOUND, dtype=np.int32)
         self.known: Int32 = np.zeros(slots, dtype=np.int32)
         self.capacity: Int32 = np.zeros(slots, dtype=np.int32)
+        self._named: bytes | None = None  # the column asked for last, and its records
+        self._records_named: list[Record | None] = []
+
+    def records_of(self, column: bytes) -> list[Record | None]:
+        """The records in these slots (int32 column). Raises ValueError for a slot that occurs twice.
+
+        In steady decoding every step names the same slots, so the last answer is kept: 25 µs of 65 at 256 rows.
+        """
+        if column != self._named:
+            slots = unpack(column).tolist()
+            if len(set(slots)) != len(slots):
+                raise ValueError("a slot has two rows")
+            self._records_named = list(map(self.records.__getitem__, slots))
+            self._named = column
+        return self._records_named
 
     def bind(self, slot: int, generation: int, record: Record) -> None:
         """Let `record` run in `slot`; rows name the slot with this generation from now on."""
@@ -68,16 +83,19 @@ class Slots:
         self.generation[slot] = generation
         self.known[slot] = record.length
         self.capacity[slot] = len(record.history)
+        self._named = None
 
     def free(self, slot: int) -> None:
         """Unbind a slot. A free slot stays free."""
         self.records[slot] = None
         self.generation[slot] = UNBOUND
+        self._named = None
 
     def clear(self) -> None:
         """Unbind all slots: the session is over, and generations with it."""
         self.records = [None] * len(self.records)
         self.generation.fill(UNBOUND)
+        self._named = None
 
 
 class SealedBlocks:

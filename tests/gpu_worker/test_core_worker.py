@@ -96,6 +96,20 @@ def test_a_row_may_end_in_the_slots_last_token_behind_known_ones(core):
     assert (step.known.tolist(), step.prefill.tolist()) == ([1], [14])
 
 
+def test_a_plan_without_rows_is_a_step_without_rows(core):
+    apply(core, Plan(1, admits=[admit()], **bound(), **row(0, 5)))
+    step = apply(core, Plan(2))
+    assert (step.records, len(step.slots), step.output_records, len(step.prefill)) == ([], 0, [], 0)
+    assert core.result(step, outcome()).counts == b""
+
+
+def test_the_same_slots_may_hold_another_record_in_the_next_step(core):
+    first = apply(core, Plan(1, admits=[admit(1), admit(2)], **bound(1), **row(0, 5)))
+    again = apply(core, Plan(2, **row(5, 1)))
+    other = apply(core, Plan(3, **bound(2, generation=2), **row(0, 5, generation=2)))
+    assert [step.records[0].id for step in (first, again, other)] == [1, 1, 2]
+
+
 def test_forks_follow_the_rows_in_the_outputs(core):
     columns = rows_of(
         bind_slots=[0, 3],
