@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 PERCENTILES = (50, 90, 99)
@@ -97,9 +97,8 @@ class Exchange(asyncio.Protocol):
         self._text = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(self._request)
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
@@ -375,9 +374,8 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
     print(f"completed {result['completed']}, failed {result['failed']}, in {result['duration_s']:.2f} s")
-    print(
-        f"{result['requests_per_s']:.2f} requests/s, {result['output_tokens_per_s']:.0f} output tokens/s, {result['chunks_per_s']:.0f} chunks/s"
-    )
+    rates = [result[f"{name}_per_s"] for name in ("requests", "output_tokens", "chunks")]
+    print("{:.2f} requests/s, {:.0f} output tokens/s, {:.0f} chunks/s".format(*rates))
     columns = ["mean", *(f"p{p}" for p in PERCENTILES)]
     print(f"{'ms':6}" + "".join(f"{column:>10}" for column in columns))
     for name in ("ttft", "tpot", "itl", "e2e"):
@@ -415,7 +413,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--ignore-eos", action="store_true")
     p.add_argument("--no-stream", dest="stream", action="store_false")
-    p.add_argument("--repeat", type=int, default=1, help="run the same requests so many times (the second run finds its prompts cached)")
+    p.add_argument("--repeat", type=int, default=1, help="runs of the same requests; the second finds its prompts cached")
     p.add_argument("--warmup", type=int, default=0, help="requests sent beforehand and not counted")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path, help="write all figures, and each request's, to this file")

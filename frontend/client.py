@@ -82,7 +82,8 @@ class Client:
         self._building: set[asyncio.Task[None]] = set()
         self._fetches: list[Fetch] = []
         self._streams: set[Stream] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = math.inf
         self._started = self._stopped = False
         self._turned_away = ""
 
@@ -292,17 +293,17 @@ class Client:
             self._want_tokenizers()
         if self._fetches and any(fetch.over for fetch in self._fetches):
             self._take_fetches()
-        self._arm(now)
+        self._arm()
 
-    def _arm(self, now: float) -> None:
+    def _arm(self) -> None:
         due = min(self._dialer.next_time(), self.journal.next_time())
         if self._stopped or due == math.inf:
             return
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._timer_at <= due:
                 return  # it fires early, looks, and is set again
             self._timer.cancel()
-        self._timer = self._loop.call_at(max(due, now), self._tick)
+        self._timer, self._timer_at = self._loop.call_at(due, self._tick), due
 
     def _tokenizer(self, info: ModelInfo) -> Tokenizer | None:
         return self._own_tokenizer or self._tokenizers.get(info.tokenizer)
