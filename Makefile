@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
+TORCH_FREE := tests/frontend tests/scheduler_svc
 EXTRAS := frontend,scheduler,worker,transformers,dev
 
 .PHONY: serve test test-fast simulate lint format install
@@ -29,7 +30,8 @@ serve: $(INSTALLED)
 test: lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -p tests.no_torch $(TORCH_FREE)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TORCH_FREE:%=--ignore=%)
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
