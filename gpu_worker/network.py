@@ -8,6 +8,7 @@ what is to be sent comes from any thread through `send`, `fail` and `loaded`.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from gpu_worker.runner import Description, Runner
 from gpu_worker.settings import WorkerSettings
 from protocol.counters import Counters
 from protocol.messages import FileRequest, Hello, Message, Phase, Plan, Progress, Result
-from protocol.service import CannotRun, Service
+from protocol.service import EXIT_FAILED, CannotRun, Service
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
 from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
 from protocol.tap import Tap
@@ -34,6 +35,7 @@ from protocol.telemetry import Publisher
 
 CHANNELS = 2
 TELEMETRY = 1.0  # seconds between two publications
+HUNG = 5  # × the progress time: a step that stood still so long after its session has ended ends the process
 FAREWELL = 100  # ms that the last results may take to leave; a scheduler that is gone holds nothing up
 
 
@@ -104,6 +106,8 @@ class Network(threading.Thread):
         self._refusal = ""
         self._planned = self._answered = 0  # newest plan and newest result of the session
         self._progress_at = inf
+        self._hung_at = inf
+        self._seen_counter = 0
         self._publish_at = 0.0
 
     # ------------------------------------------------------------ for other threads
@@ -125,6 +129,10 @@ class Network(threading.Thread):
     def loaded(self, description: Description) -> None:
         """The runner is loaded: plans can be checked from now on, and files served."""
         self._call(partial(self._loaded, description))
+
+    def settled(self) -> None:
+        """Nothing of an ended session runs any more."""
+        self._call(self._settled)
 
     def close(self) -> None:
         """Send what has been handed over, close all sockets, and wait for that."""
@@ -178,7 +186,7 @@ class Network(threading.Thread):
 
     def _turn(self) -> None:
         tick_at = self._dialer.next_time()
-        wait = min(tick_at, self._progress_at, self._publish_at) - time.monotonic()
+        wait = min(tick_at, self._progress_at, self._hung_at, self._publish_at) - time.monotonic()
         ready = dict(self._poller.poll(int(wait * 1000) + 1 if wait > 0 else 0))
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
@@ -197,6 +205,8 @@ class Network(threading.Thread):
         now = time.monotonic()
         if now >= self._progress_at:
             self._report_progress(now)
+        if now >= self._hung_at:
+            self._judge_step(now)
         if now >= tick_at:
             self._handle(self._dialer.tick(now))
         if now >= self._publish_at:
@@ -260,6 +270,7 @@ class Network(threading.Thread):
                 case Closed(session, reason):
                     self.session = 0
                     self._progress_at = inf
+                    self._watch_step(time.monotonic())
                     if not self._stop_seen:
                         self._service.fenced(reason)
                         self._say_state()
@@ -296,6 +307,22 @@ class Network(threading.Thread):
         """Work is outstanding and no result came lately: say whether the running step still moves."""
         self._progress_at = now + self._settings.times.heartbeat
         self._dialer.send(Progress(self._answered + 1, self._runner.counter), now)
+
+    def _watch_step(self, now: float) -> None:
+        self._seen_counter = self._runner.counter
+        self._hung_at = now + HUNG * self._settings.times.progress
+
+    def _judge_step(self, now: float) -> None:
+        """The session is over and its last step still runs. If it hangs, only a new process can serve again."""
+        if self._runner.counter != self._seen_counter or self._description is None:
+            self._watch_step(now)
+            return
+        self._service.log.critical("a step hangs: the process ends; stacks and flight recorder: %s", self._service.flight.dump("hung step"))
+        signal.raise_signal(signal.SIGUSR1)  # all stacks, into the log
+        os._exit(EXIT_FAILED)
+
+    def _settled(self) -> None:
+        self._hung_at = inf
 
     def _fail(self, session: int, step: int, reason: str) -> None:
         if session == self.session:

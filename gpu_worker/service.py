@@ -162,6 +162,7 @@ class _Loop:
         self._session = 0
         self._core.reset()
         self._runner.reset()
+        self._network.settled()
 
 
 def _device_is_lost(error: Exception) -> bool:

@@ -31,8 +31,21 @@ import sys
 from pathlib import Path
 from gpu_worker.service import run
 from gpu_worker.settings import WorkerSettings
-sizes = {"block_size": 4, "num_gpu_blocks": 32, "max_num_seqs": 4, "max_model_len": 64}
-run(WorkerSettings(run_dir=Path(sys.argv[1]), name="worker-7", runner=sys.argv[2], **sizes, **json.loads(sys.argv[3])))
+from protocol.times import Times
+settings = {"block_size": 4, "num_gpu_blocks": 32, "max_num_seqs": 4, "max_model_len": 64, **json.loads(sys.argv[3])}
+times = Times(progress=float(sys.argv[4]))
+run(WorkerSettings(run_dir=Path(sys.argv[1]), name="worker-7", runner=sys.argv[2], times=times, **settings))
+"""
+MOVING = """
+import time
+from gpu_worker.oracle import OracleRunner
+start = OracleRunner.start
+def move(self, step):
+    for _ in range(50):
+        time.sleep(0.1)
+        self.counter += 1
+    start(self, step)
+OracleRunner.start = move
 """
 PROMPT = list(b"once upon a time")
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -48,9 +61,11 @@ def start(rundir: RunDir) -> Iterator[Start]:
     """Starts worker processes, and ends them. `patch` is Python that runs before the worker, `more` are settings."""
     with ExitStack() as stack:
 
-        def start(runner: str = "oracle", patch: str = "", more: dict | None = None, **environment: str) -> subprocess.Popen[bytes]:
+        def start(
+            runner: str = "oracle", patch: str = "", more: dict | None = None, progress: float = 2.0, **environment: str
+        ) -> subprocess.Popen[bytes]:
             process = subprocess.Popen(
-                [sys.executable, "-c", patch + WORKER, str(rundir.path), runner, json.dumps(more or {})],
+                [sys.executable, "-c", patch + WORKER, str(rundir.path), runner, json.dumps(more or {}), str(progress)],
                 env={**os.environ, **environment},
                 stderr=subprocess.PIPE,
             )
@@ -231,6 +246,29 @@ def test_progress_stands_still_while_the_main_thread_hangs(start, scheduler):
     counters = [scheduler.expect(Progress).counter for _ in range(4)]
     assert len(set(counters)) == 1
     assert not scheduler.closed
+
+
+def test_a_hung_worker_ends_itself_with_its_stacks_once_its_session_is_over(start, scheduler, rundir):
+    process = start(PAGEWIRE_ORACLE_MARKS="33=hang", progress=0.4)
+    scheduler.expect(Ready)
+    scheduler.send(first_plan([33, *PROMPT]))
+    scheduler.expect(Progress)
+    scheduler.closed += scheduler.listener.close(scheduler.session, "the progress deadline")
+    scheduler.until(lambda: process.poll() is not None)
+    assert process.returncode == 1
+    log = (rundir.logs / "worker-7.log").read_text()
+    assert "a step hangs" in log
+    assert "in _fault" in log
+
+
+def test_a_long_step_that_moves_outlives_its_session(start, scheduler):
+    process = start(patch=MOVING, progress=0.4)
+    scheduler.expect(Ready)
+    scheduler.send(first_plan(PROMPT))
+    scheduler.expect(Progress)
+    scheduler.closed += scheduler.listener.close(scheduler.session, "for the test")
+    scheduler.expect(Ready)
+    assert process.poll() is None
 
 
 @pytest.mark.parametrize("phase", ["plan_received", "step_started", "forward_done", "first_token", "result_unsent"])
