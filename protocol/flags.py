@@ -72,6 +72,7 @@ FLAGS: dict[str, Flag] = {
     "long_prefill_token_threshold": Flag("Tokens of one prompt in one step.", empty="as many as the step holds", low=0),
     "max_waiting_requests": Flag("Requests that may wait; more are refused with 429.", low=1),
     "max_waiting_tokens": Flag("Prompt tokens that may wait; more are refused with 429.", low=1),
+    "standby": Flag("Stand by until the active scheduler has fallen silent; needs endpoints of its own.", own=True),
     "hash_key_file": Flag("File with the 16-byte key of block hashes.", empty="in the run directory"),
     # up and admin
     "admin_port": Flag("Port of the admin server, on loopback; 0 takes a free one.", low=0, high=65535),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import zmq
 
+from protocol.chaos import from_environment
 from protocol.codec import HIGH_WATER, MAX_FRAME
 
 HEARTBEAT = 200  # ms; a dead or stopped process and a cut link are seen within a second
@@ -16,6 +18,8 @@ RECONNECT = 50  # ms
 
 Context = zmq.Context[Any]
 Socket = zmq.Socket[bytes]
+
+_SHIM = from_environment(os.environ)  # of fault tests; None in service
 
 
 def dealer(context: Context, endpoint: str) -> Socket:
@@ -59,7 +63,11 @@ def received(socket: Socket, limit: int = 1 << 30) -> Iterator[list[bytes]]:
 def send(socket: Socket, frames: list[bytes]) -> bool:
     """Send without waiting. False if it cannot go out now: the link sends it again. Raises zmq.ZMQError (EHOSTUNREACH)."""
     try:
-        socket.send_multipart(frames, zmq.DONTWAIT, copy=True)
+        if _SHIM is None:
+            socket.send_multipart(frames, zmq.DONTWAIT, copy=True)
+        else:
+            for passed in _SHIM.passes(socket, frames):
+                socket.send_multipart(passed, zmq.DONTWAIT, copy=True)
     except zmq.Again:
         return False
     return True

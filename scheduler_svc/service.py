@@ -70,6 +70,7 @@ class _Loop:
             time.monotonic(),
             seen_epoch=service.rundir.epoch() << 32,
             hash_key=_read_key(key_file) if key_file else service.rundir.known_hash_key(),
+            standby=settings.standby,
         )
         self._monitors = [monitor(socket) for socket in sockets.values()]
         self._poller = zmq.Poller()

@@ -25,6 +25,7 @@ class SchedulerSettings:
     max_waiting_requests: int = 10_000
     max_waiting_tokens: int = 50_000_000
     hash_key_file: str = ""
+    standby: bool = False  # wait until workers have been without an active scheduler for the standby time
     log_level: str = "info"
     telemetry: str = ""
     times: Times = field(default_factory=Times)
