@@ -25,18 +25,17 @@ import zmq
 from gpu_worker.core import file_chunk
 from gpu_worker.runner import Description, Runner
 from gpu_worker.settings import WorkerSettings
+from gpu_worker.wire import CHANNELS, Wire
 from protocol.counters import Counters
 from protocol.messages import FileRequest, Hello, Message, Phase, Plan, Progress, Result
-from protocol.service import EXIT_FAILED, CannotRun, Service
+from protocol.service import EXIT_FAILED, Service
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
-from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
+from protocol.sockets import Context
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
 
-CHANNELS = 2
 TELEMETRY = 1.0  # seconds between two publications
 HUNG = 5  # × the progress time: a step that stood still so long after its session has ended ends the process
-FAREWELL = 100  # ms that the last results may take to leave; a scheduler that is gone holds nothing up
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,45 +162,35 @@ class Network(threading.Thread):
     def _open(self, stack: ExitStack) -> None:
         context: Context = zmq.Context()
         stack.callback(context.term)
-        self._context = context
         rundir = self._service.rundir
-        self._tap = Tap(rundir.tap(self._settings.name), context)
-        stack.callback(self._tap.close)
+        tap = Tap(rundir.tap(self._settings.name), context)
+        stack.callback(tap.close)
         telemetry = self._settings.telemetry or rundir.telemetry
         self._publisher = Publisher(telemetry, "worker", self._settings.name, self._service.incarnation, os.getpid(), context)
         stack.callback(self._publisher.close)
         self._process = psutil.Process()
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake_fd, zmq.POLLIN)
-        self._poller.register(self._service.stop_fd, zmq.POLLIN)
-        self._sockets: dict[tuple[int, int], tuple[Socket, Socket]] = {}  # (endpoint, channel) → socket and its monitor
-        stack.callback(self._disconnect_all)
-        for endpoint, name in enumerate(self._endpoints):
-            try:
-                for channel in range(CHANNELS):
-                    self._connect(endpoint, channel)
-            except zmq.ZMQError as error:
-                raise CannotRun(f"cannot connect to the scheduler at {name}: {error.strerror}") from None
+        self._wire = Wire(context, self._endpoints, (self._wake_fd, self._service.stop_fd), tap, self._service.flight)
+        stack.callback(self._wire.close)
         self._say_state()
 
     def _turn(self) -> None:
         tick_at = self._dialer.next_time()
         wait = min(tick_at, self._progress_at, self._hung_at, self._publish_at) - time.monotonic()
-        ready = dict(self._poller.poll(int(wait * 1000) + 1 if wait > 0 else 0))
-        if self._wake_fd in ready:
+        self._wire.wait(wait)
+        if self._wire.is_ready(self._wake_fd):
             os.eventfd_read(self._wake_fd)
-        if self._service.stop_fd in ready and not self._stop_seen:
+        if not self._stop_seen and self._wire.is_ready(self._service.stop_fd):
             self._stop_seen = True
-            self._poller.unregister(self._service.stop_fd)
+            self._wire.unwatch(self._service.stop_fd)
             self._service.state("stopping")
             self.inbox.put(Stop())
         while self._calls:
             self._calls.popleft()()
-        for (endpoint, channel), (socket, watch) in list(self._sockets.items()):
-            if socket in ready or watch in ready:
-                self._read(endpoint, channel, socket)
-            if watch in ready and lost(watch):
+        for endpoint, channel, frames in self._wire.arrived():
+            if frames is None:
                 self._handle(self._dialer.disconnected(endpoint, time.monotonic()))
+            else:
+                self._handle(self._dialer.receive(endpoint, channel, frames, time.monotonic()))
         now = time.monotonic()
         if now >= self._progress_at:
             self._report_progress(now)
@@ -214,42 +203,15 @@ class Network(threading.Thread):
             self._publish()
         self._transmit()
 
-    def _read(self, endpoint: int, channel: int, socket: Socket) -> None:
-        for frames in received(socket):
-            self._service.flight.record("in", self._endpoints[endpoint], frames)
-            self._tap.mirror("in", frames)
-            self._handle(self._dialer.receive(endpoint, channel, frames, time.monotonic()))
-
     def _transmit(self) -> None:
         for endpoint, channel in self._dialer.reopen:
-            self._disconnect(endpoint, channel)
-            self._connect(endpoint, channel)
+            self._wire.renew(endpoint, channel)
         self._dialer.reopen.clear()
         for channel, out in enumerate(self._dialer.out):
             while out:
                 endpoint, frames = out.popleft()
-                self._service.flight.record("out", self._endpoints[endpoint], frames)
-                self._tap.mirror("out", frames)
-                if not send(self._sockets[endpoint, channel][0], frames):
+                if not self._wire.send(endpoint, channel, frames):
                     self._counters.add("socket_full")
-
-    def _connect(self, endpoint: int, channel: int) -> None:
-        socket = dealer(self._context, self._endpoints[endpoint])
-        watch = monitor(socket)
-        self._sockets[endpoint, channel] = (socket, watch)
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(watch, zmq.POLLIN)
-
-    def _disconnect(self, endpoint: int, channel: int) -> None:
-        socket, watch = self._sockets.pop((endpoint, channel))
-        self._poller.unregister(socket)
-        self._poller.unregister(watch)
-        socket.disable_monitor()
-        socket.close()
-
-    def _disconnect_all(self) -> None:
-        for endpoint, channel in list(self._sockets):
-            self._disconnect(endpoint, channel)
 
     # ------------------------------------------------------------ sessions
 
@@ -335,8 +297,6 @@ class Network(threading.Thread):
 
     def _close(self) -> None:
         self._transmit()
-        for socket, _ in self._sockets.values():
-            socket.setsockopt(zmq.LINGER, FAREWELL)
         self._closing = True
 
     # ------------------------------------------------------------ what others see

@@ -1,0 +1,100 @@
+"""The worker's sockets: per scheduler two DEALERs, one for plans and one for results, and a monitor beside each.
+
+All belong to the network thread. The Dialer says what goes where; here frames are moved, and shown to tap and flight
+recorder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import zmq
+
+from protocol.flight import FlightRecorder
+from protocol.service import CannotRun
+from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
+from protocol.tap import Tap
+
+CHANNELS = 2
+FAREWELL = 100  # ms that the last results may take to leave; a scheduler that is gone holds nothing up
+
+
+class Wire:
+    """Connected sockets and their poller; `watched` are further descriptors that end a wait. Raises CannotRun."""
+
+    def __init__(self, context: Context, endpoints: Sequence[str], watched: Sequence[int], tap: Tap, flight: FlightRecorder) -> None:
+        self._context = context
+        self._endpoints = endpoints
+        self._tap = tap
+        self._flight = flight
+        self._poller = zmq.Poller()
+        self._sockets: dict[tuple[int, int], tuple[Socket, Socket]] = {}  # (endpoint, channel) → socket and its monitor
+        self._ready: dict[Socket | int, int] = {}
+        for fd in watched:
+            self._poller.register(fd, zmq.POLLIN)
+        for endpoint, name in enumerate(endpoints):
+            try:
+                for channel in range(CHANNELS):
+                    self._connect(endpoint, channel)
+            except zmq.ZMQError as error:
+                self.close()
+                raise CannotRun(f"cannot connect to the scheduler at {name}: {error.strerror}") from None
+
+    def wait(self, seconds: float) -> None:
+        """Block until something is readable, or that long; not at all if it is not positive."""
+        self._ready = dict(self._poller.poll(int(seconds * 1000) + 1 if seconds > 0 else 0))
+
+    def is_ready(self, fd: int) -> bool:
+        """Whether a watched descriptor ended the last wait."""
+        return fd in self._ready
+
+    def unwatch(self, fd: int) -> None:
+        """Wait for this descriptor no more."""
+        self._poller.unregister(fd)
+
+    def arrived(self) -> Iterator[tuple[int, int, list[bytes] | None]]:
+        """What the last wait found: (endpoint, channel, frames), and None for frames where the connection was lost.
+
+        A lost connection's socket is read dry first.
+        """
+        for (endpoint, channel), (socket, watch) in list(self._sockets.items()):
+            if socket in self._ready or watch in self._ready:
+                for frames in received(socket):
+                    self._show("in", endpoint, frames)
+                    yield endpoint, channel, frames
+            if watch in self._ready and lost(watch):
+                yield endpoint, channel, None
+
+    def send(self, endpoint: int, channel: int, frames: list[bytes]) -> bool:
+        """Send without waiting; False if there is no connection, or no room."""
+        self._show("out", endpoint, frames)
+        return send(self._sockets[endpoint, channel][0], frames)
+
+    def renew(self, endpoint: int, channel: int) -> None:
+        """Close a socket, with what lies in it, and connect a new one."""
+        self._disconnect(endpoint, channel)
+        self._connect(endpoint, channel)
+
+    def close(self) -> None:
+        """Close all sockets; what was sent last has a moment to leave."""
+        for endpoint, channel in list(self._sockets):
+            self._sockets[endpoint, channel][0].setsockopt(zmq.LINGER, FAREWELL)
+            self._disconnect(endpoint, channel)
+
+    def _show(self, direction: str, endpoint: int, frames: list[bytes]) -> None:
+        self._flight.record(direction, self._endpoints[endpoint], frames)
+        self._tap.mirror(direction, frames)
+
+    def _connect(self, endpoint: int, channel: int) -> None:
+        socket = dealer(self._context, self._endpoints[endpoint])
+        watch = monitor(socket)
+        self._sockets[endpoint, channel] = (socket, watch)
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(watch, zmq.POLLIN)
+
+    def _disconnect(self, endpoint: int, channel: int) -> None:
+        socket, watch = self._sockets.pop((endpoint, channel))
+        self._poller.unregister(socket)
+        self._poller.unregister(watch)
+        socket.disable_monitor()
+        socket.close()
