@@ -27,7 +27,7 @@ from protocol.messages import DEAD, NAN, STOPPED
 
 __all__ = ["MARKS", "OracleRunner", "StepError", "expected", "expected_with_logprobs"]
 
-MARKS = ("raise", "crash", "hang", "nan")  # what computing a marked token does
+MARKS = ("raise", "crash", "hang", "nan", "nan_once")  # what computing a marked token does
 
 _NAN = np.uint64(2**64 - 1)  # stored where a real cache would hold NaN
 _UNWRITTEN = np.uint64(0x5EED)
@@ -45,7 +45,8 @@ class OracleRunner:
 
     `step_time` is slept in every step, in seconds. `marks` maps token ids to what computing them does: "raise" an
     error, "crash" the process (SIGKILL), "hang" the main thread for good, or "nan": what is stored from that position
-    on is NaN, and so is every output that reads it. Raises ValueError for another word.
+    on is NaN, and so is every output that reads it; "nan_once" does so the first time only, as a passing fault of the
+    device would. Raises ValueError for another word.
     """
 
     def __init__(self, settings: WorkerSettings, step_time: float = 0.0, marks: Mapping[int, str] | None = None) -> None:
@@ -175,10 +176,12 @@ class OracleRunner:
     def _poisoned(self, tokens: Index, row_of: Index) -> Mask:
         """Which of the flat positions lie at or behind a token marked "nan" in their row."""
         poisoned = np.zeros(len(tokens), np.bool_)
-        marked = [token for token, effect in self._marks.items() if effect == "nan"]
-        if marked:
-            for at in np.flatnonzero(np.isin(tokens, marked)).tolist():
-                poisoned[at:] |= row_of[at:] == row_of[at]
+        marked = [token for token, effect in self._marks.items() if effect in ("nan", "nan_once")]
+        for at in np.flatnonzero(np.isin(tokens, marked)).tolist() if marked else ():
+            poisoned[at:] |= row_of[at:] == row_of[at]
+        for token in marked:
+            if self._marks[token] == "nan_once" and token in tokens:
+                del self._marks[token]
         return poisoned
 
     def _sample(self, step: Step, tokens: Index) -> Outcome:

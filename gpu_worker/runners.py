@@ -14,7 +14,7 @@ def make_runner(settings: WorkerSettings, environ: Mapping[str, str]) -> Runner:
     """The runner named in the settings. Raises ValueError, one line, for one that does not exist.
 
     Options that only tests and benchmarks have come from the environment: PAGEWIRE_ORACLE_STEP_TIME (seconds),
-    PAGEWIRE_ORACLE_MARKS (`TOKEN=raise|crash|hang|nan`, separated by commas), PAGEWIRE_SIMULATED_PER_TOKEN and
+    PAGEWIRE_ORACLE_MARKS (`TOKEN=EFFECT,…`, effects as in `oracle.MARKS`), PAGEWIRE_SIMULATED_PER_TOKEN and
     PAGEWIRE_SIMULATED_PER_KV_TOKEN (seconds).
     """
     match settings.runner:

@@ -255,6 +255,28 @@ def test_a_nan_reaches_whoever_reads_it_and_nobody_else():
         assert result.flags[0] == flag
 
 
+def test_a_passing_nan_stays_where_it_was_stored_and_comes_no_second_time():
+    worker = Worker(marks={33: "nan_once"})
+    params = SamplingParams(4, stop_ids=b"")
+    prompt = [*b"abcdefg", 33, *b"ij"]
+    assert worker.run(first_plan(1, prompt, 7, params, [0, 1, 2])).flags[0] == NAN
+    columns = rows_of(
+        bind_slots=[1],
+        bind_generations=[1],
+        bind_records=[2],
+        share_slots=[1, 1],
+        share_indices=[0, 1],
+        share_blocks=[0, 1],
+        assign_slots=[1],
+        assign_indices=[2],
+        assign_blocks=[6],
+    )
+    sharing = Plan(2, admits=[Admit(2, pack(prompt), b"", 7, params)], **columns, **row(1, 1, 8, 2))
+    assert worker.run(sharing).flags[0] == NAN
+    result = worker.run(first_plan(3, prompt, 7, params, [8, 9, 10], slot=2))
+    assert (result.flags[0], unpack(result.ids).tolist()) == (0, expected(prompt, 7, 1, ()))
+
+
 def drive(random: Random, count: int, **sizes: int) -> RandomPlanner:
     worker = Worker(**sizes)
     choices = [
