@@ -39,7 +39,8 @@ def service_command(role: str, settings: type, load: Callable[[], Callable[[Sett
     def callback(**values: Any) -> None:
         die_with_parent()
         try:
-            load()(build(settings, values))
+            run = _loaded(role, load)
+            run(build(settings, values))
         except (CannotRun, RunDirError) as error:
             refuse(error)
 
@@ -47,6 +48,14 @@ def service_command(role: str, settings: type, load: Callable[[], Callable[[Sett
     return click.Command(role, params=params, callback=callback, help=text, context_settings=CONTEXT)
 
 
+def _loaded(role: str, load: Callable[[], Callable[[Settings], None]]) -> Callable[[Settings], None]:
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        raise CannotRun(f"{error.name} is not installed: pip install 'pagewire[{EXTRAS.get(role, role)}]'") from None
+
+
+EXTRAS = {"admin": "frontend"}  # where a role's libraries come from another's extra
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 

@@ -153,6 +153,15 @@ def test_what_the_user_must_mend_is_one_line_and_a_code_of_its_own(error: Except
     assert result.output == f"pagewire: {error}\n"
 
 
+def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it() -> None:
+    def load() -> Any:
+        raise ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn")
+
+    result = CliRunner().invoke(service_command("frontend", Sample, load, ""), ["--run-dir", "/somewhere"])
+    assert result.exit_code == EXIT_REFUSED
+    assert result.output == "pagewire: uvicorn is not installed: pip install 'pagewire[frontend]'\n"
+
+
 def test_help_shows_defaults_and_units() -> None:
     text = " ".join(invoke("--help")[0].output.split())
     assert "Sequences that run at once. [default: 256;" in text

@@ -1,0 +1,18 @@
+"""What a model needs, before any weight is read: memory, blocks, largest batch and context. No GPU and no torch."""
+
+from pagewire.plan.memory import Memory, Setup, estimate_memory
+from pagewire.plan.room import Room, largest_batch, largest_context, room
+from pagewire.plan.sizes import ModelSizes, PlanError, read_sizes
+
+__all__ = [
+    "Memory",
+    "ModelSizes",
+    "PlanError",
+    "Room",
+    "Setup",
+    "estimate_memory",
+    "largest_batch",
+    "largest_context",
+    "read_sizes",
+    "room",
+]

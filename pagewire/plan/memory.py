@@ -1,0 +1,174 @@
+"""How many bytes a worker takes for a model: weights as they are kept, KV blocks, buffers of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pagewire.plan.sizes import Q4_0, Q4_1, Q8_0, ModelSizes, PlanError, read_sizes
+
+MIB = 1 << 20
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GROUP = 32  # 4-bit weights that share a scale and a zero
+CUDA_CONTEXT = 512 * MIB  # the driver's own, kernels and captured graphs: outside torch's allocator
+CUDA_RESERVE = 512 * MIB  # what a worker keeps back for cuBLAS, graphs and tables when it counts its blocks
+CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, which torch allocates on a Hopper card
+CPU_PROCESS = 350 * MIB  # interpreter and libraries
+CPU_GATHER = 16 * MIB  # keys and values that attention gathers at once
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker would be started with; names and defaults are the worker's. Lengths are in tokens."""
+
+    device: str = "cuda"  # cuda, cpu
+    dtype: str = "auto"  # auto: bfloat16 on cuda; on the CPU float32, or a GGUF's weights as packed as they are
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 0  # 0: min(4096, the model's)
+    gpu_memory_utilization: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Raises PlanError, naming the field, for a value that no worker takes."""
+        if self.device not in ("cuda", "cpu"):
+            raise PlanError(f"device: {self.device!r} is neither cuda nor cpu")
+        if self.dtype != "auto" and self.dtype not in BYTES:
+            raise PlanError(f"dtype: {self.dtype!r} is none of auto, {', '.join(BYTES)}")
+        if self.device == "cpu" and self.dtype not in ("auto", "float32"):
+            raise PlanError(f"dtype: {self.dtype} is not supported on the CPU; float32 and auto are")
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name}: {getattr(self, name)} is less than 1")
+        if self.max_model_len < 0:
+            raise PlanError(f"max_model_len: {self.max_model_len} is less than 0")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise PlanError(f"gpu_memory_utilization: {self.gpu_memory_utilization} is not above 0 and at most 1")
+
+    @property
+    def element(self) -> int:
+        """Bytes of one activation and of one cached number."""
+        return BYTES[self.dtype if self.dtype != "auto" else "bfloat16" if self.device == "cuda" else "float32"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `total(blocks)` is what a worker allocates with that many blocks; `overhead` comes on top, outside the allocator."""
+
+    parameters: int  # how many weights the model has, not bytes
+    weights: int
+    kv_per_token: int
+    kv_per_block: int
+    activations: int  # buffers of the largest step, logits, tables
+    overhead: int
+    parts: dict[str, int] = field(default_factory=dict)  # `weights`, by kind
+
+    def total(self, blocks: int) -> int:
+        """Bytes allocated with this many blocks; the cache has one more, which dead rows write to."""
+        return self.weights + self.activations + (blocks + 1) * self.kv_per_block
+
+
+def estimate_memory(model: str | Path | ModelSizes, setup: Setup | None = None) -> Memory:
+    """What a worker with this model and setup takes. Raises PlanError for a model that no worker loads."""
+    sizes = model if isinstance(model, ModelSizes) else read_sizes(model)
+    setup = setup or Setup()
+    config = sizes.config
+    per_token = 2 * config.layers * config.kv_size * setup.element
+    parts = _weights(sizes, setup)
+    return Memory(
+        parameters=_parameters(sizes),
+        weights=sum(parts.values()),
+        kv_per_token=per_token,
+        kv_per_block=per_token * setup.block_size,
+        activations=_cuda_buffers(sizes, setup) if setup.device == "cuda" else _cpu_buffers(sizes, setup),
+        overhead=CUDA_CONTEXT if setup.device == "cuda" else CPU_PROCESS,
+        parts=parts,
+    )
+
+
+def length_limit(sizes: ModelSizes, setup: Setup) -> int:
+    """The max_model_len of a worker. Raises PlanError if it is more than the model was made for."""
+    if setup.max_model_len > sizes.config.max_length:
+        raise PlanError(f"max_model_len: {setup.max_model_len} is more than the {sizes.config.max_length} tokens of the model")
+    return setup.max_model_len or min(4096, sizes.config.max_length)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A fused linear: out × in, and the GGUF tensors whose rows it stacks."""
+
+    out: int
+    into: int
+    tensors: tuple[str, ...]
+
+
+def _matrices(sizes: ModelSizes, layer: int) -> dict[str, list[_Matrix]]:
+    c, prefix = sizes.config, f"blk.{layer}."
+    qkv = tuple(f"{prefix}attn_{part}.weight" for part in "qkv")
+    gate_up = (f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight")
+    return {
+        "attention": [
+            _Matrix(c.q_size + 2 * c.kv_size, c.hidden, qkv),
+            _Matrix(c.hidden, c.q_size, (f"{prefix}attn_output.weight",)),
+        ],
+        "mlp": [_Matrix(2 * c.intermediate, c.hidden, gate_up), _Matrix(c.hidden, c.intermediate, (f"{prefix}ffn_down.weight",))],
+    }
+
+
+def _vector_elements(sizes: ModelSizes) -> int:
+    """Elements of all norms and biases."""
+    c = sizes.config
+    layer = 2 * c.hidden + 2 * c.head_dim * c.qk_norm + (c.q_size + 2 * c.kv_size) * c.qkv_bias + c.hidden * c.o_bias
+    return c.layers * layer + c.hidden
+
+
+def _parameters(sizes: ModelSizes) -> int:
+    c = sizes.config
+    matrices = sum(m.out * m.into for kind in _matrices(sizes, 0).values() for m in kind)
+    return c.layers * matrices + _vector_elements(sizes) + c.vocab_size * c.hidden * (1 if c.tied_embeddings else 2)
+
+
+def _weights(sizes: ModelSizes, setup: Setup) -> dict[str, int]:
+    """Bytes of the weights by kind, as the worker of the device keeps them."""
+    c = sizes.config
+    packed = setup.device == "cpu" and setup.dtype == "auto" and sizes.quantised
+    parts = {"embedding": 0, "attention": 0, "mlp": 0, "norms and biases": _vector_elements(sizes) * setup.element}
+    for layer in range(c.layers):
+        for kind, matrices in _matrices(sizes, layer).items():
+            parts[kind] += sum(_matrix_bytes(sizes, m, setup.element, packed) for m in matrices)
+    table = c.vocab_size * c.hidden
+    eight = c.vocab_size * (c.hidden + 2)  # int8 and a 16-bit scale a row
+    parts["embedding"] = eight if packed and _kinds(sizes, ("token_embd.weight",)) == {Q8_0} else table * setup.element
+    if not c.tied_embeddings:
+        parts["output"] = eight if packed and _kinds(sizes, ("output.weight",)) == {Q8_0} else table * setup.element
+    return parts
+
+
+def _matrix_bytes(sizes: ModelSizes, matrix: _Matrix, element: int, packed: bool) -> int:
+    elements = matrix.out * matrix.into
+    four_bit = packed and _kinds(sizes, matrix.tensors) <= {Q4_0, Q4_1} and matrix.out % 16 == 0 and matrix.into % GROUP == 0
+    return elements // 2 + elements // GROUP * 4 if four_bit else elements * element
+
+
+def _kinds(sizes: ModelSizes, names: tuple[str, ...]) -> set[int]:
+    return {sizes.tensors[name].kind if name in sizes.tensors else -1 for name in names}
+
+
+def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
+    """Buffers of `gpu_worker/cuda`: allocated once, for the largest step, whatever the step."""
+    c, slots, tokens, length = sizes.config, setup.max_num_seqs, setup.max_num_batched_tokens, length_limit(sizes, setup)
+    step = tokens * (2 * c.hidden + 2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate)
+    logits = slots * c.vocab_size
+    rotary = length * c.head_dim * 4
+    tables = 4 * slots * -(-length // setup.block_size)
+    return (step + logits) * setup.element + rotary + tables + CUDA_WORKSPACE
+
+
+def _cpu_buffers(sizes: ModelSizes, setup: Setup) -> int:
+    """Temporaries of the largest step in float32: a layer's at its widest, or the logits, which come after the layers."""
+    c = sizes.config
+    attention = 2 * c.hidden + 2 * (c.q_size + 2 * c.kv_size) + c.q_size
+    mlp = 2 * c.hidden + 4 * c.intermediate
+    step = setup.max_num_batched_tokens * max(attention, mlp) * 4 + CPU_GATHER
+    logits = min(setup.max_num_seqs, setup.max_num_batched_tokens) * c.vocab_size * 4 * 2
+    return max(step, logits) + length_limit(sizes, setup) * c.head_dim * 4

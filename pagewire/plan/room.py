@@ -1,0 +1,126 @@
+"""What fits beside the weights: blocks, the largest batch at a context, the largest context of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pagewire.plan.memory import CUDA_RESERVE, Memory, Setup, estimate_memory, length_limit
+from pagewire.plan.sizes import ModelSizes, PlanError, read_sizes
+
+MOST_SEQUENCES = 1024  # slots of one worker
+CPU_SEQUENCES = 16  # more than this gain little on a CPU
+
+
+@dataclass(frozen=True)
+class Room:
+    """A worker's blocks under a memory limit, and settings that suit it. `blocks` is 0 if the model does not fit."""
+
+    memory: Memory
+    limit: int  # bytes that the worker may use
+    blocks: int
+    context: int  # max_model_len
+    settings: dict[str, int | float]  # recommended, by the worker's names
+    notes: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self.blocks * (self.memory.kv_per_block // self.memory.kv_per_token)
+
+
+def blocks_under(memory: Memory, setup: Setup, total: int) -> int:
+    """Blocks that a worker finds room for on a device of `total` bytes; 0 if there is none."""
+    reserve = CUDA_RESERVE if setup.device == "cuda" else 0
+    left = int(total * setup.gpu_memory_utilization) - memory.overhead - memory.weights - memory.activations - reserve
+    return max(0, left // memory.kv_per_block - 1)
+
+
+def largest_batch(model: str | Path | ModelSizes, context: int, total: int, setup: Setup | None = None) -> int:
+    """How many sequences of `context` tokens fit at once on a device of `total` bytes; at most 1,024. 0: not even one.
+
+    Raises PlanError for a context that is no length the model can have.
+    """
+    sizes, setup = _given(model, setup)
+    _check(sizes, context)
+    needed = -(-context // setup.block_size)
+
+    def fits(batch: int) -> bool:
+        made = replace(setup, max_num_seqs=batch, max_model_len=context)  # the buffers depend on both
+        return blocks_under(estimate_memory(sizes, made), made, total) >= batch * needed
+
+    return _largest(fits, MOST_SEQUENCES)
+
+
+def largest_context(model: str | Path | ModelSizes, batch: int, total: int, setup: Setup | None = None) -> int:
+    """The longest that `batch` sequences can all be at once on a device of `total` bytes, at most the model's limit."""
+    sizes, setup = _given(model, setup)
+    if batch < 1:
+        raise PlanError(f"batch: {batch} is less than 1")
+
+    def fits(context: int) -> bool:
+        made = replace(setup, max_num_seqs=batch, max_model_len=context)
+        return blocks_under(estimate_memory(sizes, made), made, total) >= batch * -(-context // setup.block_size)
+
+    return _largest(fits, sizes.config.max_length)
+
+
+def room(model: str | Path | ModelSizes, total: int, setup: Setup | None = None) -> Room:
+    """What a worker with this setup finds on a device of `total` bytes, and the settings that would suit it."""
+    sizes, setup = _given(model, setup)
+    memory = estimate_memory(sizes, setup)
+    blocks = blocks_under(memory, setup, total)
+    context = length_limit(sizes, setup)
+    suited, notes = _recommend(sizes, setup, total, context)
+    needed = -(-context // setup.block_size)
+    if blocks < needed:
+        notes.insert(0, f"a worker with these settings does not start: {needed} blocks hold one sequence of {context} tokens, {blocks} fit")
+    return Room(memory, int(total * setup.gpu_memory_utilization), blocks, context, suited, tuple(notes))
+
+
+def _recommend(sizes: ModelSizes, setup: Setup, total: int, context: int) -> tuple[dict[str, int | float], list[str]]:
+    """Settings for conversations that fill half their context on average, and what is to be said about them."""
+    longest = largest_context(sizes, 1, total, setup)
+    if not longest:
+        return {}, ["the model does not fit: take a larger device, a smaller dtype, or fewer max_num_batched_tokens"]
+    notes = []
+    if longest < context:
+        notes.append(f"a single sequence can have {longest} tokens at most; max_model_len is lowered to that")
+        context = longest
+    at_half = largest_batch(sizes, max(1, context // 2), total, setup)
+    most = CPU_SEQUENCES if setup.device == "cpu" else MOST_SEQUENCES
+    sequences = max(1, min(most, at_half))
+    sequences = 1 << sequences.bit_length() - 1  # the power of two below: graphs are captured for round numbers
+    made = replace(setup, max_num_seqs=sequences, max_model_len=context)
+    suited: dict[str, int | float] = {
+        "max_model_len": context,
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": setup.max_num_batched_tokens,
+        "block_size": setup.block_size,
+    }
+    if setup.device == "cuda":
+        suited["gpu_memory_utilization"] = setup.gpu_memory_utilization
+    else:
+        suited["num_gpu_blocks"] = min(blocks_under(estimate_memory(sizes, made), made, total), sequences * -(-context // setup.block_size))
+    if sequences < 8:
+        notes.append(f"only {sequences} sequences of {context // 2} tokens run at once: the device is read once for few tokens")
+    return suited, notes
+
+
+def _given(model: str | Path | ModelSizes, setup: Setup | None) -> tuple[ModelSizes, Setup]:
+    return model if isinstance(model, ModelSizes) else read_sizes(model), setup or Setup()
+
+
+def _check(sizes: ModelSizes, context: int) -> None:
+    if not 1 <= context <= sizes.config.max_length:
+        raise PlanError(f"context: {context} is not between 1 and the model's {sizes.config.max_length} tokens")
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits; 0 if 1 does not. What fits, fits when it is smaller."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
