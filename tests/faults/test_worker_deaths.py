@@ -1,0 +1,63 @@
+"""Workers are killed, at any moment; clients see a pause."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from gpu_worker.faults import PHASES
+from tests.e2e.stack import eventually
+from tests.faults.fleet import Fleet, serving
+from tests.faults.load import Load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def ends_well(running: Fleet, load: Load) -> None:
+    """What every scenario ends with: all bytes right, everything given back, one ending each."""
+    load.finish()
+    running.at_rest()
+    running.answered(load)
+
+
+def test_one_of_two_workers_is_killed_in_the_midst_of_decoding() -> None:
+    with serving() as (running, load):
+        running.kill("worker-0")
+        eventually(lambda: running.sum("workers_ready", "scheduler") == 1)
+        ends_well(running, load)
+        assert running.total("wire_scheduler_workers_lost") == 1
+
+
+def test_the_only_worker_is_replaced_after_five_seconds() -> None:
+    with serving(workers=1) as (running, load):
+        killed = running.kill("worker-0")
+        chunks = eventually(lambda: running.sum("workers_ready", "scheduler") == 0 and load.chunks)
+        time.sleep(max(0.0, killed + 5 - time.monotonic()))
+        assert load.chunks - chunks < 100, "somebody went on without a worker"
+        running.worker("worker-1")
+        ends_well(running, load)
+        assert load.pauses(killed)[0] > 4
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_worker_dies_at_the_phase(phase: str, tmp_path) -> None:
+    fired = tmp_path / "fired"
+    with serving(worker_env={"PAGEWIRE_KILL": f"{phase}:40:{fired}"}) as (running, load):
+        eventually(fired.exists, 60)
+        running.services["worker-0"].popen.wait(10)
+        assert running.services["worker-0"].popen.returncode == -9
+        running.worker("worker-0", env={"PAGEWIRE_KILL": f"{phase}:40:{fired}"})  # it lives: the switch has fired
+        eventually(lambda: running.sum("workers_ready", "scheduler") == 2)
+        ends_well(running, load)
+
+
+def test_workers_are_killed_every_three_seconds() -> None:
+    with serving() as (running, load):
+        for i in range(8):
+            name = f"worker-{i % 2}"
+            killed = running.kill(name)
+            running.worker(name)
+            time.sleep(max(0.0, killed + 3 - time.monotonic()))
+        assert running.total("wire_scheduler_workers_lost") >= 4
+        ends_well(running, load)
