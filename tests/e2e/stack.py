@@ -172,9 +172,11 @@ class Streamed:
     chunks: int = 0
 
 
-def stream_completion(url: str, body: dict[str, Any], path: str = "/v1/completions", timeout: float = 120.0) -> Streamed:
-    """POST with stream=true and read the stream to its end."""
-    seen = Streamed()
+def stream_completion(
+    url: str, body: dict[str, Any], path: str = "/v1/completions", timeout: float = 120.0, seen: Streamed | None = None
+) -> Streamed:
+    """POST with stream=true and read the stream to its end; `seen` may be watched meanwhile."""
+    seen = seen if seen is not None else Streamed()
     full = {**body, "stream": True, "stream_options": {"include_usage": True}}
     with httpx.stream("POST", url + path, json=full, timeout=timeout) as response:
         if response.status_code != 200:
