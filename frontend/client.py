@@ -46,7 +46,7 @@ class Model:
 
 
 class Recorder(Protocol):
-    """Sees every frame (`protocol.tap.Tap`, `protocol.flight.FlightRecorder` behind it)."""
+    """Whoever notes what happens on the link: a process's log, tap and flight recorder (`server.ProcessRecorder`)."""
 
     def frames(self, direction: str, endpoint: str, frames: list[bytes]) -> None:
         """Note frames that arrived ("in") or left ("out")."""

@@ -69,12 +69,16 @@ class ProcessRecorder:
         self._tap = Tap(process.rundir.tap(process.name), context)
         self.waiting = process.waiting
         self.present = process.present
-        self.fenced = process.fenced
 
     def frames(self, direction: str, endpoint: str, frames: list[bytes]) -> None:
         """Note frames that arrived or left."""
         self._process.flight.record(direction, endpoint, frames)
         self._tap.mirror(direction, frames)
+
+    def fenced(self, reason: str) -> None:
+        """Note that a session ended; while the whole deployment stops that is no surprise."""
+        if not self._process.stopping.is_set():
+            self._process.fenced(reason)
 
     def close(self) -> None:
         """Close the tap."""

@@ -11,6 +11,7 @@ from frontend.errors import ApiError
 
 MAX_N = 128  # choices of one request
 MAX_PROMPTS = 2048  # prompts of one body
+MAX_CHOICES = 4096  # outputs of one body, all prompts together
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_IDS = 4096  # entries of an id list or of logit_bias

@@ -9,6 +9,7 @@ from frontend.api.answers import ChatAnswer
 from frontend.api.completions import form_of, new_request
 from frontend.api.handling import client_of, read_body, respond, tenant_of
 from frontend.client import Model
+from frontend.entries import NewRequest
 from frontend.errors import ApiError
 from frontend.sampling import room
 from frontend.templates import TemplateError
@@ -22,15 +23,20 @@ async def chat_completions(request: Request) -> ASGIApp:
     check_chat(body)
     check_stream(body)
     model = client.model(body.model)
-    ids = await client.offload(lambda: encode(model, body))
+    new = await client.offload(lambda: prepare(model, body, tenant_of(request)))
+    stream = client.submit([new])
+    form = form_of(client, model, body, bool(body.logprobs), [])
+    return await respond(request, stream, ChatAnswer(stream, model.tokenizer, form), bool(body.stream))
+
+
+def prepare(model: Model, body: ChatBody, tenant: str) -> NewRequest:
+    """The request of a body. Runs in a thread. Raises ApiError."""
+    ids = encode(model, body)
     require(len(ids) > 0, "messages", "make an empty prompt")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else -1
     max_tokens = room(model.info, len(ids), asked, None, "messages")
-    new = new_request(model, body, ids, max_tokens, logprobs, tenant_of(request), body.continue_final_message)
-    stream = client.submit([new])
-    form = form_of(client, model, body, logprobs >= 0, [])
-    return await respond(request, stream, ChatAnswer(stream, model.tokenizer, form), bool(body.stream))
+    return new_request(model, body, ids, max_tokens, logprobs, tenant, body.continue_final_message)
 
 
 def encode(model: Model, body: ChatBody) -> list[int]:

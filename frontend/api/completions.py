@@ -18,6 +18,7 @@ from frontend.entries import NewRequest
 from frontend.errors import ApiError, from_failed
 from frontend.sampling import checked_ids, resolve, room, seeds_of
 from frontend.validation import (
+    MAX_CHOICES,
     CompletionBody,
     GenerateBody,
     Sampling,
@@ -40,17 +41,9 @@ async def completions(request: Request) -> ASGIApp:
     check_completion(body)
     check_stream(body)
     model = client.model(body.model)
-    prompts = await encode(client, model, body)
-    logprobs = -1 if body.logprobs is None else body.logprobs
-    new = [
-        new_request(
-            model, body, ids, room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt"), logprobs, tenant_of(request), True
-        )
-        for ids in prompts
-    ]
-    echoes = [model.tokenizer.decode(ids) for ids in prompts] if body.echo else []
-    form = form_of(client, model, body, logprobs >= 0, echoes)
+    new, echoes = await client.offload(lambda: prepare(model, body, tenant_of(request)))
     stream = client.submit(new)
+    form = form_of(client, model, body, body.logprobs is not None, echoes)
     return await respond(request, stream, CompletionAnswer(stream, model.tokenizer, form), bool(body.stream))
 
 
@@ -59,11 +52,15 @@ async def generate(request: Request) -> Response:
     client = client_of(request)
     body = parse(await read_body(request), GenerateBody)
     model = client.model(body.model)
-    asked = Sampling(temperature=body.temperature)
-    [ids] = await client.offload(lambda: model.tokenizer.encode_batch([body.prompt]))
-    require(len(ids) > 0, "prompt", "is empty")
-    max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
-    stream = client.submit([new_request(model, asked, ids, max_tokens, -1, tenant_of(request), True, every_step=False)])
+    sampling = Sampling(temperature=body.temperature)
+
+    def prepare() -> NewRequest:
+        [ids] = model.tokenizer.encode_batch([body.prompt])
+        require(len(ids) > 0, "prompt", "is empty")
+        max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
+        return new_request(model, sampling, ids, max_tokens, -1, tenant_of(request), True)
+
+    stream = client.submit([await client.offload(prepare)])
     try:
         await wait_whole(request, stream)
         [entry] = stream.entries
@@ -77,12 +74,24 @@ async def generate(request: Request) -> Response:
         stream.close()
 
 
-async def encode(client: Client, model: Model, body: CompletionBody) -> list[list[int]]:
+def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRequest], list[str]]:
+    """The requests of a body, one per prompt, and the text to echo of each. Runs in a thread. Raises ApiError."""
+    prompts = encode(model, body)
+    require(len(prompts) * (body.n or 1) <= MAX_CHOICES, "n", f"makes more than {MAX_CHOICES} choices of {len(prompts)} prompts")
+    logprobs = -1 if body.logprobs is None else body.logprobs
+    new = []
+    for ids in prompts:
+        max_tokens = room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt")
+        new.append(new_request(model, body, ids, max_tokens, logprobs, tenant, True))
+    return new, [model.tokenizer.decode(ids) for ids in prompts] if body.echo else []
+
+
+def encode(model: Model, body: CompletionBody) -> list[list[int]]:
     """The token ids of each prompt. Raises ApiError for ids outside the vocabulary and for a prompt without tokens."""
     prompts = prompts_of(body.prompt)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts:
-        encoded = await client.offload(lambda: model.tokenizer.encode_batch(texts, body.add_special_tokens))
+        encoded = model.tokenizer.encode_batch(texts, body.add_special_tokens)
     else:
         encoded = [checked_ids(prompt, "prompt", model.info.vocab_size) for prompt in prompts if not isinstance(prompt, str)]
     for ids in encoded:
@@ -98,7 +107,6 @@ def new_request(
     logprobs: int,
     tenant: str,
     continues: bool,
-    every_step: bool | None = None,
 ) -> NewRequest:
     """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text."""
     stops = stops_of(body.stop)
@@ -121,7 +129,7 @@ def new_request(
         open_text=open_text,
         has_stop_strings=bool(stops),
         show_stop_ids=body.include_stop_str_in_output,
-        every_step=bool(body.stream) if every_step is None else every_step,
+        every_step=bool(body.stream),
         priority=body.priority,
         tenant=tenant,
         cache_salt=(body.cache_salt or "").encode(),

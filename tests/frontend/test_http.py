@@ -497,6 +497,7 @@ BAD = [
     ({"prompt": [2**70]}, "prompt"),
     ({"prompt": "x" * 512}, "prompt"),
     ({"prompt": "x", "max_tokens": 512}, "prompt"),
+    ({"prompt": ["x"] * 33, "n": 128}, "n"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
     ({"prompt": "x", "max_tokens": 1.5}, "max_tokens"),
     ({"prompt": "x", "max_tokens": True}, "max_tokens"),
