@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from protocol.codec import decode, encode
 from protocol.columns import pack, unpack
 from protocol.counters import Counters
-from protocol.messages import Choice, Geometry, Hello, Plan, Ready, Result, Resumed, SamplingParams, Submit, Tokens
+from protocol.messages import Choice, Geometry, Hello, Plan, Ready, Result, Resumed, SamplingParams, Submit
 from scheduler_svc.engine import Engine
 from scheduler_svc.settings import SchedulerSettings
 
@@ -140,7 +140,8 @@ def with_sockets(seqs: int, steps: int) -> float:
 
 
 def arrival(tokens: int, seqs: int) -> dict[str, float]:
-    """A long prompt arrives while `seqs` sequences decode: what it costs in all, and the longest a plan took."""
+    """A long prompt arrives while `seqs` sequences decode: what it costs to hash, match and admit it (its first chunk
+    included), what its further chunks add, and by how much a plan was delayed at most."""
     chunk = 8192
     engine, geometry = started(seqs + 1, (tokens + seqs * 600) // BLOCK + 64, tokens + 600, chunk, 2)
     random = np.random.default_rng(0)
@@ -148,7 +149,7 @@ def arrival(tokens: int, seqs: int) -> dict[str, float]:
         submit(engine, i, random.integers(1, VOCABULARY, 128 + i % BLOCK, dtype=np.int32), 400)
     results: list[bytes] = []
 
-    def turn() -> tuple[int, bool]:
+    def turn() -> int:
         begin = time.thread_time_ns()
         if results:
             message = decode(results.pop(0))
@@ -159,27 +160,29 @@ def arrival(tokens: int, seqs: int) -> dict[str, float]:
         spent = time.thread_time_ns() - begin
         engine.out.clear()
         results.extend(answer(message, random) for message, _ in frames if isinstance(message, Plan))
-        return spent, any(isinstance(message, Tokens) for message, _ in frames)
+        return spent
 
     for _ in range(100):
         turn()
-    calm = float(np.median([turn()[0] for _ in range(100)]))
+    calm = float(np.median([turn() for _ in range(100)]))
     prompt = random.integers(1, VOCABULARY, tokens, dtype=np.int32)
     begin = time.thread_time_ns()
     submit(engine, seqs, prompt, 100)
     submitted = time.thread_time_ns() - begin
     worker = engine.workers[WORKER]
-    turns: list[int] = []
-    while engine.next_time() < 0 or worker.queue or (worker.slots.state == 1).any():
-        turns.append(turn()[0])
-    more = [max(t - calm, 0.0) for t in turns]
+    arriving: list[float] = []  # what turns took beyond a calm one, until the prompt is admitted
+    while engine.next_time() < 0 or worker.queue:
+        arriving.append(max(turn() - calm, 0.0))
+    prefilling: list[float] = []
+    while worker.prefilling:
+        prefilling.append(max(turn() - calm, 0.0))
     return {
         "prompt": tokens,
         "seqs": seqs,
-        "submit_us": round(submitted / 1e3, 1),
-        "total_us": round((submitted + sum(more)) / 1e3, 1),
-        "longest_delay_us": round(max([submitted, *more]) / 1e3, 1),
-        "turns": len(turns),
+        "arrival_us": round((submitted + sum(arriving)) / 1e3, 1),
+        "prefill_us": round(sum(prefilling) / 1e3, 1),
+        "longest_delay_us": round(max([submitted, *arriving, *prefilling]) / 1e3, 1),
+        "calm_step_us": round(calm / 1e3, 1),
     }
 
 

@@ -50,7 +50,7 @@ from scheduler_svc.worker import Worker
 log = logging.getLogger(__name__)
 
 CREDIT_STEPS = 8  # a frontend's credit, in steps of all slots and plans in flight
-HASHED_BLOCKS = 512  # named between two plans: 0.4 ms
+HASHED_BLOCKS = 256  # named between two plans: 0.2 ms
 ARRIVALS = 64  # choices routed between two plans
 LATE = 0.05  # seconds: our own delay that makes us an unfair judge of a worker's progress
 
@@ -433,6 +433,11 @@ class Engine:
     def schedule(self, now: float) -> bool:
         """Make plans for every ready worker that has something to do and room in its pipeline. Whether any was made."""
         self._arrive(now)
+        queued: dict[int, int] = {}
+        for session, _, weight in self.out:
+            if weight:
+                queued[session] = queued.get(session, 0) + weight
+        self.frontends.queued = queued
         made = False
         for worker in self.workers.values():
             while worker.ready and not worker.fenced and len(worker.in_flight) < self.settings.depth and self._plan(worker, now):

@@ -35,6 +35,7 @@ class Frontends:
         self.by_session: dict[int, Frontend] = {}
         self.by_index: list[Frontend | None] = []
         self._unacked = unacked
+        self.queued: dict[int, int] = {}  # tokens on their way to a session's link, by session
 
     def open(self, session: int, name: str, incarnation: int) -> Frontend:
         """A new session."""
@@ -72,5 +73,5 @@ class Frontends:
 
     def free(self, frontend: Frontend) -> int:
         """Tokens that may still be sampled for it; negative while it owes. Derived, so it cannot drift."""
-        sent = self._unacked(frontend.session) if frontend.session else 0
+        sent = self._unacked(frontend.session) + self.queued.get(frontend.session, 0) if frontend.session else 0
         return self.limit - frontend.in_flight - sent - frontend.unsent

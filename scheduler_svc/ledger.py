@@ -84,6 +84,7 @@ class Ledger:
         if request.ended or any(choice.state is not State.ENDED for choice in request.choices):
             return
         request.ended = True
+        request.chains = {}
         if request.failure is not None:
             self.failed += 1
         elif aborted:

@@ -20,11 +20,13 @@ from protocol.messages import (
     NAN,
     STOPPED,
     Abort,
+    Attach,
     Choice,
     Done,
     Failed,
     Geometry,
     Hello,
+    Journal,
     Message,
     Models,
     Moved,
@@ -226,6 +228,7 @@ class Stream:
     moved: bool = False
     cached: int = -1
     aborted: bool = False
+    stopped: set[int] = field(default_factory=set)  # choices ended by a stop string
 
     @property
     def complete(self) -> bool:
@@ -285,10 +288,33 @@ class FakeFrontend:
             )
         self.send(Resumed(len(alive)), now)
 
+    def stop(self, stream: Stream, choice: int, now: float) -> None:
+        """A stop string has been found."""
+        stream.ended.add(choice)
+        stream.stopped.add(choice)
+        self.send(Abort(stream.submit.request, pack([choice])), now)
+        if stream.complete:
+            self.send(Done(stream.submit.request), now)
+
+    def attach(self, request: bytes, now: float) -> None:
+        self.handles += 1
+        self.send(Attach(request, self.handles), now)
+
+    def journal(self, submit: Submit, now: float) -> None:
+        stream = self.streams[submit.handle] = Stream(submit, [unpack(c.known).tolist() for c in submit.choices], cached=submit.cached)
+        for choice, known in zip(submit.choices, stream.known, strict=True):
+            if choice.ended or len(known) == submit.params.max_tokens or (known and known[-1] in unpack(submit.params.stop_ids)):
+                stream.ended.add(choice.index)
+        if stream.complete:
+            self.send(Done(submit.request), now)
+
     def abort(self, stream: Stream, now: float) -> None:
         stream.aborted = True
         self.send(Abort(stream.submit.request), now)
         self.send(Done(stream.submit.request), now)
+
+    def newest(self, request: bytes) -> Stream:
+        return [s for s in self.streams.values() if s.submit.request == request][-1]
 
     def send(self, message: Message, now: float) -> None:
         self.engine.frontend_message(self.session, through(message), now)
@@ -298,11 +324,14 @@ class FakeFrontend:
             case Models():
                 self.models = message
             case Failed():
-                (stream,) = [s for s in self.streams.values() if s.submit.request == message.request]
+                stream = self.newest(message.request)
                 assert stream.failed is None, "a request ends twice"
                 stream.failed = message
+                self.send(Done(message.request), now)
             case Moved():
-                next(s for s in self.streams.values() if s.submit.request == message.request).moved = True
+                self.newest(message.request).moved = True
+            case Journal():
+                self.journal(message.submit, now)
             case Tokens():
                 self.unacked += len(unpack(message.ids)) if self.silent else 0
                 at = 0
@@ -335,7 +364,8 @@ class FakeFrontend:
             for choice, known in zip(submit.choices, stream.known, strict=True):
                 right = expected(unpack(submit.prompt).tolist(), choice.seed, submit.params.max_tokens, bool(submit.params.stop_ids))
                 assert known == right[: len(known)], f"request {submit.handle} choice {choice.index} at {len(known)} tokens"
-                assert (choice.index in stream.ended) == (known == right)
+                if choice.index not in stream.stopped:
+                    assert (choice.index in stream.ended) == (known == right)
 
 
 class Stage:

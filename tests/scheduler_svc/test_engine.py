@@ -7,7 +7,7 @@ import pytest
 from protocol.columns import pack, unpack
 from protocol.messages import Abort, Attach, Choice, Done, Failed, FileChunk, FileRequest, Gone, Journal, Plan, Submit, Tokens
 from scheduler_svc.waiting import Shares
-from tests.scheduler_svc.play import TOKENIZER, FakeFrontend, Stage, Stream, expected, through
+from tests.scheduler_svc.play import TOKENIZER, FakeFrontend, Stage, Stream, expected
 
 PROMPT = list(range(1, 19))  # 18 tokens: 4 blocks of 4, and 2 tokens
 
@@ -497,10 +497,9 @@ def test_attach_hands_over_journal_and_ownership() -> None:
         stage.turn()
     new.send(Attach(stream.submit.request, 77), stage.now)
     (journal,) = [message for session, message, _ in stage.engine.out if isinstance(message, Journal)]
-    submit = through(journal).submit  # type: ignore[attr-defined]
+    submit = journal.submit
     assert (submit.handle, submit.owner, submit.header, submit.admitted) == (77, 1, b"head", True)
 
-    new.streams[77] = Stream(submit, [unpack(submit.choices[0].known).tolist()])
     stage.deliver()
     assert stream.moved
     old.send(Abort(stream.submit.request), stage.now)  # too late: it is not the owner's

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from protocol.columns import unpack
 from tests.scheduler_svc.play import FakeFrontend, FakeWorker, Stage, Stream
 
 MIXES = {
@@ -24,6 +25,9 @@ MIXES = {
 }
 
 
+NAN_TOKEN = 59
+
+
 class Life:
     def __init__(self, seed: int, mix: dict[str, object]) -> None:
         self.random = random.Random(seed)
@@ -32,7 +36,7 @@ class Life:
         self.stage = Stage(**engine)
         self.workers: list[FakeWorker] = []
         for i in range(int(mix.get("workers", 1))):  # type: ignore[call-overload]
-            self.workers.append(self.stage.worker(incarnation=i + 1, **self.sizes))
+            self.workers.append(self.stage.worker(incarnation=i + 1, nan_tokens={NAN_TOKEN}, **self.sizes))
         if "expected" in mix:
             for model in self.stage.engine.models.values():
                 model.outputs.add = lambda length: None  # type: ignore[method-assign]
@@ -61,7 +65,7 @@ class Life:
             self.arrive()
         if r.random() < 0.05 and self.streams:
             stream = r.choice(self.streams)
-            if not stream.complete and not stream.aborted and stream.failed is None:
+            if not (stream.complete or stream.aborted or stream.moved or stream.failed):
                 owner = next(f for f in self.frontends if stream in f.streams.values())
                 owner.abort(stream, stage.now)
         if faults and r.random() < 0.03:
@@ -89,6 +93,33 @@ class Life:
             stage.deliver()
             stage.engine.check()
 
+        if faults and r.random() < 0.05:
+            self.more_faults()
+
+    def more_faults(self) -> None:
+        """Stop strings, streams taken over, frontends that do not read, steps that raise."""
+        r, stage = self.random, self.stage
+        frontend = r.choice(self.frontends)
+        living = [s for s in frontend.streams.values() if not (s.complete or s.aborted or s.moved or s.failed)]
+        kind = r.choice(("stop", "attach", "silence", "raise"))
+        if kind == "stop" and living:
+            stream = r.choice(living)
+            frontend.stop(stream, r.choice(sorted(set(range(len(stream.known))) - stream.ended)), stage.now)
+        elif kind == "attach" and living:
+            other = next(f for f in self.frontends if f is not frontend)
+            other.attach(r.choice(living).submit.request, stage.now)
+        elif kind == "silence":
+            frontend.silent, frontend.unacked = not frontend.silent, 0
+        elif kind == "raise":
+            worker = r.choice(self.workers)
+            if worker.plans:
+                session, step = worker.session, worker.plans[0].step
+                stage.workers.pop(session)
+                worker.close(stage.now)
+                stage.deliver()
+                stage.reopen(worker, failed_session=session, failed_step=step)
+                worker.ready(stage.now)
+
     def turn(self) -> None:
         """One random move of the pipeline."""
         stage, r = self.stage, self.random
@@ -112,12 +143,16 @@ def test_every_stream_is_right_and_every_account_agrees(seed: int, mix: str, fau
     for _ in range(150):
         life.act(faults)
         life.turn()
+    for frontend in life.frontends:
+        frontend.silent, frontend.unacked = False, 0
     life.stage.run()
     for frontend in life.frontends:
         frontend.verify()
-    for stream in life.streams:
-        assert stream.complete or stream.aborted, "a stream has no end"
-        assert stream.failed is None
+        for stream in frontend.streams.values():
+            ends = [stream.complete, stream.aborted, stream.moved, stream.failed is not None]
+            assert any(ends), "a stream has no end"
+            if stream.failed is not None:
+                assert stream.failed.code == ("nan" if NAN_TOKEN in unpack(stream.submit.prompt) else "step_failed")
     stats = life.stage.engine.stats()
     assert stats["blocks_used"] == stats["requests_running"] == stats["requests_waiting"] == 0
     assert not life.stage.engine.ledger.requests
