@@ -60,7 +60,13 @@ class Player:
         seq = Sequence(self.records, slot, prompt, max_tokens, blocks, shared * size)
         self.records += 1
         self.generation[slot] += 1
-        return seq, Admit(seq.record, pack(prompt), b"", params.pop("seed", seq.record), SamplingParams(max_tokens, params.pop("temperature", 0.0), **params))
+        return seq, Admit(
+            seq.record,
+            pack(prompt),
+            b"",
+            params.pop("seed", seq.record),
+            SamplingParams(max_tokens, params.pop("temperature", 0.0), **params),
+        )
 
     def drop(self, seqs: list[Sequence], free_blocks: bool = True, but: int = 0) -> None:
         """Give up sequences (their first `but` blocks are kept)."""

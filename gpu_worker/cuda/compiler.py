@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from gpu_worker.errors import LoadError
@@ -47,7 +48,7 @@ def cache_dir() -> Path:
     return Path(root) / "kernels"
 
 
-def compile_cubin(source: str, arch: str, defines: dict[str, int | str]) -> bytes:
+def compile_cubin(source: str, arch: str, defines: Mapping[str, int | str]) -> bytes:
     """Compile `kernels/{source}` for `arch` ("sm_90a") with the macros given; returns the cubin. Raises CompileError.
 
     The cache key covers everything the result depends on: source, headers beside it, macros, arch, compiler version.

@@ -56,7 +56,7 @@ class Engine:
         repeat = 1 << (config.heads // config.kv_heads - 1).bit_length()
         tile_rows = 32 if dtype == torch.float32 else 128
         properties = torch.cuda.get_device_properties(self.device)
-        spread = max(4, properties.multi_processor_count * 3 // config.kv_heads)  # programs of decode attention that run at once
+        spread = max(4, properties.multi_processor_count * 2 // config.kv_heads)  # items that fill the card, measured
         blocks = options.num_blocks or self._room(weights)
         self.geometry = Geometry(
             block_size=options.block_size,

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from gpu_worker.cuda.driver import Kernel, Module
+from gpu_worker.cuda.driver import Kernel, Module, TritonKernel
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
-from gpu_worker.cuda.linears import FEW, LinearKernel, best_cut
-from gpu_worker.cuda.state import TILE, DeviceState, max_items
+from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
+from gpu_worker.cuda.state import TILE, DeviceState, least_tiles, max_items
 from gpu_worker.cuda.weights import LayerWeights, ModelWeights
 from gpu_worker.loading.config import ModelConfig
 
@@ -62,21 +62,20 @@ class Forward:
         self.sample_arrivals = torch.zeros(g.slots, dtype=torch.int32, device=device)
         self.scale = config.head_dim**-0.5 * math.log2(math.e)
         self._compile(arch, DTYPES[dtype], few and dtype == torch.bfloat16)
+        self._compile_attention(dtype)
 
     def _compile(self, arch: str, dtype: int, few: bool) -> None:
         """Load all CUDA kernels, compiling in parallel what the disk cache lacks."""
         c = self.config
 
-        def linear(n: int, k: int, **roles: bool) -> LinearKernel | None:
-            cut = best_cut(n, k, bool(roles.get("norm")), self.sms) if few else None
-            return LinearKernel(cut, arch, c.norm_eps, **roles) if cut else None
-
         device = self.cache.device
 
-        def in_context(job: tuple[str, int, int, dict[str, bool]]) -> LinearKernel | None:
+        def linear(job: tuple[str, int, int, dict[str, bool]]) -> LinearKernel:
             torch.cuda.set_device(device)
             torch.cuda.current_blas_handle()  # makes torch's context current in this thread
-            return linear(job[1], job[2], **job[3])
+            _, n, k, roles = job
+            cut = best_cut(n, k, bool(roles.get("norm")), self.sms) if few else None
+            return LinearKernel(cut, best_mid_cut(n, k) if few else None, arch, c.norm_eps, **roles)
 
         qkv = c.q_size + 2 * c.kv_size
         jobs: list[tuple[str, int, int, dict[str, bool]]] = [
@@ -87,10 +86,10 @@ class Forward:
             ("head", c.vocab_size, c.hidden, {}),
         ]
         with ThreadPoolExecutor(len(jobs)) as pool:
-            self.few = dict(zip((job[0] for job in jobs), pool.map(in_context, jobs), strict=True))
-        plan, elementwise = Module("plan.cu", arch), Module("elementwise.cu", arch, {"DTYPE": dtype})
+            self.linears = dict(zip((job[0] for job in jobs), pool.map(linear, jobs), strict=True))
+        plan, elementwise = Module.of("plan.cu", arch), Module.of("elementwise.cu", arch, {"DTYPE": dtype})
         slots, inputs = "PPPPii", "PPPPPPPPP"
-        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiii", 1024, pdl=False)
+        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiii", 1024, pdl=False)
         self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
         self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiPii", 256, pdl=False)
         self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
@@ -98,7 +97,35 @@ class Forward:
         self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", 256, pdl=self.pdl)
         self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiiif", 256, pdl=self.pdl)
         self.k_silu = Kernel(elementwise, "silu_mul", "PPq", 256, pdl=self.pdl)
-        self.k_sample = Kernel(Module("sampler.cu", arch, {"DTYPE": dtype}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
+        self.k_sample = Kernel(Module.of("sampler.cu", arch, {"DTYPE": dtype}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
+
+    def _compile_attention(self, dtype: torch.dtype) -> None:
+        c, s = self.config, self.state
+        sizes = {"WIDTH": s.geometry.table_width, "KV_HEADS": c.kv_heads, "R": self.repeat, "RP": self.padded_repeat, "D": c.head_dim}
+        sizes["PAGE"] = s.geometry.block_size
+        ints, fp32 = torch.int32, torch.float32
+        self.k_decode_attention = TritonKernel(
+            decode_attention,
+            [dtype, dtype, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32, self.scale, c.norm_eps],
+            warps=4,
+            pdl=self.pdl,
+            TILE=TILE,
+            STAGES=2,
+            QK_NORM=int(c.qk_norm),
+            PDL=int(self.pdl),
+            **sizes,
+        )
+        wide = dtype == torch.float32  # no tensor cores: smaller tiles
+        self.k_prefill_attention = TritonKernel(
+            prefill_attention,
+            [dtype, dtype, ints, ints, ints, dtype, self.scale],
+            warps=4 if wide else 8,
+            pdl=False,
+            ROWS=s.tile_tokens * self.padded_repeat,
+            TILE=32 if wide else 64,
+            STAGES=2 if wide else 3,
+            **sizes,
+        )
 
     # ------------------------------------------------------------ the step's parts
 
@@ -118,6 +145,7 @@ class Forward:
             bucket,
             self.items(bucket),
             s.spread,
+            least_tiles(bucket),
             g.block_size,
             int(decode),
         )
@@ -136,7 +164,7 @@ class Forward:
         )
         for index, layer in enumerate(self.weights.layers):
             self._qkv(stream, layer, bucket)
-            self._decode_attention(index, layer, bucket)
+            self._decode_attention(stream, index, layer, bucket)
             self._rest(stream, layer, bucket)
         self._head(stream, bucket)
 
@@ -170,7 +198,7 @@ class Forward:
                 g.block_size,
                 c.norm_eps,
             )
-            self._prefill_attention(index, tiles)
+            self._prefill_attention(stream, index, tiles)
             self._rest(stream, layer, tokens)
         if logit_rows:
             self._head(stream, logit_rows)
@@ -203,10 +231,10 @@ class Forward:
     # ------------------------------------------------------------ the layer's parts
 
     def _qkv(self, stream: int, layer: LayerWeights, tokens: int) -> None:
-        few = self.few["qkv"]
-        if few and tokens <= FEW:
+        linear = self.linears["qkv"]
+        if tokens <= linear.most:
             bias = layer.qkv_bias.data_ptr() if layer.qkv_bias is not None else 0
-            few(stream, layer.qkv.data_ptr(), self.h.data_ptr(), 0, bias, self.qkv.data_ptr(), tokens)
+            linear(stream, layer.qkv.data_ptr(), self.h.data_ptr(), 0, bias, self.qkv.data_ptr(), tokens)
             return
         self._norm(stream, self.h, 0, 0, tokens)
         if layer.qkv_bias is None:
@@ -216,16 +244,15 @@ class Forward:
 
     def _rest(self, stream: int, layer: LayerWeights, tokens: int) -> None:
         """Everything behind attention."""
-        o, gate_up, down = self.few["o"], self.few["gate_up"], self.few["down"]
+        o, gate_up, down = self.linears["o"], self.linears["gate_up"], self.linears["down"]
         h, attended, activated = self.h.data_ptr(), self.attended.data_ptr(), self.activated.data_ptr()
-        few = tokens <= FEW
-        if o and few:
+        if tokens <= o.most:
             o(stream, layer.o.data_ptr(), attended, h, layer.o_bias.data_ptr() if layer.o_bias is not None else 0, h, tokens)
         else:
             self.h[:tokens].addmm_(self.attended[:tokens], layer.o.t())
             if layer.o_bias is not None:
                 self.h[:tokens].add_(layer.o_bias)
-        if gate_up and few:
+        if tokens <= gate_up.most:
             gate_up(stream, layer.gate_up.data_ptr(), h, 0, 0, activated, tokens)
         else:
             self._norm(stream, self.h, 0, 0, tokens)
@@ -233,71 +260,53 @@ class Forward:
             count = tokens * self.config.intermediate
             per_block = 256 * 8 // self.h.element_size()
             self.k_silu(stream, (-(-count // per_block), 1), self.gate_up.data_ptr(), activated, count)
-        if down and few:
+        if tokens <= down.most:
             down(stream, layer.down.data_ptr(), activated, h, 0, h, tokens)
         else:
             self.h[:tokens].addmm_(self.activated[:tokens], layer.down.t())
 
     def _head(self, stream: int, rows: int) -> None:
         self._norm(stream, self.h, self.state.logit_rows.data_ptr(), self.weights.final_norm.data_ptr(), rows)
-        few = self.few["head"]
-        if few and rows <= FEW:
-            few(stream, self.weights.head.data_ptr(), self.x.data_ptr(), 0, 0, self.logits.data_ptr(), rows)
+        linear = self.linears["head"]
+        if rows <= linear.most:
+            linear(stream, self.weights.head.data_ptr(), self.x.data_ptr(), 0, 0, self.logits.data_ptr(), rows)
         else:
             torch.mm(self.x[:rows], self.weights.head.t(), out=self.logits[:rows])
 
     def _norm(self, stream: int, source: torch.Tensor, index: int, weight: int, rows: int) -> None:
         self.k_norm(stream, (rows, 1), source.data_ptr(), index, weight, self.x.data_ptr(), self.config.hidden, self.config.norm_eps)
 
-    def _decode_attention(self, index: int, layer: LayerWeights, bucket: int) -> None:
-        c, s = self.config, self.state
-        decode_attention[(c.kv_heads, self.items(bucket))](
-            self.qkv,
-            self.cache[index],
-            s.table,
-            s.items,
-            self.attended,
-            self.partial,
-            self.partial_ml,
-            self.arrivals,
-            layer.q_norm if layer.q_norm is not None else self.cosines,
-            layer.k_norm if layer.k_norm is not None else self.cosines,
-            self.cosines,
-            self.sines,
+    def _decode_attention(self, stream: int, index: int, layer: LayerWeights, bucket: int) -> None:
+        s = self.state
+        self.k_decode_attention(
+            stream,
+            (self.config.kv_heads, self.items(bucket)),
+            self.qkv.data_ptr(),
+            self.cache[index].data_ptr(),
+            s.table.data_ptr(),
+            s.items.data_ptr(),
+            self.attended.data_ptr(),
+            self.partial.data_ptr(),
+            self.partial_ml.data_ptr(),
+            self.arrivals.data_ptr(),
+            layer.q_norm.data_ptr() if layer.q_norm is not None else 0,
+            layer.k_norm.data_ptr() if layer.k_norm is not None else 0,
+            self.cosines.data_ptr(),
+            self.sines.data_ptr(),
             self.scale,
-            c.norm_eps,
-            s.geometry.table_width,
-            KV_HEADS=c.kv_heads,
-            R=self.repeat,
-            RP=self.padded_repeat,
-            D=c.head_dim,
-            PAGE=s.geometry.block_size,
-            TILE=TILE,
-            STAGES=2,
-            QK_NORM=layer.q_norm is not None,
-            PDL=self.pdl,
-            num_warps=4,
-            launch_pdl=self.pdl,
+            self.config.norm_eps,
         )
 
-    def _prefill_attention(self, index: int, tiles: int) -> None:
-        c, s = self.config, self.state
-        prefill_attention[(c.kv_heads, tiles)](
-            self.qkv,
-            self.cache[index],
-            s.table,
-            s.tiles,
-            s.rows,
-            self.attended,
+    def _prefill_attention(self, stream: int, index: int, tiles: int) -> None:
+        s = self.state
+        self.k_prefill_attention(
+            stream,
+            (self.config.kv_heads, tiles),
+            self.qkv.data_ptr(),
+            self.cache[index].data_ptr(),
+            s.table.data_ptr(),
+            s.tiles.data_ptr(),
+            s.rows.data_ptr(),
+            self.attended.data_ptr(),
             self.scale,
-            s.geometry.table_width,
-            KV_HEADS=c.kv_heads,
-            R=self.repeat,
-            RP=self.padded_repeat,
-            D=c.head_dim,
-            PAGE=s.geometry.block_size,
-            ROWS=s.tile_tokens * self.padded_repeat,
-            TILE=32 if self.h.dtype == torch.float32 else 64,
-            STAGES=2 if self.h.dtype == torch.float32 else 3,
-            num_warps=4 if self.h.dtype == torch.float32 else 8,
         )

@@ -1,4 +1,4 @@
-"""The linears of a step with few tokens: how `kernels/linear.cu` cuts a matrix, and its launch.
+"""The linears of a step of up to 64 tokens: how `kernels/linear.cu` (up to 16) and `kernels/linear_mid.cu` cut a matrix, and their launch.
 
 What no cut suits, and more tokens, go through cuBLAS (`forward.py`).
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from gpu_worker.cuda.driver import Kernel, Module
 
-FEW = 16  # tokens up to which linear.cu is used
+FEW, MID = 16, 64  # tokens up to which linear.cu and linear_mid.cu are used
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory on an SM
 LOADS = 16  # 16-byte loads of a lane in flight at most: 64 registers
 
@@ -35,9 +35,9 @@ class Cut:
     def shared_bytes(self, token_groups: int) -> int:
         """Dynamic shared memory of a block for 8 × token_groups tokens."""
         rows, tokens = 16 * self.groups, 8 * token_groups
-        floats = 2 * self.warps * tokens * (rows + 4) + self.warps * tokens
+        floats = 2 * self.warps * tokens * (rows + 4) + (self.warps + 1) * tokens
         if self.split > 1:
-            floats += 2 * rows * tokens
+            floats += -(-self.n // rows // self.clusters) * rows * tokens
         single = self.n // rows <= self.clusters
         return 4 * floats + (0 if single else self.k // self.split * tokens * 2)
 
@@ -59,7 +59,14 @@ def cuts(n: int, k: int, needs_all_of_x: bool, sms: int) -> Iterator[Cut]:
 
 
 # Measured on an H100 (docs/performance.md): (n, k, needs_all_of_x) -> (groups, warps, split, clusters, blocks per SM)
-MEASURED: dict[tuple[int, int, bool], tuple[int, int, int, int, int]] = {}
+MEASURED: dict[tuple[int, int, bool], tuple[int, int, int, int, int]] = {
+    (4096, 1024, True): (2, 8, 1, 128, 2),
+    (1024, 2048, False): (1, 16, 1, 64, 1),
+    (6144, 1024, True): (1, 8, 1, 192, 2),
+    (1024, 3072, False): (1, 16, 1, 64, 1),
+    (151936, 1024, False): (1, 8, 1, 264, 2),
+    (4096, 14336, False): (1, 8, 8, 32, 2),
+}
 
 
 def best_cut(n: int, k: int, needs_all_of_x: bool, sms: int) -> Cut | None:
@@ -75,24 +82,97 @@ def best_cut(n: int, k: int, needs_all_of_x: bool, sms: int) -> Cut | None:
     return max(cuts(n, k, needs_all_of_x, sms), key=worth, default=None)
 
 
+@dataclass(frozen=True)
+class MidCut:
+    """How linear_mid.cu cuts an [n, k] matrix; in brackets its macros."""
+
+    n: int
+    k: int
+    groups: int  # warpgroups over rows, 64 each (R)
+    shares: int  # warpgroups over K (S)
+    split: int  # blocks of a cluster, over which K is split first (KS)
+    clusters: int  # that walk over the tiles (CLUSTERS)
+    per_sm: int  # blocks an SM must be able to hold (BLOCKS_PER_SM)
+
+    @property
+    def loads(self) -> int:
+        """16-byte loads of a lane in flight."""
+        return self.k // (32 * self.split * self.shares) * 2
+
+    def shared_bytes(self, token_groups: int) -> int:
+        """Dynamic shared memory of a block for 8 × token_groups tokens."""
+        tokens, rows = 8 * token_groups, 64 * self.groups
+        buffers = 1 if self.n // rows <= self.clusters else 2
+        sharers = max(1, 4 * self.groups * self.shares // token_groups)
+        return self.k // self.split * tokens * 2 + 4 * (buffers * self.shares * tokens * (rows + 4) + sharers * tokens)
+
+
+def mid_cuts(n: int, k: int, sms: int) -> Iterator[MidCut]:
+    """All cuts of an [n, k] matrix that linear_mid.cu can run."""
+    for split in (1, 2, 4, 8):
+        for groups in (1, 2, 3):
+            for shares in (1, 2):
+                if n % (64 * groups) or k % (32 * split * shares) or 32 * groups % split or groups * shares == 3:
+                    continue
+                for per_sm in (1, 2):
+                    tiles = n // (64 * groups)
+                    most = max(1, min(tiles, sms * per_sm // split))
+                    cut = MidCut(n, k, groups, shares, split, -(-tiles // -(-tiles // most)), per_sm)
+                    registers = 65536 // (128 * groups * shares * per_sm)
+                    fits = cut.loads * 4 + 64 <= min(registers, 255) and cut.shared_bytes(8) * per_sm <= SHARED_LIMIT
+                    if fits and cut.loads <= 2 * LOADS:
+                        yield cut
+
+
+# Measured on an H100 (docs/performance.md): (n, k) -> (groups, shares, split, clusters, blocks per SM)
+MEASURED_MID: dict[tuple[int, int], tuple[int, int, int, int, int]] = {
+    (4096, 1024): (2, 1, 4, 32, 2),
+    (1024, 2048): (1, 1, 8, 16, 2),
+    (6144, 1024): (2, 1, 4, 48, 2),
+    (1024, 3072): (1, 1, 8, 16, 1),
+}
+
+
+def best_mid_cut(n: int, k: int) -> MidCut | None:
+    """The measured cut of a known shape; None: cuBLAS is as good, or nobody has measured."""
+    known = MEASURED_MID.get((n, k))
+    return MidCut(n, k, *known) if known else None
+
+
 class LinearKernel:
-    """linear.cu compiled for one shape and one place in the layer, for at most 8 and at most 16 tokens."""
+    """One linear of a layer at one place: linear.cu for at most 8 and at most 16 tokens, linear_mid.cu for at most 32 and 64."""
 
     def __init__(
-        self, cut: Cut, arch: str, eps: float, *, norm: bool = False, silu: bool = False, residual: bool = False, bias: bool = False
+        self,
+        cut: Cut | None,
+        mid: MidCut | None,
+        arch: str,
+        eps: float,
+        *,
+        norm: bool = False,
+        silu: bool = False,
+        residual: bool = False,
+        bias: bool = False,
     ) -> None:
-        self.cut, self.eps = cut, eps
+        """norm: x is scaled by 1 / rms(x) first; silu: rows alternate gate and up, y is half as wide; residual, bias: added."""
+        self.eps = eps
         flags = {"NORM": norm, "SILU": silu, "RESIDUAL": residual, "BIAS": bias}
-        sizes = {"N": cut.n, "K": cut.k, "J": cut.groups, "W": cut.warps, "KS": cut.split}
-        sizes |= {"CLUSTERS": cut.clusters, "BLOCKS_PER_SM": cut.per_sm} | {name: 1 for name, on in flags.items() if on}
-        self._kernels = [
-            Kernel(
-                Module("linear.cu", arch, sizes | {"MT": groups}), "linear", "PPPPPif", 32 * cut.warps, cut.split, cut.shared_bytes(groups)
-            )
-            for groups in (1, 2)
-        ]
-        self._grid = (cut.clusters * cut.split, 1)
+        macros = {name: 1 for name, on in flags.items() if on}
+        self.kernels: list[tuple[int, Kernel, tuple[int, int]]] = []  # most tokens, kernel, grid
+        signature = "PPPPPif"
+        for groups in (1, 2) if cut else ():
+            sizes = {"N": cut.n, "K": cut.k, "J": cut.groups, "W": cut.warps, "KS": cut.split, "MT": groups}
+            module = Module.of("linear.cu", arch, macros | sizes | {"CLUSTERS": cut.clusters, "BLOCKS_PER_SM": cut.per_sm})
+            kernel = Kernel(module, "linear", signature, 32 * cut.warps, cut.split, cut.shared_bytes(groups))
+            self.kernels.append((8 * groups, kernel, (cut.clusters * cut.split, 1)))
+        for groups in (4, 8) if mid else ():
+            sizes = {"N": mid.n, "K": mid.k, "R": mid.groups, "S": mid.shares, "KS": mid.split, "MT": groups}
+            module = Module.of("linear_mid.cu", arch, macros | sizes | {"CLUSTERS": mid.clusters, "BLOCKS_PER_SM": mid.per_sm})
+            kernel = Kernel(module, "linear_mid", signature, 128 * mid.groups * mid.shares, mid.split, mid.shared_bytes(groups))
+            self.kernels.append((8 * groups, kernel, (mid.clusters * mid.split, 1)))
+        self.most = self.kernels[-1][0] if self.kernels else 0  # tokens it takes; more, or 0: cuBLAS
 
     def __call__(self, stream: int, weight: int, x: int, res: int, bias: int, y: int, tokens: int) -> None:
         """y[tokens, n] = x[tokens, k] weightᵀ (+ bias, + res); all arguments are device addresses, 0 where not used."""
-        self._kernels[tokens > 8](stream, self._grid, weight, x, res, bias, y, tokens, self.eps)
+        kernel, grid = next((kernel, grid) for most, kernel, grid in self.kernels if tokens <= most)
+        kernel(stream, grid, weight, x, res, bias, y, tokens, self.eps)

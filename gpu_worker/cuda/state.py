@@ -30,10 +30,15 @@ def is_decode(step: Step) -> bool:
     )
 
 
+def least_tiles(rows: int) -> int:
+    """Tiles that an item of the work list holds at least: few rows are split finely, or most of the card idles."""
+    return 1 if rows <= 2 else 2 if rows <= 4 else 4
+
+
 def max_items(rows: int, max_len: int, pool_tokens: int, spread: int) -> int:
     """Upper bound of the work list that `prepare` makes for `rows` sequences of at most `max_len` tokens."""
     tiles = min(rows * -(-max_len // TILE), pool_tokens // TILE + rows)
-    return max(min(rows + max(spread, tiles // 16), rows * max(1, -(-max_len // (4 * TILE)))), rows)
+    return max(min(rows + max(spread, tiles // 16), rows * -(-max_len // (least_tiles(rows) * TILE))), rows)
 
 
 class DeviceState:
@@ -109,7 +114,7 @@ class DeviceState:
         entry = self._ring[number]
         header = np.zeros(HEADER, dtype=np.int32)
         header[5] = result
-        at = HEADER
+        at = HEADER + 8 * (len(step.slots) if step is not None else 0)
 
         def put(count_at: int, offset_at: int, values: Int32, count: int) -> None:
             nonlocal at
@@ -121,12 +126,18 @@ class DeviceState:
         if step is not None:
             put(4, 11, _bindings(step.bind_slots, step.bind_records), len(step.bind_slots))
             ends = np.cumsum(step.counts, dtype=np.int32)
-            rows = np.zeros((len(step.slots), 8), dtype=np.int32)
+            rows = entry[HEADER : HEADER + 8 * len(step.slots)].reshape(-1, 8)
             rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = step.slots, step.starts, step.counts, step.known
             rows[:, 4] = ends - step.counts
             rows[:, 5] = np.cumsum(step.known) - step.known
-            put(0, 9, rows, len(rows))
+            if len(step.prefill):
+                rows[:, 6] = step.prefill[np.minimum(rows[:, 5], len(step.prefill) - 1)]
+            header[0] = len(rows)
             header[1] = ends[-1] if len(ends) else 0
+            if is_decode(step):
+                header[2] = len(rows)  # the kernel makes the rest
+                entry[:HEADER] = header
+                return number
             sampled = np.flatnonzero(step.outputs)
             logit_row = np.cumsum(step.outputs > 0) - 1
             outputs = np.zeros((len(sampled) + len(step.fork_slots), 4), dtype=np.int32)
@@ -135,7 +146,7 @@ class DeviceState:
             put(2, 12, outputs, len(outputs))
             put(1, 13, step.prefill, int(header[1]))
             put(8, 15, (ends[sampled] - 1).astype(np.int32), len(sampled))
-            tiles = np.zeros((0, 2), np.int32) if is_decode(step) else self._tiles(step.counts)
+            tiles = self._tiles(step.counts)
             header[7], header[14] = len(tiles), at
             entry[at : at + tiles.size] = tiles.reshape(-1)
             at += tiles.size

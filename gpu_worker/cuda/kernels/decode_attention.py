@@ -31,7 +31,7 @@ def decode_attention(
     sines,  # [positions, D / 2] fp32
     scale,  # softmax's, times log2(e)
     eps,
-    width,
+    WIDTH: tl.constexpr,  # of the table
     KV_HEADS: tl.constexpr,
     R: tl.constexpr,  # query heads per KV head
     RP: tl.constexpr,  # R rounded up to a power of two
@@ -47,53 +47,58 @@ def decode_attention(
     row = tl.load(item)
     lo = tl.load(item + 1)
     hi = tl.load(item + 2)
+    splits = tl.load(item + 3)
     slot = tl.load(item + 6)
+    position = tl.load(item + 7)
+    HEADS: tl.constexpr = KV_HEADS * R
+    HALF: tl.constexpr = D // 2
+    PLANE: tl.constexpr = KV_HEADS * PAGE * D
+    r = tl.arange(0, 16)
+    d = tl.arange(0, D)
     tiles = tl.arange(0, TILE)
-    slot_table = table + slot * width
-    # cached tokens are of earlier steps: their pages may be named before the wait
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    slot_table = table + slot * WIDTH
+    # All that earlier steps and `prepare` wrote may be read before the wait: it, and the linear before this kernel, are long done.
     page = tl.load(slot_table + (lo + tiles) // PAGE, mask=lo + tiles < hi, other=0)
+    new_page = tl.load(slot_table + position // PAGE).to(tl.int64)
+    c = tl.load(cosines + position * HALF + d % HALF)
+    s = tl.load(sines + position * HALF + d % HALF) * tl.where(d < HALF, -1.0, 1.0)
+    if QK_NORM:
+        qw = tl.load(q_norm + d).to(tl.float32)
+        qw2 = tl.load(q_norm + partner).to(tl.float32)
+        kw = tl.load(k_norm + d).to(tl.float32)
+        kw2 = tl.load(k_norm + partner).to(tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if row < 0:
         return
-    splits = tl.load(item + 3)
-    position = tl.load(item + 7)
     last = hi == position
-    HEADS: tl.constexpr = KV_HEADS * R
-    HALF: tl.constexpr = D // 2
-    r = tl.arange(0, 16)
-    d = tl.arange(0, D)
     live = (r < R)[:, None]
-    partner = tl.where(d < HALF, d + HALF, d - HALF)
-    c = tl.load(cosines + position * HALF + d % HALF)
-    s = tl.load(sines + position * HALF + d % HALF) * tl.where(d < HALF, -1.0, 1.0)
 
     base = qkv + row * ((HEADS + 2 * KV_HEADS) * D)
     qp = base + (h * R + r)[:, None] * D
+    kp = base + (HEADS + h) * D
     q = tl.load(qp + d[None, :], mask=live, other=0.0).to(tl.float32)
     q2 = tl.load(qp + partner[None, :], mask=live, other=0.0).to(tl.float32)
-    kp = base + (HEADS + h) * D
     k = tl.load(kp + d).to(tl.float32)
     k2 = tl.load(kp + partner).to(tl.float32)
+    v_new = tl.load(base + (HEADS + KV_HEADS + h) * D + d)
     if QK_NORM:
         qs = tl.rsqrt(tl.sum(q * q, 1) / D + eps)[:, None]
-        q = q * qs * tl.load(q_norm + d).to(tl.float32)[None, :]
-        q2 = q2 * qs * tl.load(q_norm + partner).to(tl.float32)[None, :]
+        q = q * qs * qw[None, :]
+        q2 = q2 * qs * qw2[None, :]
         ks = tl.rsqrt(tl.sum(k * k, 0) / D + eps)
-        k = k * ks * tl.load(k_norm + d).to(tl.float32)
-        k2 = k2 * ks * tl.load(k_norm + partner).to(tl.float32)
+        k = k * ks * kw
+        k2 = k2 * ks * kw2
     qr = (q * c[None, :] + q2 * s[None, :]).to(qkv.dtype.element_ty)
     kr = (k * c + k2 * s).to(qkv.dtype.element_ty)
-    v_new = tl.load(base + (HEADS + KV_HEADS + h) * D + d)
 
     # the softmax begins with the new token, in the row's last span
     own = tl.sum(qr.to(tl.float32) * kr.to(tl.float32)[None, :], 1) * scale
     m = tl.where(last, own, -1.0e30)
     total = tl.zeros([16], tl.float32) + tl.where(last, 1.0, 0.0)
     acc = tl.zeros([16, D], tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
-    PLANE: tl.constexpr = KV_HEADS * PAGE * D
-    new_page = tl.load(slot_table + position // PAGE).to(tl.int64)
     new = cache + new_page * (2 * PLANE) + h * (PAGE * D) + (position % PAGE) * D + d
     keep = (d >= 0) & last
     tl.store(new, kr, mask=keep)

@@ -10,8 +10,8 @@
 // as the operands of k16 step s (s = 0, 1). x is read by the same pattern with tokens as rows, so both operands see the columns in
 // one (permuted) order, which a sum does not mind.
 //
-// Sums are taken in a fixed order: over a warp's chunks, then over warps, then over the cluster's blocks. The result does not depend
-// on M or on which other tokens are in the batch.
+// Sums are taken in a fixed order: over a warp's chunks, then over warps, then over the cluster's blocks. A token's result does not
+// depend on which other tokens are in the batch.
 //
 // Macros: N, K, J, W, KS, MT, CLUSTERS, BLOCKS_PER_SM; NORM: x is scaled by 1 / rms(x) (needs KS 1); SILU: rows of W alternate gate,
 // up, and y[M, N / 2] = silu(gate) up; RESIDUAL: res[M, N] is added; BIAS: bias[N] is added.
@@ -26,7 +26,11 @@
 #define THREADS (32 * W)
 #define STRIDE (ROWS + 4)              // floats between tokens of a warp's sums: lanes meet no bank twice
 #define PAIRS (ROWS / 2 * TOKENS)      // (token, two rows) of a tile
-#define OWN (PAIRS / KS)               // pairs that one block finishes
+#define OWN (PAIRS / KS)               // pairs of a tile that one block of a cluster finishes
+#define FIT (THREADS / PAIRS)
+#define PARTS (FIT >= 8 && W >= 8 ? 8 : FIT >= 4 && W >= 4 ? 4 : FIT >= 2 ? 2 : 1)  // neighbouring threads that sum one pair
+#define ROUNDS ((PAIRS * PARTS + THREADS - 1) / THREADS)
+#define WALK ((TILES + CLUSTERS - 1) / CLUSTERS)  // tiles of a cluster at most
 #define SINGLE (TILES <= CLUSTERS)     // one tile a block: x goes straight to registers
 #define SUMS (W * TOKENS * STRIDE)     // floats of one buffer of warps' sums
 
@@ -64,14 +68,15 @@ __device__ __forceinline__ float squares(uint4 v) {
   return q;
 }
 
-// shared memory: sums of the warps [2 buffers][W][TOKENS][STRIDE], sums of squares [W][TOKENS], KS > 1: sums of the block
-// [2][PAIRS] of float2; unless SINGLE, x as fragments [W][C][MT][32 lanes] of 16 bytes
+// shared memory: sums of the warps [2 buffers][W][TOKENS][STRIDE], sums of squares [W][TOKENS], scales [TOKENS], KS > 1: sums of the
+// block [WALK][PAIRS] of float2; unless SINGLE, x as fragments [W][C][MT][32 lanes] of 16 bytes
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 linear(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y, int M, float eps) {
   extern __shared__ __align__(16) float shared[];
   float* squares_of = shared + 2 * SUMS;
-  float2* block_sums = (float2*)(squares_of + W * TOKENS);
-  char* x_shared = (char*)(block_sums + (KS > 1 ? 2 * PAIRS : 0));
+  float* scale_of = squares_of + W * TOKENS;
+  float2* block_sums = (float2*)(scale_of + TOKENS);
+  char* x_shared = (char*)(block_sums + (KS > 1 ? WALK * PAIRS : 0));
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int cluster = blockIdx.x / KS, split = blockIdx.x % KS;
   const int k0 = split * KB + warp * KW;
@@ -111,21 +116,75 @@ linear(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y
   }
 #endif
   __syncwarp();
+#ifdef NORM
+  if (!SINGLE) {
+    __syncthreads();
+    if (tid < TOKENS) {
+      float total = 0.f;
+      for (int i = 0; i < W; ++i) total += squares_of[i * TOKENS + tid];
+      scale_of[tid] = rsqrtf(total * (1.f / K) + eps);  // read behind the first tile's barrier
+    }
+  }
+#endif
+
+  // the two rows of pair `p`, summed over the warps; every lane of a warp calls it, PARTS neighbours with the same pair
+  auto over_warps = [&](const float* sums, int p) {
+    const float* at = sums + (p / (ROWS / 2)) * STRIDE + 2 * (p % (ROWS / 2));
+    float2 r = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < W; i += PARTS) {
+      const int source = i + tid % PARTS;
+      if (W % PARTS == 0 || source < W) {
+        const float2 v = *(const float2*)(at + source * TOKENS * STRIDE);
+        r.x += v.x;
+        r.y += v.y;
+      }
+    }
+#pragma unroll
+    for (int d = PARTS / 2; d; d >>= 1) {
+      r.x += __shfl_xor_sync(0xffffffffu, r.x, d);
+      r.y += __shfl_xor_sync(0xffffffffu, r.y, d);
+    }
+    return r;
+  };
+  // what follows the sum over K, for rows 2 r, 2 r + 1 of a tile and one token
+  auto finish = [&](float2 v, float scale, u32 add, int tile, int token, int r) {
+#ifdef NORM
+    v.x *= scale;
+    v.y *= scale;
+#endif
+#ifdef BIAS
+    const u32 b = *(const u32*)(bias + tile * ROWS + 2 * r);
+    v.x += low(b);
+    v.y += high(b);
+#endif
+    v.x += low(add);
+    v.y += high(add);
+#ifdef SILU
+    y[(u64)token * (N / 2) + tile * (ROWS / 2) + r] = (u16)pair(v.x / (1.f + __expf(-v.x)) * v.y, 0.f);
+#else
+    *(u32*)(y + (u64)token * N + tile * ROWS + 2 * r) = pair(v.x, v.y);
+#endif
+  };
+  auto residual = [&](int tile, int token, int r) {
+#ifdef RESIDUAL
+    return token < M ? __ldcg((const u32*)(res + (u64)token * N + tile * ROWS + 2 * r)) : 0u;
+#else
+    return 0u;
+#endif
+  };
 
   int buffer = 0;
   for (int tile = cluster; tile < TILES; tile += CLUSTERS, buffer ^= 1) {
     const bool more = !SINGLE && tile + CLUSTERS < TILES;
     wp += (u64)CLUSTERS * ROWS * K;
-    // what this thread will add to the pair it finishes, asked for early
-    const int first = KS > 1 ? split * OWN : 0;
-#ifdef RESIDUAL
-    u32 added[(OWN + THREADS - 1) / THREADS];
+    u32 added[ROUNDS];  // asked for early
+    if (KS == 1)
 #pragma unroll
-    for (int i = 0; i < (OWN + THREADS - 1) / THREADS; ++i) {
-      const int p = i * THREADS + tid, token = (first + p) / (ROWS / 2), r = (first + p) % (ROWS / 2);
-      added[i] = p < OWN && token < M ? __ldcg((const u32*)(res + (u64)token * N + tile * ROWS + 2 * r)) : 0u;
-    }
-#endif
+      for (int i = 0; i < ROUNDS; ++i) {
+        const int p = (i * THREADS + tid) / PARTS;
+        added[i] = p < PAIRS && tid % PARTS == 0 ? residual(tile, p / (ROWS / 2), p % (ROWS / 2)) : 0u;
+      }
     float acc[J][MT][4];
 #pragma unroll
     for (int j = 0; j < J; ++j)
@@ -164,61 +223,45 @@ linear(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y
       }
     __syncthreads();  // two buffers: nobody writes this one again before the next tile's barrier
 
-    auto over_warps = [&](int p) {
-      const float* s = sums + (p / (ROWS / 2)) * STRIDE + 2 * (p % (ROWS / 2));
-      float2 r = make_float2(0.f, 0.f);
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        const float2 v = *(const float2*)(s + i * TOKENS * STRIDE);
-        r.x += v.x;
-        r.y += v.y;
-      }
-      return r;
-    };
-    float2* whole = block_sums + buffer * PAIRS;
-    if (KS > 1) {
-      for (int p = tid; p < PAIRS; p += THREADS)
-        if (p / (ROWS / 2) < M) whole[p] = over_warps(p);
-      cluster_barrier();
-    }
-#pragma unroll
-    for (int i = 0; i < (OWN + THREADS - 1) / THREADS; ++i) {
-      const int p = first + i * THREADS + tid, token = p / (ROWS / 2), r = p % (ROWS / 2);
-      if (p - first >= OWN || token >= M) continue;
-      float2 v = make_float2(0.f, 0.f);
-      if (KS > 1) {
-#pragma unroll
-        for (int s = 0; s < KS; ++s) {
-          const float2 u = peer_read(whole + p, s);
-          v.x += u.x;
-          v.y += u.y;
-        }
-      } else {
-        v = over_warps(p);
-      }
+    for (int i = 0; i < ROUNDS; ++i) {
+      const int p = (i * THREADS + tid) / PARTS, token = p / (ROWS / 2), r = p % (ROWS / 2);
+      if (PAIRS * PARTS % THREADS && p >= PAIRS) break;  // whole warps
+      const float2 v = over_warps(sums, p);
+      float scale = 1.f;
 #ifdef NORM
-      float total = 0.f;
+      if (SINGLE) {
+        float total = 0.f;
 #pragma unroll
-      for (int s = 0; s < W; ++s) total += squares_of[s * TOKENS + token];
-      const float scale = rsqrtf(total * (1.f / K) + eps);
-      v.x *= scale;
-      v.y *= scale;
+        for (int s = 0; s < W; s += PARTS)
+          if (W % PARTS == 0 || s + tid % PARTS < W) total += squares_of[(s + tid % PARTS) * TOKENS + token];
+#pragma unroll
+        for (int d = PARTS / 2; d; d >>= 1) total += __shfl_xor_sync(0xffffffffu, total, d);
+        scale = rsqrtf(total * (1.f / K) + eps);
+      } else {
+        scale = scale_of[token];
+      }
 #endif
-#ifdef BIAS
-      const u32 b = *(const u32*)(bias + tile * ROWS + 2 * r);
-      v.x += low(b);
-      v.y += high(b);
-#endif
-#ifdef RESIDUAL
-      v.x += low(added[i]);
-      v.y += high(added[i]);
-#endif
-#ifdef SILU
-      y[(u64)token * (N / 2) + tile * (ROWS / 2) + r] = (u16)pair(v.x / (1.f + __expf(-v.x)) * v.y, 0.f);
-#else
-      *(u32*)(y + (u64)token * N + tile * ROWS + 2 * r) = pair(v.x, v.y);
-#endif
+      if (tid % PARTS) continue;
+      if (KS > 1) block_sums[tile / CLUSTERS * PAIRS + p] = v;  // for the end: no block waits for another inside the walk
+      else if (token < M) finish(v, scale, added[i], tile, token, r);
     }
   }
-  if (KS > 1) cluster_barrier();  // no block leaves while a peer may still read its sums
+  if (KS > 1) {
+    cluster_barrier();
+    for (int i = tid; i < WALK * OWN; i += THREADS) {
+      const int tile = cluster + i / OWN * CLUSTERS, p = split * OWN + i % OWN, token = p / (ROWS / 2), r = p % (ROWS / 2);
+      if (tile >= TILES || token >= M) continue;
+      const u32 add = residual(tile, token, r);
+      float2 v = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int s = 0; s < KS; ++s) {
+        const float2 u = peer_read(block_sums + i / OWN * PAIRS + p, s);
+        v.x += u.x;
+        v.y += u.y;
+      }
+      finish(v, 1.f, add, tile, token, r);
+    }
+    cluster_barrier();  // no block leaves while a peer may still read its sums
+  }
 }

@@ -1,9 +1,9 @@
 // A step's inputs, built on the device from the plan's columns (mapped pinned memory) and the slot table.
 //
-// Ring entry (int32 words): a header of 16, then the columns at the offsets it names. `state.py` writes it.
+// Ring entry (int32 words): a header of 16, the rows, then the columns at the offsets the header names. `state.py` writes it.
 //   header: 0 rows, 1 tokens, 2 outputs, 3 assignments, 4 bindings, 5 result entry, 6 copies, 7 tiles, 8 logit rows,
-//           9 … 14 offsets of rows, assignments, bindings, outputs, tokens, tiles and 15 of logit rows; copies follow the tiles
-//   row: slot, first position, count, known tokens, offset among the step's tokens, offset among the known tokens, 0, 0
+//           offsets: 10 assignments, 11 bindings, 12 outputs, 13 tokens, 14 tiles (copies follow them), 15 logit rows
+//   row: slot, first position, count, known tokens, offset among the step's tokens, offset among the known tokens, first known token, 0
 //   assignment: slot, index, block, 0     binding: slot, then 31 words of parameters (`sampler.cu`)
 //   output: row of the logits, slot, position, 0     tile: row, first token in the row     logit row: token of the step
 #include "common.cuh"
@@ -54,20 +54,24 @@ __device__ __forceinline__ int prefix_sum(int v, int* scratch, int* total) {
   return before + run - v;
 }
 
-// One block. Applies assignments and bindings, then builds rows and outputs; for a decode step (every row one token; `bucket` rows
-// launched) tokens, positions and the attention's work list as well.
+// One block. Applies assignments and bindings, then builds rows and outputs; for a decode step (every row one token and one output;
+// `bucket` rows launched) tokens, positions and the attention's work list as well. The entry lies across the bus: what does not
+// depend on one another is asked for at once.
 //
-// Work list: tiles of 64 cached tokens; chunk = max(4, ceil(all tiles / spread)) tiles, at most 16; a row gets ceil(tiles / chunk)
+// Work list: tiles of 64 cached tokens; chunk = max(least, ceil(all tiles / spread)) tiles, at most 16; a row gets ceil(tiles / chunk)
 // items of nearly equal size, at least one. Item: row, first, end, splits, own partial, row's first partial, slot, position.
 extern "C" __global__ void __launch_bounds__(1024)
 prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* results, int result_words, int bucket, int max_items,
-        int spread, int block_size, int decode) {
+        int spread, int least, int block_size, int decode) {
   __shared__ int scratch[32];
   __shared__ int header[16];
-  pdl_wait();
-  pdl_trigger();
   const int tid = threadIdx.x, used = in.step[0] % entries;
   const int* e = ring + (u64)used * entry_words;
+  int4 a = make_int4(s.slots, 0, 1, 0), b = make_int4(tid, 0, 0, 0);
+  if (tid < bucket) {  // beyond the rows: whatever an earlier step left, not used
+    a = ((const int4*)(e + 16))[2 * tid];
+    b = ((const int4*)(e + 16))[2 * tid + 1];
+  }
   if (tid < 16) header[tid] = e[tid];
   __syncthreads();
   const int rows = header[0];
@@ -80,8 +84,8 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
   }
   const int4* assignments = (const int4*)(e + header[10]);
   for (int i = tid; i < header[3]; i += blockDim.x) {
-    const int4 a = assignments[i];
-    s.table[(u64)a.x * s.width + a.y] = a.z;
+    const int4 v = assignments[i];
+    s.table[(u64)v.x * s.width + v.y] = v.z;
   }
   const int* bindings = e + header[11];
   for (int i = tid; i < header[4] * 32; i += blockDim.x) {
@@ -94,19 +98,20 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
     for (int i = tid; i < header[7] * 2; i += blockDim.x) in.tiles[i] = tiles[i];
     const int* logit_rows = e + header[15];
     for (int i = tid; i < header[8]; i += blockDim.x) in.logit_rows[i] = logit_rows[i];
+    if (tid < bucket) in.outputs[tid] = tid < header[2] ? ((const int4*)(e + header[12]))[tid] : make_int4(0, -1, 0, 0);
   }
   __syncthreads();
 
   int tiles = 0, position = 0, slot = s.slots;
   if (tid < bucket) {
-    int4 a = make_int4(s.slots, 0, 1, 0), b = make_int4(tid, 0, 0, 0);
-    if (tid < rows) {
-      a = ((const int4*)(e + header[9]))[2 * tid];
-      b = ((const int4*)(e + header[9]))[2 * tid + 1];
-      if (s.dead[a.x]) {  // still runs, harmlessly
-        a.x = s.slots;
-        if (decode) a.y = 0;
-      }
+    if (tid >= rows) {
+      a = make_int4(s.slots, 0, 1, 0);
+      b = make_int4(tid, 0, 0, 0);
+    }
+    if (decode) in.outputs[tid] = make_int4(tid, tid < rows ? a.x : -1, a.y + 1, 0);
+    if (s.dead[a.x]) {  // still runs, harmlessly
+      a.x = s.slots;
+      if (decode) a.y = 0;
     }
     in.rows[2 * tid] = a;
     in.rows[2 * tid + 1] = b;
@@ -114,17 +119,16 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
     position = a.y;
     if (decode) {
       tiles = max((position + 63) / 64, 1);
-      in.tokens[tid] = tid < rows ? (a.w ? e[header[13] + b.y] : s.last_token[slot]) : 0;
+      in.tokens[tid] = tid < rows ? (a.w ? b.z : s.last_token[slot]) : 0;
       in.positions[tid] = position;
       in.places[tid] = s.table[(u64)slot * s.width + position / block_size] * block_size + position % block_size;
       in.logit_rows[tid] = tid;
     }
-    in.outputs[tid] = tid < header[2] ? ((const int4*)(e + header[12]))[tid] : make_int4(0, -1, 0, 0);
   }
   if (!decode) return;
   int all, items;
   prefix_sum(tiles, scratch, &all);
-  const int chunk = min(max(4, (all + spread - 1) / spread), 16);
+  const int chunk = min(max(least, (all + spread - 1) / spread), 16);
   const int wanted = (tiles + chunk - 1) / chunk, share = wanted ? (tiles + wanted - 1) / wanted : 1;
   const int splits = (tiles + share - 1) / share;  // none is empty: only one item may end at the row's position
   const int first = prefix_sum(splits, scratch, &items);

@@ -19,7 +19,7 @@ def prefill_attention(
     rows,  # [rows, 8] int32: slot, first position, count, -, offset among the step's tokens, …
     out,  # [tokens, HEADS * D]
     scale,  # softmax's, times log2(e)
-    width,
+    WIDTH: tl.constexpr,  # of the table
     KV_HEADS: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
@@ -52,7 +52,7 @@ def prefill_attention(
         other=0.0,
     )
     position = first + token
-    slot_table = table + slot * width
+    slot_table = table + slot * WIDTH
     plain = (first + at) // TILE * TILE  # keys below lie before every query of the tile
     end = first + tl.minimum(at + TOKENS, count)
     m = tl.full([ROWS], -1.0e30, tl.float32)
