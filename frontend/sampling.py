@@ -73,8 +73,9 @@ def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: i
 
 def checked_ids(ids: Sequence[int], param: str, vocab_size: int) -> list[int]:
     """The ids, each within the vocabulary. Raises ApiError."""
-    for token in ids:
-        require(0 <= token < vocab_size, param, f"{token} is no token of this model ({vocab_size} tokens)")
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        bad = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ApiError(400, f"{param}: {bad} is no token of this model ({vocab_size} tokens)", param, "invalid_value")
     return list(ids)
 
 
