@@ -102,10 +102,14 @@ class TcpProxy:
             data = b""
             with contextlib.suppress(OSError):
                 data = source.recv(CHUNK)
+            self._arrived(way, data)
             if not way.flowing.is_set():
                 way.held += len(data)
             delay = way.delay * (1 + random.uniform(-way.jitter, way.jitter)) if way.jitter else way.delay
             waiting.put((time.monotonic() + delay, data))
+
+    def _arrived(self, way: Direction, data: bytes) -> None:
+        """Data has come in one direction, and goes on after this. For those that look closer."""
 
     def _write(self, sink: socket.socket, way: Direction, waiting: queue.SimpleQueue[tuple[float, bytes]]) -> None:
         while True:

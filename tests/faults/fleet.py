@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from protocol.rundir import RunDir
 from protocol.telemetry import Collector, Telemetry
 from tests.e2e.stack import Process, Stack, eventually, stack
 from tests.faults.load import STREAMS, Load
+
+ORACLE = ("--runner", "oracle", "--max-num-batched-tokens", "128")
 
 # Counted where one side has sent what the other cannot use; no fault between them excuses that.
 DEFECTS = (
@@ -73,7 +76,15 @@ class Fleet:
         """Start an oracle worker."""
         if self.ports and "--scheduler" not in flags:
             flags = ("--scheduler", self.workers_endpoint, *flags)
-        return self._start("worker", name, "--runner", "oracle", "--max-num-batched-tokens", "128", *flags, env=env)
+        return self._start("worker", name, *ORACLE, *flags, env=env)
+
+    def patched_worker(self, name: str, patch: str) -> Process:
+        """Start an oracle worker whose process runs some Python first."""
+        script = f"{patch}\nimport gpu_worker.cli, sys\nsys.argv[0] = 'worker'\ngpu_worker.cli.main()"
+        flags = ("--run-dir", str(self.stack.run_dir), "--name", name, "--times-factor", str(self.factor), *ORACLE)
+        process = self.stack.program([sys.executable, "-P", "-c", script, *flags], self._env)
+        self.services[name] = process
+        return process
 
     def frontend(self, name: str = "frontend-0", *flags: str) -> Process:
         """Start a frontend."""
@@ -122,6 +133,27 @@ class Fleet:
             assert process.status() == psutil.STATUS_STOPPED, f"{name} was woken by somebody else"
         finally:
             process.resume()
+
+    @contextlib.contextmanager
+    def kept(self, *names: str, env: dict[str, str] | None = None) -> Iterator[list[int]]:
+        """Start these workers again whenever they end, as a supervisor does. Gives the exit codes, as they come."""
+        codes: list[int] = []
+        over = threading.Event()
+
+        def keep() -> None:
+            while not over.wait(0.1):
+                for name in names:
+                    if (code := self.services[name].popen.poll()) is not None:
+                        codes.append(code)
+                        self.worker(name, env=env)
+
+        thread = threading.Thread(target=keep, daemon=True)
+        thread.start()
+        try:
+            yield codes
+        finally:
+            over.set()
+            thread.join()
 
     # ------------------------------------------------------------ figures
 

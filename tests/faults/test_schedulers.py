@@ -1,0 +1,67 @@
+"""The scheduler dies, alone or with a worker, or stops while a standby takes over."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from protocol.rundir import RunDir
+from tests.e2e.stack import eventually
+from tests.faults.fleet import fleet, serving
+from tests.faults.load import Load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def test_the_scheduler_is_killed_and_back_two_seconds_later() -> None:
+    with serving() as (running, load):
+        running.fresh()
+        cached = running.sum("blocks_cached", "scheduler")
+        killed = running.kill("scheduler-0")
+        time.sleep(max(0.0, killed + 2 - time.monotonic()))
+        running.scheduler()
+        load.finish()
+        running.at_rest()
+        running.answered(load)
+        # What the workers had sealed is found again by its hash rather than computed again.
+        assert running.figure("scheduler-0", "wire_scheduler_blocks_adopted") >= 0.9 * cached > 0
+        assert running.figure("scheduler-0", "prefix_hits") > 0
+
+
+def test_scheduler_and_a_worker_are_killed_together() -> None:
+    with serving() as (running, load):
+        running.kill("worker-0")
+        running.kill("scheduler-0")
+        running.scheduler()
+        running.worker("worker-0")
+        load.finish()
+        running.at_rest()
+        running.answered(load)
+
+
+def test_the_scheduler_is_stopped_while_a_standby_takes_over_and_stays_fenced_when_it_wakes() -> None:
+    with fleet() as running:
+        running.scheduler()
+        sockets = RunDir(running.stack.run_dir).sockets
+        endpoints = {role: f"ipc://{sockets}/standby-{role}.sock" for role in ("frontends", "workers")}
+        binds = ("--bind-frontends", endpoints["frontends"], "--bind-workers", endpoints["workers"])
+        running.scheduler("scheduler-1", "--standby", *binds)
+        for i in range(2):
+            running.worker(f"worker-{i}", "--scheduler", running.rundir.workers, "--scheduler", endpoints["workers"])
+        running.frontend("frontend-0", "--scheduler", running.rundir.frontends, "--scheduler", endpoints["frontends"])
+        running.ready(2)
+        assert running.state("scheduler-1") == "standby"
+        load = Load(running.urls)
+        load.well_underway()
+        with running.stopped("scheduler-0") as began:
+            eventually(lambda: running.state("scheduler-1") == "ready")
+            time.sleep(max(0.0, began + 10 - time.monotonic()))
+            assert load.pauses(began), "nobody went on"
+        eventually(lambda: running.state("scheduler-0") == "standby")
+        assert running.figure("scheduler-1", "wire_scheduler_workers_lost") == 0
+        load.finish()
+        assert running.state("scheduler-1") == "ready", "the one that woke has taken over again"
+        running.at_rest()
+        running.answered(load)
+        assert running.figure("scheduler-0", "workers_ready") == 0
