@@ -17,6 +17,10 @@ UInt8 = npt.NDArray[np.uint8]
 
 EMPTY: Int32 = np.zeros(0, dtype=np.int32)
 
+# Made once: numpy takes 0.3 µs to read "<i4", and a plan has 25 columns.
+_I4 = np.dtype("<i4")
+_U4 = np.dtype("<u4")
+
 
 class BadMessage(ValueError):
     """A frame or a field that must not be used; `field` names it."""
@@ -28,12 +32,12 @@ class BadMessage(ValueError):
 
 def pack(values: Int32 | Iterable[int]) -> bytes:
     """Pack integers (shape [n]) as little-endian int32. Raises OverflowError for a value outside int32."""
-    return np.ascontiguousarray(values if isinstance(values, np.ndarray) else list(values), dtype="<i4").tobytes()
+    return np.ascontiguousarray(values if isinstance(values, np.ndarray) else list(values), dtype=_I4).tobytes()
 
 
 def unpack(column: bytes) -> Int32:
     """View a packed column as a read-only int32 array, shape [len / 4]. The length must have been checked."""
-    return np.frombuffer(column, dtype="<i4")
+    return np.frombuffer(column, _I4)
 
 
 def pack_floats(values: Float32 | Iterable[float]) -> bytes:
@@ -65,9 +69,15 @@ def equal_rows(first: tuple[str, bytes], *others: tuple[str, bytes]) -> int:
 
 def within(column: bytes, field: str, low: int, high: int) -> Int32:
     """Check that a column is one of int32 with every value in [low, high), and return the array."""
+    if not column:
+        return EMPTY
     rows(column, field)
     values = unpack(column)
-    if values.size and (int(values.min()) < low or int(values.max()) >= high):
+    if low == 0:  # seen as unsigned, a negative value is too high as well: one pass instead of two
+        bad = int(np.maximum.reduce(np.frombuffer(column, _U4))) >= high
+    else:
+        bad = int(np.minimum.reduce(values)) < low or int(np.maximum.reduce(values)) >= high
+    if bad:
         raise BadMessage(field, f"a value outside [{low}, {high})")
     return values
 
