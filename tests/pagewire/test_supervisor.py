@@ -83,7 +83,7 @@ def test_stale_files_are_removed_at_the_next_start(run_dir: Path) -> None:
     with supervised(run_dir, "worker-0=hang") as program:
         program.read_until("ready: fakes")
         family = program.family()
-        for process in reversed(family):
+        for process in family:
             process.kill()
         eventually(lambda: gone(family))
     assert (run_dir / "services" / "worker-0.json").exists()
