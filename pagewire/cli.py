@@ -18,6 +18,7 @@ from protocol.options import CONTEXT, options, run_dir_option, start
 from protocol.rundir import RunDir
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
+TOOLS = {"plan": "pagewire.plan.command"}
 TEXTS = {
     "up": "Start all services and keep them running.",
     "serve": "The same as `up`, with the model named.",
@@ -28,11 +29,11 @@ class _Commands(click.Group):
     """A group whose members come from the packages that define them."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [*TEXTS, *SERVICES, *super().list_commands(context)]
+        return [*TEXTS, *SERVICES, *TOOLS, *super().list_commands(context)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name in SERVICES:
-            return importlib.import_module(SERVICES[name]).main  # type: ignore[no-any-return]
+        if module := SERVICES.get(name) or TOOLS.get(name):
+            return importlib.import_module(module).main  # type: ignore[no-any-return]
         if name in TEXTS:
             return _up_command(name)
         return super().get_command(context, name)

@@ -1,4 +1,4 @@
-"""The key/value header of a GGUF file, read without its tensors.
+"""The header of a GGUF file: its key/value pairs, and what its tensors are called and stored as, without their data.
 
 Vocabularies are arrays of 50,000 strings and more; the `gguf` package turns each into several numpy views (3.4 s for
 SmolLM2, where this takes 0.1 s), so the tokenizer tables are read here. Layout: the GGUF specification, versions 2 and 3.
@@ -10,6 +10,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 Value = bool | int | float | str | list["Value"]
 
@@ -18,20 +19,40 @@ _STRING, _ARRAY = 8, 9
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_KEYS = 1 << 16
 _MAX_DEPTH = 4
+_MAX_TENSORS = 1 << 20
+_MAX_DIMENSIONS = 8
+
+_Read = TypeVar("_Read")
 
 
 class GgufError(ValueError):
     """A file that is no GGUF, or a damaged one."""
 
 
+class TensorInfo(NamedTuple):
+    """How a tensor is stored. `shape` is in elements, the fastest dimension first; `kind` is GGML's number of the format."""
+
+    shape: tuple[int, ...]
+    kind: int
+
+
 def read_header(path: Path, wanted: Callable[[str], bool]) -> dict[str, Value]:
     """The header's values whose keys are `wanted`. Raises GgufError, or OSError if the file cannot be read."""
+    return _read(path, lambda header: header.read(wanted))
+
+
+def read_tensors(path: Path) -> dict[str, TensorInfo]:
+    """The file's tensors by name. Raises GgufError, or OSError if the file cannot be read."""
+    return _read(path, lambda header: header.tensors())
+
+
+def _read(path: Path, part: Callable[[_Header], _Read]) -> _Read:
     with path.open("rb") as file:
         if file.seek(0, 2) < 24:
             raise GgufError(f"{path} is too short for a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Header(data).read(wanted)
+                return part(_Header(data))
             except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
                 raise GgufError(f"{path} has a damaged GGUF header: {error}") from error
             except GgufError as error:
@@ -44,6 +65,7 @@ class _Header:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._at = 0
+        self._tensors = 0
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, Value]:
         if self._data[:4] != _MAGIC:
@@ -52,7 +74,7 @@ class _Header:
         version = self._number("I")
         if version not in (2, 3):
             raise GgufError(f"GGUF version {version} is not supported; versions 2 and 3 are (little-endian)")
-        self._number("Q")  # tensors
+        self._tensors = int(self._number("Q"))
         keys = int(self._number("Q"))
         if keys > _MAX_KEYS:
             raise GgufError(f"{keys} keys are more than any model has")
@@ -63,6 +85,20 @@ class _Header:
             if wanted(key):
                 values[key] = value
         return values
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        self.read(lambda key: False)
+        if self._tensors > _MAX_TENSORS:
+            raise GgufError(f"{self._tensors} tensors are more than any model has")
+        found = {}
+        for _ in range(self._tensors):
+            name, dimensions = self._string(), int(self._number("I"))
+            if dimensions > _MAX_DIMENSIONS:
+                raise GgufError(f"the tensor {name} has {dimensions} dimensions")
+            shape = tuple(int(self._number("Q")) for _ in range(dimensions))
+            found[name] = TensorInfo(shape, int(self._number("I")))
+            self._number("Q")  # where its data lie
+        return found
 
     def _number(self, code: str) -> int | float | bool:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)

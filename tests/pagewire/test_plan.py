@@ -1,0 +1,294 @@
+"""The planner against figures computed by hand, and its command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagewire.plan import ModelSizes, PlanError, Setup, estimate_memory, largest_batch, largest_context, read_sizes, room
+from pagewire.plan.command import main
+from protocol.gguf_header import GgufError, read_tensors
+from protocol.tokenizer_files import packaged_model
+
+SHAPES = Path(__file__).parents[1] / "data" / "shapes"
+LLAMA, QWEN = SHAPES / "llama-3.1-8b", SHAPES / "qwen3-0.6b"
+GIB = 1 << 30
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny(folder: Path, **changes: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(TINY | changes))
+    return folder
+
+
+def a_string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def a_gguf(path: Path, kinds: dict[str, int], tied: bool = True) -> Path:
+    """The header of a GGUF file with TINY's sizes. kinds: GGML's format by the tensor's part, 3 (Q4_1) by default."""
+    keys: dict[str, int | str | float] = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.context_length": 512,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    values = {
+        int: lambda v: struct.pack("<II", 4, v),
+        str: lambda v: struct.pack("<I", 8) + a_string(v),
+        float: lambda v: struct.pack("<If", 6, v),
+    }
+    body = b"".join(a_string(key) + values[type(value)](value) for key, value in keys.items())
+    layer = {"attn_q": (64, 64), "attn_k": (64, 32), "attn_v": (64, 32), "attn_output": (64, 64)}
+    layer |= {"ffn_gate": (64, 96), "ffn_up": (64, 96), "ffn_down": (96, 64)}
+    tensors = {"token_embd.weight": (64, 100), "output_norm.weight": (64,)} | ({} if tied else {"output.weight": (64, 100)})
+    tensors |= {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
+    for name, shape in tensors.items():
+        part = name.split(".")[-2]
+        kind = kinds.get(part, 0 if part.endswith("norm") else 3)
+        body += a_string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", kind, 0)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + body)
+    return path
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_the_8b_shape_has_the_parameters_that_its_makers_state() -> None:
+    memory = estimate_memory(LLAMA)
+    assert memory.parameters == 8_030_261_248
+    assert memory.weights == 2 * 8_030_261_248
+    assert memory.parts["embedding"] == memory.parts["output"] == 2 * 128256 * 4096
+    assert memory.parts["attention"] == 2 * 32 * (6144 * 4096 + 4096 * 4096)
+    assert memory.parts["mlp"] == 2 * 32 * 3 * 14336 * 4096
+    assert memory.kv_per_token == 2 * 32 * 8 * 128 * 2
+    assert memory.kv_per_block == 16 * 131072
+
+
+def test_the_small_shape_ties_its_output_to_the_embedding_and_norms_its_heads() -> None:
+    memory = estimate_memory(QWEN)
+    assert memory.parameters == 596_049_920
+    assert memory.weights == 2 * 596_049_920
+    assert "output" not in memory.parts
+    assert memory.parts["norms and biases"] == 2 * (28 * (2 * 1024 + 2 * 128) + 1024)
+    assert memory.kv_per_token == 2 * 28 * 8 * 128 * 2
+
+
+def test_buffers_hold_the_largest_step_and_the_logits() -> None:
+    memory = estimate_memory(QWEN, Setup(max_num_batched_tokens=1000, max_num_seqs=10, max_model_len=2048))
+    width = 2 * 1024 + 2 * 2048 + 2 * 1024 + 3 * 3072  # in and normed, queries and attended, keys and values, gate, up and product
+    assert memory.activations == 2 * (1000 * width + 10 * 151936) + 2048 * 128 * 4 + 4 * 10 * 128 + (32 << 20)
+
+
+def test_float32_takes_twice_what_bfloat16_takes() -> None:
+    half, full = (estimate_memory(QWEN, Setup(dtype=dtype)) for dtype in ("auto", "float32"))
+    assert full.weights == 2 * half.weights
+    assert full.kv_per_token == 2 * half.kv_per_token
+
+
+def test_biases_and_an_output_of_its_own_are_counted(tmp_path: Path) -> None:
+    plain = estimate_memory(tiny(tmp_path)).parameters
+    assert plain == 100 * 64 + 2 * (128 * 64 + 64 * 64 + 3 * 96 * 64 + 128) + 64
+    qwen = tiny(tmp_path, architectures=["Qwen2ForCausalLM"], tie_word_embeddings=False)
+    assert estimate_memory(qwen).parameters == plain + 2 * 128 + 100 * 64
+
+
+def test_a_file_of_4_bits_stays_packed_on_the_cpu(tmp_path: Path) -> None:
+    path = a_gguf(tmp_path / "m.gguf", {"token_embd": 8})
+    parts = estimate_memory(path, Setup(device="cpu")).parts
+    assert parts["embedding"] == 100 * (64 + 2)  # int8 and a 16-bit scale a row
+    assert parts["attention"] == 2 * (128 * 64 + 64 * 64) * 5 // 8  # 4 bits, and 4 bytes for every 32 weights
+    assert parts["mlp"] == 2 * 3 * 96 * 64 * 5 // 8
+    assert "output" not in parts
+    float32 = estimate_memory(path, Setup(device="cpu", dtype="float32")).parts
+    assert float32["mlp"] == 2 * 3 * 96 * 64 * 4
+    assert float32["embedding"] == float32["output"] == 100 * 64 * 4  # kept in two layouts though tied
+    assert estimate_memory(path).weights == 2 * estimate_memory(path).parameters
+
+
+def test_a_matrix_of_mixed_formats_is_unpacked(tmp_path: Path) -> None:
+    parts = estimate_memory(
+        a_gguf(tmp_path / "m.gguf", {"attn_k": 14, "token_embd": 8, "output": 8}, tied=False), Setup(device="cpu")
+    ).parts
+    assert parts["attention"] == 2 * (128 * 64 * 4 + 64 * 64 * 5 // 8)
+    assert parts["output"] == 100 * (64 + 2)
+
+
+def test_a_gguf_of_16_bits_is_not_taken_for_quantised(tmp_path: Path) -> None:
+    every = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd"), 1)
+    path = a_gguf(tmp_path / "m.gguf", every)
+    assert not read_sizes(path).quantised
+    assert estimate_memory(path, Setup(device="cpu")).parts["mlp"] == 2 * 3 * 96 * 64 * 4
+
+
+@pytest.mark.model
+def test_the_packaged_model_is_planned_for_by_default() -> None:
+    assert packaged_model() is not None
+    memory = estimate_memory("", Setup(device="cpu"))
+    assert memory.parameters == 134_515_008
+    assert memory.kv_per_token == 2 * 30 * 3 * 64 * 4
+    matrices = 30 * (960 * 576 + 576 * 576 + 3 * 1536 * 576)
+    assert memory.weights == matrices * 5 // 8 + 49152 * (576 + 2) + 4 * (30 * 2 * 576 + 576)
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def test_blocks_are_what_is_left_under_the_utilisation() -> None:
+    found = room(LLAMA, 80 * GIB)
+    memory = found.memory
+    assert found.limit == int(80 * GIB * 0.9)
+    assert memory.total(found.blocks) + memory.overhead + (512 << 20) <= found.limit
+    assert memory.total(found.blocks + 1) + memory.overhead + (512 << 20) > found.limit
+    assert found.tokens == 16 * found.blocks
+    assert not found.notes
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([LLAMA, QWEN]), st.integers(1, 32768), st.integers(17, 140), st.sampled_from([1, 16, 256]))
+def test_the_largest_batch_fits_and_one_more_does_not(model: Path, context: int, gib: int, block_size: int) -> None:
+    def fits(batch: int) -> bool:
+        setup = Setup(block_size=block_size, max_num_seqs=batch, max_model_len=context)
+        return room(sizes, gib * GIB, setup).blocks >= batch * -(-context // block_size)
+
+    sizes = read_sizes(model)
+    batch = largest_batch(sizes, context, gib * GIB, Setup(block_size=block_size))
+    assert batch == 0 or fits(batch)
+    assert batch == 1024 or not fits(batch + 1)
+    if batch:
+        assert largest_context(sizes, batch, gib * GIB, Setup(block_size=block_size)) >= context
+
+
+def test_a_model_larger_than_the_device_leaves_no_room_and_says_so() -> None:
+    found = room(LLAMA, 12 * GIB)
+    assert found.blocks == largest_batch(LLAMA, 1, 12 * GIB) == largest_context(LLAMA, 1, 12 * GIB) == 0
+    assert found.settings == {}
+    assert "does not fit" in " ".join(found.notes)
+
+
+def test_a_long_context_that_does_not_fit_is_lowered_in_the_recommendation() -> None:
+    found = room(LLAMA, 24 * GIB, Setup(max_model_len=131072))
+    assert found.blocks * 16 < 131072
+    assert found.settings["max_model_len"] == largest_context(LLAMA, 1, 24 * GIB)
+    assert "does not start" in found.notes[0]
+
+
+def test_the_recommended_settings_fit(tmp_path: Path) -> None:
+    for gib, model in ((24, LLAMA), (80, LLAMA), (16, QWEN)):
+        suited = room(model, gib * GIB).settings
+        setup = Setup(**suited)  # type: ignore[arg-type]
+        found = room(model, gib * GIB, setup)
+        assert found.tokens >= setup.max_model_len
+        assert found.tokens >= setup.max_num_seqs * setup.max_model_len // 2
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("device", "tpu"), ("dtype", "int3"), ("block_size", 0), ("max_num_seqs", 0), ("max_num_batched_tokens", -1), ("max_model_len", -1)]
+    + [("gpu_memory_utilization", value) for value in (0.0, 1.1)],
+)
+def test_a_setup_that_no_worker_takes_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=field):
+        Setup(**{field: value})
+
+
+def test_lengths_beyond_the_model_are_refused(tmp_path: Path) -> None:
+    sizes = read_sizes(tiny(tmp_path))
+    for call in (lambda: largest_batch(sizes, 513, GIB), lambda: largest_batch(sizes, 0, GIB), lambda: largest_context(sizes, 0, GIB)):
+        with pytest.raises(PlanError):
+            call()
+    with pytest.raises(PlanError, match="512"):
+        estimate_memory(sizes, Setup(max_model_len=513))
+    with pytest.raises(PlanError, match="CPU"):
+        Setup(device="cpu", dtype="bfloat16")
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="neither"):
+        read_sizes(tmp_path / "missing")
+    with pytest.raises(PlanError, match=r"config\.json"):
+        read_sizes(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(PlanError, match=r"config\.json"):
+        read_sizes(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(PlanError, match="version 0"):
+        read_sizes(tmp_path / "x.gguf")
+    with pytest.raises(PlanError, match="MixtralForCausalLM"):
+        read_sizes(tiny(tmp_path, architectures=["MixtralForCausalLM"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2000), st.integers(0, 255))
+def test_a_damaged_gguf_never_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, at: int, byte: int) -> None:
+    path = a_gguf(tmp_path_factory.mktemp("damaged") / "m.gguf", {})
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] = byte
+    path.write_bytes(data[: max(24, len(data) - at % 7)])
+    try:
+        assert isinstance(read_sizes(path), ModelSizes)
+        read_tensors(path)
+    except (PlanError, GgufError):
+        pass
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_table_names_everything_a_user_sizes_by() -> None:
+    result = CliRunner().invoke(main, ["--model", str(LLAMA)])
+    assert result.exit_code == 0, result.output
+    for words in ("8,030,261,248", "14.96 GiB", "128 KiB", "largest batch", "largest context", "--max-num-seqs", "28,164"):
+        assert words in result.output
+
+
+def test_json_has_the_same_figures() -> None:
+    arguments = ["--model", str(QWEN), "--gpu-memory", "24GB", "--max-num-seqs", "64", "--context", "2048", "--batch", "8", "--json"]
+    said = json.loads(CliRunner().invoke(main, arguments).output)
+    setup = Setup(max_num_seqs=64)
+    found = room(QWEN, 24 * 10**9, setup)
+    assert said["blocks"] == found.blocks
+    assert said["largest_batch"] == {"2048": largest_batch(QWEN, 2048, 24 * 10**9, setup)}
+    assert said["largest_context"] == {"8": largest_context(QWEN, 8, 24 * 10**9, setup)}
+    assert said["recommended"] == found.settings
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--gpu-memory", "80 apples"], ["--gpu-memory", "0"], ["--model", "/nowhere"], ["--block-size", "0"]]
+)
+def test_a_mistake_gets_one_line_and_code_2(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, ["--model", str(QWEN), *arguments])
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_no_torch_is_imported() -> None:
+    script = f"import sys; from pagewire.plan import room; room({str(QWEN)!r}, 1 << 36); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
