@@ -188,16 +188,16 @@ class Network(threading.Thread):
             self._calls.popleft()()
         for endpoint, channel, frames in self._wire.arrived():
             if frames is None:
-                self._take(self._dialer.disconnected(endpoint, time.monotonic()))
+                self._happened(self._dialer.disconnected(endpoint, time.monotonic()))
             else:
-                self._take(self._dialer.receive(endpoint, channel, frames, time.monotonic()))
+                self._happened(self._dialer.receive(endpoint, channel, frames, time.monotonic()))
         now = time.monotonic()
         if now >= self._progress_at:
             self._report_progress(now)
         if now >= self._hung_at:
             self._judge_step(now)
         if now >= tick_at:
-            self._take(self._dialer.tick(now))
+            self._happened(self._dialer.tick(now))
         if now >= self._publish_at:
             self._publish_at = now + TELEMETRY
             self._publish()
@@ -215,7 +215,7 @@ class Network(threading.Thread):
 
     # ------------------------------------------------------------ sessions
 
-    def _take(self, events: list[Event]) -> None:
+    def _happened(self, events: list[Event]) -> None:
         for event in events:
             match event:
                 case Received(message):
@@ -288,7 +288,7 @@ class Network(threading.Thread):
 
     def _fail(self, session: int, step: int, reason: str) -> None:
         if session == self.session:
-            self._take(self._dialer.fail(step, time.monotonic(), reason))
+            self._happened(self._dialer.fail(step, time.monotonic(), reason))
 
     def _loaded(self, description: Description) -> None:
         self._description = description
