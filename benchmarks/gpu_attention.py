@@ -133,18 +133,20 @@ def main() -> None:
     for (batch, context), repeat in itertools.product(CASES, (2,) if args.tune else (2, 4)):
         case = Case(batch, context, repeat)
         variants = (
-            list(itertools.product((2, 3), (1, 2, 4) if batch < 64 else (4,), (33, 50))) if args.tune else [(2, least_tiles(batch), 33)]
+            list(itertools.product((0, 1), (1, 2, 4) if batch < 64 else (4,), (33, 50)))
+            if args.tune
+            else [(int(batch <= 4), least_tiles(batch), 33)]
         )
         results = []
-        for stages, least, spread in variants:
+        for early, least, spread in variants:
             b, i, f = torch.bfloat16, torch.int32, torch.float32
             kernel = TritonKernel(
                 decode_attention, [b, b, i, i, b, f, f, i, b, b, f, f, 1.0, 1.0], warps=4, pdl=True,
-                WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, RP=repeat, D=D, PAGE=PAGE, TILE=TILE, STAGES=stages, QK_NORM=1,
-                PDL=1,
+                WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, RP=repeat, D=D, PAGE=PAGE, TILE=TILE, STAGES=2, QK_NORM=1,
+                EARLY=early, PDL=1,
             )  # fmt: skip
             us, error = measure(case, kernel, least, spread, stream)
-            results.append((us, error, f"s{stages}m{least}c{spread}[{kernel.registers}]"))
+            results.append((us, error, f"e{early}m{least}c{spread}[{kernel.registers}]"))
         results.sort()
         best = results[0]
         rows[f"{batch}x{context} r{repeat}"] = results

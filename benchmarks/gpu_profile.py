@@ -22,6 +22,20 @@ from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
 
 
+def table(title: str, profile: torch.profiler.profile, steps: int) -> None:
+    """Print where the time of so many steps went: each kernel from the end of the one before to its own end."""
+    events = [e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
+    shares: dict[str, list[float]] = defaultdict(list)
+    before = None
+    for start, end, name in spans:
+        shares[name.split("(")[0][:48]].append(max(0.0, end - (before if before is not None else start)))
+        before = max(end, before or 0.0)
+    print(f"{title}: {sum(map(sum, shares.values())) / steps:.1f} us a step")
+    for name, values in sorted(shares.items(), key=lambda kv: -sum(kv[1])):
+        print(f"  {name:48s} {len(values) / steps:6.1f} x {sum(values) / len(values):8.2f} us = {sum(values) / steps:8.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", type=Path, required=True)
@@ -44,19 +58,19 @@ def main() -> None:
                 player.send([(s, 1) for s in seqs])
             player.settle()
             torch.cuda.synchronize()
-        spans = sorted(
-            (e.time_range.start, e.time_range.end, e.name) for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA
-        )
-        gaps: dict[str, list[float]] = defaultdict(list)  # from the end of the kernel before to this one's end: adds up to the step
-        before = None
-        for start, end, name in spans:
-            gaps[name.split("(")[0][:48]].append(end - (before if before is not None else start))
-            before = max(end, before or 0.0)
-        total = sum(sum(v) for v in gaps.values())
-        print(f"batch {batch}: {total / 10:.1f} us a step; device {bench.player.seconds[-1] * 1e6:.1f}")
-        for name, values in sorted(gaps.items(), key=lambda kv: -sum(kv[1])):
-            print(f"  {name:48s} {len(values) / 10:6.1f} x {sum(values) / len(values):8.2f} us = {sum(values) / 10:8.1f}")
+        table(f"batch {batch} context {args.context}, device {player.seconds[-1] * 1e6:.1f}", profile, 10)
         player.drop(seqs)
+    prompts = bench.prompts(8, 2048)
+    for length in (1024, 2048):
+        tokens = [t[:length] for t in prompts[: 8192 // length]]
+        for _ in range(2):
+            new = [bench.player.add(t, 4) for t in tokens]
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                bench.player.prefill(new)
+                bench.player.settle()
+                torch.cuda.synchronize()
+            bench.player.drop([s for s, _ in new])
+        table(f"prefill {len(tokens)} x {length}, device {bench.player.seconds[-1] * 1e6:.1f}", profile, 1)
 
 
 if __name__ == "__main__":

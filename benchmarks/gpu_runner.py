@@ -82,6 +82,7 @@ class Bench:
             self.out[f"step_b{batch}_ms"] = statistics.median(walls)
             self.out[f"step_b{batch}_device_ms"] = statistics.median(marks)
             self.out[f"step_b{batch}_idle_us"] = statistics.median(self.player.idle[-200:]) * 1e6
+            print("  walls", [f"{w:.3f}" for w in walls], "first device ms", f"{self.player.seconds[-256] * 1e3:.2f}")
             self.say(f"step_b{batch}")
 
     def forget(self, kept: list[Sequence]) -> None:
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     for switch in ("graphs", "pdl", "few"):
         parser.add_argument(f"--no-{switch}", dest=switch, action="store_false")
+    parser.add_argument("--early-rows", type=int, default=Options.early_rows)
     args = parser.parse_args()
     begin = time.perf_counter()
     config = from_json(json.loads((args.shape / "config.json").read_text()))
@@ -175,7 +177,7 @@ def main() -> None:
     weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    engine = Engine(config, weights, Options(graphs=args.graphs, pdl=args.pdl, few=args.few))
+    engine = Engine(config, weights, Options(graphs=args.graphs, pdl=args.pdl, few=args.few, early_rows=args.early_rows))
     bench = Bench(engine)
     print(
         f"{args.shape.name}: weights {loaded - begin:.1f} s, engine {time.perf_counter() - loaded:.1f} s, {engine.geometry.blocks} blocks",

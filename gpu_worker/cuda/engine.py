@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from gpu_worker.cuda.forward import Forward
+from gpu_worker.cuda.general import General
 from gpu_worker.cuda.graphs import Graphs, bucket_of
-from gpu_worker.cuda.state import DeviceState, is_decode
+from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import ModelWeights
 from gpu_worker.errors import LoadError
 from gpu_worker.layers.rope import rope_table
@@ -31,18 +32,22 @@ class Options:
     max_num_batched_tokens: int = 8192
     max_model_len: int = 4096
     block_size: int = 16
+    host_blocks: int = 0
     num_blocks: int = 0  # 0: what is left under `utilization`
     utilization: float = 0.9
     graphs: bool = True
     pdl: bool = True
     few: bool = True  # linear.cu for few tokens
+    early_rows: int = 4  # rows up to which decode attention reads ahead of its turn
 
 
 @dataclass(slots=True)
 class _Running:
+    step: int
     result: int  # entry of the result ring
     outputs: int
     event: torch.cuda.Event
+    outcome: Outcome | None  # of a step that `general.py` sampled
 
 
 class Engine:
@@ -52,7 +57,7 @@ class Engine:
         """Raises LoadError if the card has no room for a single sequence of max_model_len."""
         self.config, self.options = config, options
         self.device, dtype = weights.embedding.device, weights.embedding.dtype
-        self.stream = torch.cuda.Stream(self.device)
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         repeat = 1 << (config.heads // config.kv_heads - 1).bit_length()
         tile_rows = 32 if dtype == torch.float32 else 128
         properties = torch.cuda.get_device_properties(self.device)
@@ -61,7 +66,7 @@ class Engine:
         self.geometry = Geometry(
             block_size=options.block_size,
             blocks=blocks,
-            host_blocks=0,
+            host_blocks=options.host_blocks,
             slots=options.max_num_seqs,
             max_model_len=options.max_model_len,
             max_step_tokens=options.max_num_batched_tokens,
@@ -70,10 +75,14 @@ class Engine:
         self.state = DeviceState(self.geometry, self.device, spread, max(1, tile_rows // repeat))
         shape = (config.layers, blocks + 1, 2, config.kv_heads, options.block_size, config.head_dim)
         cache = torch.zeros(shape, dtype=dtype, device=self.device)
+        # mapped: kernels copy to and from it
+        self._host_cache = torch.zeros((config.layers, options.host_blocks, *shape[2:]), dtype=dtype, pin_memory=options.host_blocks > 0)
         table = rope_table(config, options.max_model_len).to(self.device)
         angles = table[:, 0].contiguous(), table[:, 1].contiguous()
-        self.forward = Forward(config, weights, self.state, cache, angles, pdl=options.pdl, few=options.few)
+        self.forward = Forward(config, weights, self.state, cache, angles, pdl=options.pdl, few=options.few, early_rows=options.early_rows)
+        self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
         self.graphs = Graphs(self._decode, options.graphs)
+        self.general = General(self.state)
         self.layers_begun = 0
         self._pending: deque[_Running] = deque()
         self._room_in_results = threading.Semaphore(self.state.results - 2)
@@ -87,7 +96,10 @@ class Engine:
         result = self._next_result
         self._next_result = (result + 1) % self.state.results
         outputs = int((step.outputs > 0).sum()) + len(step.fork_slots)
+        outcome = None
         with torch.cuda.stream(self.stream):
+            self.general.bind(step)
+            general = self.general.needed(step.output_slots)
             decode = is_decode(step)
             entries = self.state.write(step, result)
             number = next(entries)
@@ -95,51 +107,62 @@ class Engine:
                 self._prepare_only(number)
                 number = following
             if decode:
-                self.graphs.run(bucket_of(len(step.slots), self.geometry.slots))
+                self.graphs.run(bucket_of(len(step.slots), self.geometry.slots), not general)
                 self.layers_begun += self.config.layers
             else:
                 self._mixed(step, outputs)
-            event = torch.cuda.Event(blocking=True)
+            if outputs and general:
+                outcome = self.general.sample(step, self.forward.logits)
+            elif outputs and not decode:
+                self.forward.sample(self.stream.cuda_stream, outputs)
+            if general or not outputs:
+                self.forward.mark(self.stream.cuda_stream)
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(self.stream)
         self.state.guards[number] = event
-        self._pending.append(_Running(result, outputs, event))
+        self._pending.append(_Running(step.plan.step, result, outputs, event, outcome))
 
     def finish(self) -> Outcome:
         """Wait for the oldest step and return what it sampled."""
         running = self._pending.popleft()
         running.event.synchronize()
         tokens, flags, start, end = self.state.read(running.result, running.outputs)
-        idle = max(0, start - self._last_end) if self._last_end else 0
+        outcome = running.outcome or Outcome(tokens=tokens, flags=flags.astype(np.uint8))
+        outcome.copied = running.step  # copies are part of the step
+        outcome.seconds = (end - start) * 1e-9
+        outcome.idle = max(0, start - self._last_end) * 1e-9 if self._last_end else 0.0
         self._last_end = end
         self._room_in_results.release()
-        return Outcome(tokens=tokens, flags=flags.astype(np.uint8), seconds=(end - start) * 1e-9, idle=idle * 1e-9)
+        return outcome
 
     def reset(self) -> None:
         """Forget all slots. Nothing may be in flight."""
         with torch.cuda.stream(self.stream):
             self.state.reset()
 
-    def _decode(self, bucket: int) -> None:
+    def _decode(self, bucket: int, sampling: bool) -> None:
         stream = self.stream.cuda_stream
         self.forward.prepare(stream, bucket, decode=True)
         self.forward.decode(stream, bucket)
-        self.forward.sample(stream, bucket)
+        if sampling:
+            self.forward.sample(stream, bucket)
 
     def _mixed(self, step: Step, outputs: int) -> None:
-        stream = self.stream.cuda_stream
+        stream, forward = self.stream.cuda_stream, self.forward
         rows, tokens = len(step.slots), int(step.counts.sum())
-        self.forward.prepare(stream, max(rows, outputs), decode=False)
+        forward.prepare(stream, max(rows, outputs), decode=False)
+        first = 0
+        for (source, _), places in zip(block_copies(step.plan), self._copy_places, strict=True):
+            count = len(source) // 4
+            if count:
+                forward.copy(stream, first, count, *places)
+            first += count
         tiles = int((-(-step.counts // self.state.tile_tokens)).sum())
-        copies = len(step.plan.copy_from) // 4
-        self.layers_begun += self.forward.prefill(stream, rows, tokens, tiles, copies, int((step.outputs > 0).sum()))
-        if outputs:
-            self.forward.sample(stream, outputs)
-        else:
-            self.forward.mark(stream)
+        self.layers_begun += forward.prefill(stream, rows, tokens, tiles, int((step.outputs > 0).sum()))
 
     def _prepare_only(self, number: int) -> None:
         self.forward.prepare(self.stream.cuda_stream, 0, decode=False)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
         self.state.guards[number] = event
 

@@ -35,10 +35,13 @@ class Forward:
         *,
         pdl: bool = True,
         few: bool = True,
+        early_rows: int = 4,
     ) -> None:
-        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used."""
+        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used. early_rows: up to
+        so many rows the decode attention reads its first tile before its turn."""
         self.config, self.weights, self.state, self.cache, self.pdl = config, weights, state, cache, pdl
         self.cosines, self.sines = angles
+        self.early_rows = early_rows if pdl else 0
         g, device, dtype = state.geometry, cache.device, cache.dtype
         properties = torch.cuda.get_device_properties(device)
         self.sms = properties.multi_processor_count
@@ -72,7 +75,7 @@ class Forward:
 
         def linear(job: tuple[str, int, int, dict[str, bool]]) -> LinearKernel:
             torch.cuda.set_device(device)
-            torch.cuda.current_blas_handle()  # makes torch's context current in this thread
+            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # makes torch's context current in this thread
             _, n, k, roles = job
             cut = best_cut(n, k, bool(roles.get("norm")), self.sms) if few else None
             return LinearKernel(cut, best_mid_cut(n, k) if few else None, arch, c.norm_eps, **roles)
@@ -91,7 +94,7 @@ class Forward:
         slots, inputs = "PPPPii", "PPPPPPPPP"
         self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiii", 1024, pdl=False)
         self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
-        self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiPii", 256, pdl=False)
+        self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiiPiPii", 256, pdl=False)
         self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
         self.k_embed = Kernel(elementwise, "embed", "PPPi", 128, pdl=self.pdl)
         self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", 256, pdl=self.pdl)
@@ -104,16 +107,21 @@ class Forward:
         sizes = {"WIDTH": s.geometry.table_width, "KV_HEADS": c.kv_heads, "R": self.repeat, "RP": self.padded_repeat, "D": c.head_dim}
         sizes["PAGE"] = s.geometry.block_size
         ints, fp32 = torch.int32, torch.float32
-        self.k_decode_attention = TritonKernel(
-            decode_attention,
-            [dtype, dtype, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32, self.scale, c.norm_eps],
-            warps=4,
-            pdl=self.pdl,
-            TILE=TILE,
-            STAGES=2,
-            QK_NORM=int(c.qk_norm),
-            PDL=int(self.pdl),
-            **sizes,
+        arguments: list[torch.dtype | float] = [dtype, dtype, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32]
+        self.k_decode_attention, self.k_decode_early = (
+            TritonKernel(
+                decode_attention,
+                [*arguments, self.scale, c.norm_eps],
+                warps=4,
+                pdl=self.pdl,
+                TILE=TILE,
+                STAGES=2,
+                QK_NORM=int(c.qk_norm),
+                EARLY=early,
+                PDL=int(self.pdl),
+                **sizes,
+            )
+            for early in (0, 1)
         )
         wide = dtype == torch.float32  # no tensor cores: smaller tiles
         self.k_prefill_attention = TritonKernel(
@@ -168,13 +176,16 @@ class Forward:
             self._rest(stream, layer, bucket)
         self._head(stream, bucket)
 
-    def prefill(self, stream: int, rows: int, tokens: int, tiles: int, copies: int, logit_rows: int) -> int:
+    def copy(self, stream: int, first: int, count: int, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy `count` whole blocks, as the ring entry in use says from its copy `first` on, between caches of any place."""
+        s, vectors = self.state, self.cache[0, 0].numel() * self.cache.element_size() // 16
+        caches = (source.data_ptr(), source.shape[1], target.data_ptr(), target.shape[1])
+        self.k_copy(stream, (count, self.config.layers), *s.inputs_arguments, s.ring.data_ptr(), s.entry_words, first, *caches, vectors)
+
+    def prefill(self, stream: int, rows: int, tokens: int, tiles: int, logit_rows: int) -> int:
         """Rows of any length, embedding to logits of the rows that sample; returns layers begun."""
         s, c, g = self.state, self.config, self.state.geometry
         ring = (s.ring.data_ptr(), s.entry_words)
-        if copies:
-            vectors = self.cache[0, 0].numel() * self.cache.element_size() // 16
-            self.k_copy(stream, (copies, c.layers), *s.inputs_arguments, *ring, self.cache.data_ptr(), g.blocks + 1, vectors)
         if not rows:
             return 0
         self.k_expand(stream, (rows, 1), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
@@ -278,7 +289,8 @@ class Forward:
 
     def _decode_attention(self, stream: int, index: int, layer: LayerWeights, bucket: int) -> None:
         s = self.state
-        self.k_decode_attention(
+        kernel = self.k_decode_early if bucket <= self.early_rows else self.k_decode_attention
+        kernel(
             stream,
             (self.config.kv_heads, self.items(bucket)),
             self.qkv.data_ptr(),

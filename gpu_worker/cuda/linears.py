@@ -28,6 +28,12 @@ class Cut:
     per_sm: int  # blocks an SM must be able to hold (BLOCKS_PER_SM)
 
     @property
+    def macros(self) -> dict[str, int]:
+        """As linear.cu wants it."""
+        sizes = {"N": self.n, "K": self.k, "J": self.groups, "W": self.warps, "KS": self.split}
+        return sizes | {"CLUSTERS": self.clusters, "BLOCKS_PER_SM": self.per_sm}
+
+    @property
     def loads(self) -> int:
         """16-byte loads of a lane in flight."""
         return self.k // (32 * self.split * self.warps) * 2 * self.groups
@@ -95,6 +101,12 @@ class MidCut:
     per_sm: int  # blocks an SM must be able to hold (BLOCKS_PER_SM)
 
     @property
+    def macros(self) -> dict[str, int]:
+        """As linear_mid.cu wants it."""
+        sizes = {"N": self.n, "K": self.k, "R": self.groups, "S": self.shares, "KS": self.split}
+        return sizes | {"CLUSTERS": self.clusters, "BLOCKS_PER_SM": self.per_sm}
+
+    @property
     def loads(self) -> int:
         """16-byte loads of a lane in flight."""
         return self.k // (32 * self.split * self.shares) * 2
@@ -102,9 +114,12 @@ class MidCut:
     def shared_bytes(self, token_groups: int) -> int:
         """Dynamic shared memory of a block for 8 × token_groups tokens."""
         tokens, rows = 8 * token_groups, 64 * self.groups
+        own = rows // self.split
+        stride = own if own % 16 == 8 else own + 8
         buffers = 1 if self.n // rows <= self.clusters else 2
         sharers = max(1, 4 * self.groups * self.shares // token_groups)
-        return self.k // self.split * tokens * 2 + 4 * (buffers * self.shares * tokens * (rows + 4) + sharers * tokens)
+        inbox = self.split * self.shares * tokens * stride
+        return self.k // self.split * tokens * 2 + 4 * (buffers * inbox + self.split * sharers * tokens)
 
 
 def mid_cuts(n: int, k: int, sms: int) -> Iterator[MidCut]:
@@ -112,7 +127,7 @@ def mid_cuts(n: int, k: int, sms: int) -> Iterator[MidCut]:
     for split in (1, 2, 4, 8):
         for groups in (1, 2, 3):
             for shares in (1, 2):
-                if n % (64 * groups) or k % (32 * split * shares) or 32 * groups % split or groups * shares == 3:
+                if n % (64 * groups) or k % (32 * split * shares) or 8 * groups % split or groups * shares == 3:
                     continue
                 for per_sm in (1, 2):
                     tiles = n // (64 * groups)
@@ -159,18 +174,18 @@ class LinearKernel:
         flags = {"NORM": norm, "SILU": silu, "RESIDUAL": residual, "BIAS": bias}
         macros = {name: 1 for name, on in flags.items() if on}
         self.kernels: list[tuple[int, Kernel, tuple[int, int]]] = []  # most tokens, kernel, grid
-        signature = "PPPPPif"
-        for groups in (1, 2) if cut else ():
-            sizes = {"N": cut.n, "K": cut.k, "J": cut.groups, "W": cut.warps, "KS": cut.split, "MT": groups}
-            module = Module.of("linear.cu", arch, macros | sizes | {"CLUSTERS": cut.clusters, "BLOCKS_PER_SM": cut.per_sm})
-            kernel = Kernel(module, "linear", signature, 32 * cut.warps, cut.split, cut.shared_bytes(groups))
-            self.kernels.append((8 * groups, kernel, (cut.clusters * cut.split, 1)))
-        for groups in (4, 8) if mid else ():
-            sizes = {"N": mid.n, "K": mid.k, "R": mid.groups, "S": mid.shares, "KS": mid.split, "MT": groups}
-            module = Module.of("linear_mid.cu", arch, macros | sizes | {"CLUSTERS": mid.clusters, "BLOCKS_PER_SM": mid.per_sm})
-            kernel = Kernel(module, "linear_mid", signature, 128 * mid.groups * mid.shares, mid.split, mid.shared_bytes(groups))
-            self.kernels.append((8 * groups, kernel, (mid.clusters * mid.split, 1)))
+        if cut:
+            for groups in (1, 2):
+                self._add("linear", arch, cut.macros, macros, groups, 32 * cut.warps, cut)
+        if mid:
+            for groups in (4, 8):
+                self._add("linear_mid", arch, mid.macros, macros, groups, 128 * mid.groups * mid.shares, mid)
         self.most = self.kernels[-1][0] if self.kernels else 0  # tokens it takes; more, or 0: cuBLAS
+
+    def _add(self, name: str, arch: str, sizes: dict[str, int], flags: dict[str, int], groups: int, block: int, cut: Cut | MidCut) -> None:
+        module = Module.of(f"{name}.cu", arch, flags | sizes | {"MT": groups})
+        kernel = Kernel(module, name, "PPPPPif", block, cut.split, cut.shared_bytes(groups))
+        self.kernels.append((8 * groups, kernel, (cut.clusters * cut.split, 1)))
 
     def __call__(self, stream: int, weight: int, x: int, res: int, bias: int, y: int, tokens: int) -> None:
         """y[tokens, n] = x[tokens, k] weightᵀ (+ bias, + res); all arguments are device addresses, 0 where not used."""

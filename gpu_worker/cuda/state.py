@@ -14,20 +14,25 @@ import torch
 
 from gpu_worker.runner import Record, Step
 from protocol.columns import Int32, unpack
-from protocol.messages import Geometry
+from protocol.messages import Geometry, Plan
 
 HEADER = 16
 PARAMETERS = 32  # words of a slot: slot, temperature, seed (2), number of stop ids, stop ids
 MAX_STOP_IDS = PARAMETERS - 5
 MAX_ASSIGNMENTS = 16384  # of one ring entry; a plan with more takes several
+MAX_COPIES = 8192  # blocks copied by one step
 TILE = 64  # cached tokens in a tile of the decode attention's work list
 
 
 def is_decode(step: Step) -> bool:
     """Whether every row computes and samples one token, and nothing else happens: what a captured graph can do."""
-    return bool(
-        len(step.slots) and (step.counts == 1).all() and (step.outputs == 1).all() and not len(step.fork_slots) and not step.plan.copy_from
-    )
+    one_token = len(step.slots) and (step.counts == 1).all() and (step.outputs == 1).all() and not len(step.fork_slots)
+    return bool(one_token) and not any(source for source, _ in block_copies(step.plan))
+
+
+def block_copies(plan: Plan) -> tuple[tuple[bytes, bytes], ...]:
+    """Columns (from, to) of a plan's block copies: within the card, to the host, from the host."""
+    return (plan.copy_from, plan.copy_to), (plan.out_from, plan.out_to), (plan.in_from, plan.in_to)
 
 
 def least_tiles(rows: int) -> int:
@@ -69,7 +74,17 @@ class DeviceState:
 
         self.entries, self.results = entries, results
         self.entry_words = (
-            (HEADER + 4 * MAX_ASSIGNMENTS + g.slots * (8 + PARAMETERS + 4 + 1 + 2) + g.max_step_tokens + 2 * self.max_tiles + 64) // 4 * 4
+            (
+                HEADER
+                + 4 * MAX_ASSIGNMENTS
+                + g.slots * (8 + PARAMETERS + 4 + 1 + 2)
+                + g.max_step_tokens
+                + 2 * self.max_tiles
+                + 4 * MAX_COPIES
+                + 128
+            )
+            // 4
+            * 4
         )
         self.result_words = 4 + 2 * g.slots
         self.ring = torch.zeros(entries, self.entry_words, dtype=torch.int32).pin_memory()
@@ -118,7 +133,7 @@ class DeviceState:
 
         def put(count_at: int, offset_at: int, values: Int32, count: int) -> None:
             nonlocal at
-            header[count_at], header[offset_at] = count, at
+            header[count_at], header[offset_at] = count, at  # where there is no count, the offset stands in both
             entry[at : at + values.size] = values.reshape(-1)
             at += -(-values.size // 4) * 4
 
@@ -144,15 +159,14 @@ class DeviceState:
             outputs[:, 0] = np.concatenate((logit_row[sampled], logit_row[step.fork_rows]))
             outputs[:, 1], outputs[:, 2] = step.output_slots, step.output_positions
             put(2, 12, outputs, len(outputs))
-            put(1, 13, step.prefill, int(header[1]))
+            put(13, 13, step.prefill, at)
             put(8, 15, (ends[sampled] - 1).astype(np.int32), len(sampled))
             tiles = self._tiles(step.counts)
-            header[7], header[14] = len(tiles), at
-            entry[at : at + tiles.size] = tiles.reshape(-1)
-            at += tiles.size
-            copies = np.stack((unpack(step.plan.copy_from), unpack(step.plan.copy_to)), axis=1)
-            header[6] = len(copies)
-            entry[at : at + copies.size] = copies.reshape(-1)
+            put(7, 14, tiles, len(tiles))
+            if sum(len(source) for source, _ in block_copies(step.plan)) > 4 * MAX_COPIES:
+                raise ValueError(f"a plan copies more than {MAX_COPIES} blocks")
+            copies = np.concatenate([np.stack((unpack(a), unpack(b)), axis=1) for a, b in block_copies(step.plan)])
+            put(9, 9, copies, at)
         entry[:HEADER] = header
         return number
 
@@ -175,9 +189,7 @@ def _bindings(slots: Int32, records: list[Record]) -> Int32:
     """Parameters of bound slots, shape [slots, PARAMETERS]."""
     words = np.zeros((len(slots), PARAMETERS), dtype=np.int32)
     for row, slot, record in zip(words, slots, records, strict=True):
-        stops = unpack(record.params.stop_ids)
-        if len(stops) > MAX_STOP_IDS:
-            raise ValueError(f"stop_ids: {len(stops)} ids, more than the {MAX_STOP_IDS} that a slot holds")
+        stops = unpack(record.params.stop_ids)[:MAX_STOP_IDS]  # a record with more is sampled by `general.py`
         row[0] = slot
         row[1:2].view(np.float32)[0] = record.params.temperature
         row[2:4].view(np.uint64)[0] = record.seed

@@ -76,6 +76,6 @@ def _layer(source: TensorSource, config: ModelConfig, index: int, shard: Shard, 
 def _fold(weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """Multiply a norm's weight into the columns, in fp32, by slices of rows (memory)."""
     scale = norm.float()
-    for rows in weight.split(8192):
+    for rows in torch.split(weight, 8192):
         rows.copy_(rows.float() * scale)
     return weight

@@ -8,6 +8,9 @@
 // the operands of k16 step s. So in step s the unit's columns 2 t, 2 t + 1 are the real 8 t + 4 s + {0, 1}, and 2 t + 8, 2 t + 9 the real
 // 8 t + 4 s + {2, 3}. x stands in shared memory in that order: core matrices of 8 tokens x 16 bytes, [chunk][word 0..3][8 tokens].
 //
+// A block finishes ROWS / KS rows of a tile: every warp sends its sums there (distributed shared memory), and after one barrier of the
+// cluster they are added in a fixed order.
+//
 // Macros: N, K, R, S, KS, MT (8-token groups: 4 or 8), CLUSTERS, BLOCKS_PER_SM, NORM, SILU, RESIDUAL, BIAS as in linear.cu (here NORM goes
 // with any split: the blocks of a cluster exchange their sums of squares).
 #include "common.cuh"
@@ -21,13 +24,14 @@
 #define TOKENS (8 * MT)
 #define W (4 * R * S)
 #define THREADS (32 * W)
-#define STRIDE (ROWS + 4)
 #define SINGLE (TILES <= CLUSTERS)
-#define PART (S * TOKENS * STRIDE)      // floats of one buffer of sums
-#define OWN_ROWS (ROWS / KS)            // rows of a tile that one block finishes
+#define OWN (ROWS / KS)                 // rows of a tile that one block finishes
+#define STRIDE (OWN % 16 == 8 ? OWN : OWN + 8)  // pairs of floats between token pairs: no bank conflicts
+#define SOURCES (KS * S)
+#define INBOX (SOURCES * TOKENS / 2 * STRIDE * 2)  // floats of one buffer
 #define SHARERS (W > MT ? W / MT : 1)   // warps that stage the same tokens
 
-static_assert(N % ROWS == 0 && K % (32 * KS * S) == 0 && OWN_ROWS % 2 == 0 && (W % MT == 0 || MT % W == 0), "shape");
+static_assert(N % ROWS == 0 && K % (32 * KS * S) == 0 && OWN % 8 == 0 && (W % MT == 0 || MT % W == 0), "shape");
 
 __device__ __forceinline__ void load_weights(u32 (&r)[4], const u16* p) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -39,24 +43,21 @@ __device__ __forceinline__ uint4 load_tokens(const u16* p, bool live) {  // vola
                : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((u32)live) : "memory");
   return v;
 }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-template <class T>
-__device__ __forceinline__ u32 peer_address(const T* here, int rank) {
+__device__ __forceinline__ u32 peer_address(const float* here, int rank) {  // the same place in block `rank` of the cluster
   u32 at = (u32)__cvta_generic_to_shared(here), there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
   return there;
 }
-__device__ __forceinline__ float2 peer_pair(const float* here, int rank) {
-  float2 v;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(peer_address(here, rank)) : "memory");
-  return v;
+__device__ __forceinline__ void send(float* here, int rank, float a, float b) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(peer_address(here, rank)), "f"(a), "f"(b) : "memory");
 }
-__device__ __forceinline__ float peer_float(const float* here, int rank) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(peer_address(here, rank)) : "memory");
-  return v;
+__device__ __forceinline__ void send(float* here, int rank, float a) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(peer_address(here, rank)), "f"(a) : "memory");
 }
 __device__ __forceinline__ float squares(uint4 v) {
   const u32 e[4] = {v.x, v.y, v.z, v.w};
@@ -91,16 +92,18 @@ __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ void pin(u32& v) { asm volatile("" : "+r"(v)::"memory"); }    // stays in its register across the async unit's work
 __device__ __forceinline__ void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
-// shared memory: x [CHUNKS][4][MT][8 tokens][16 bytes]; sums [1 or 2 buffers][S][TOKENS][STRIDE]; squares [SHARERS][TOKENS]
+// shared memory: x [CHUNKS][4][MT][8 tokens][16 bytes]; inbox [1 or 2 buffers][SOURCES][token pair][STRIDE rows][2 tokens]; squares
+// [KS][SHARERS][TOKENS]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 linear_mid(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y, int M, float eps) {
   extern __shared__ __align__(128) char shared[];
-  float* parts = (float*)(shared + CHUNKS * 4 * MT * 128);
-  float* squares_of = parts + (SINGLE ? 1 : 2) * PART;
+  float* inboxes = (float*)(shared + CHUNKS * 4 * MT * 128);
+  float* squares_of = inboxes + (SINGLE ? 1 : 2) * INBOX;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int cluster = blockIdx.x / KS, split = blockIdx.x % KS;
   const int group = warp / 4, over_rows = group % R, over_k = group / R, in_group = warp % 4;
 
+  if (KS > 1) cluster_arrive();  // peers must run before anyone sends
   const u16* wp = weights + (u64)(cluster * ROWS + over_rows * 64 + in_group * 16 + g) * K + split * KB + over_k * KW + t * 8;
   u32 w[C][2][4];
 #pragma unroll
@@ -109,9 +112,10 @@ linear_mid(const u16* weights, const u16* x, const u16* res, const u16* bias, u1
     for (int i = 0; i < 2; ++i) load_weights(w[c][i], wp + (u64)i * 8 * K + c * 32);
   pdl_trigger();
   pdl_wait();
+  if (KS > 1) cluster_wait();
 
   {  // x of this block's columns into shared memory, 8 tokens x 32 columns a warp at a time
-    constexpr int MINE = MT > W ? MT / W : 1, BATCH = 4;
+    constexpr int MINE = MT > W ? MT / W : 1, BATCH = 8;
 #pragma unroll
     for (int mm = 0; mm < MINE; ++mm) {
       const int m = MT > W ? warp + mm * W : warp % MT;
@@ -137,7 +141,8 @@ linear_mid(const u16* weights, const u16* x, const u16* res, const u16* bias, u1
 #ifdef NORM
       sq += __shfl_xor_sync(0xffffffffu, sq, 1);
       sq += __shfl_xor_sync(0xffffffffu, sq, 2);
-      if (t == 0) squares_of[(MT > W ? 0 : warp / MT) * TOKENS + m * 8 + g] = sq;
+      for (int peer = t; peer < KS; peer += 4)
+        send(squares_of + (split * SHARERS + (MT > W ? 0 : warp / MT)) * TOKENS + m * 8 + g, peer, sq);
 #endif
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -186,65 +191,68 @@ linear_mid(const u16* weights, const u16* x, const u16* res, const u16* bias, u1
 #pragma unroll
       for (int q = 0; q < 4; ++q) pin(acc[m][q]);
 
-    float* sums = parts + buffer * PART;
-    float* out = sums + over_k * TOKENS * STRIDE + over_rows * 64 + in_group * 16 + g;
+    float* inbox = inboxes + buffer * INBOX;
 #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      float* o = out + (m * 8 + 2 * t) * STRIDE;
-      o[0] = acc[m][0];
-      o[STRIDE] = acc[m][1];
-      o[8] = acc[m][2];
-      o[STRIDE + 8] = acc[m][3];
+    for (int h = 0; h < 2; ++h) {
+      const int row = over_rows * 64 + in_group * 16 + h * 8, owner = row / OWN;
+      float* to = inbox + (((split * S + over_k) * (TOKENS / 2) + t) * STRIDE + row % OWN + g) * 2;
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        if (8 * m + 2 * t >= M) continue;
+        if (KS > 1) send(to + m * 4 * STRIDE * 2, owner, acc[m][2 * h], acc[m][2 * h + 1]);
+        else *(float2*)(to + m * 4 * STRIDE * 2) = make_float2(acc[m][2 * h], acc[m][2 * h + 1]);
+      }
     }
-    if (KS > 1) cluster_barrier();
+    if (KS > 1) cluster_barrier();  // two buffers: nobody sends into this one again before the next tile's barrier
     else __syncthreads();
 
-    // this block's share of the tile's rows, two rows of a token a thread
-    constexpr int PAIRS = OWN_ROWS / 2 * TOKENS;
+    // this block's rows of the tile: two rows of two tokens a thread
+    constexpr int QUADS = OWN / 2 * TOKENS / 2;
 #pragma unroll
-    for (int i = 0; i < (PAIRS + THREADS - 1) / THREADS; ++i) {
-      const int p = i * THREADS + tid, token = p / (OWN_ROWS / 2), row = split * OWN_ROWS + p % (OWN_ROWS / 2) * 2;
-      if (p >= PAIRS || token >= M) break;
-      u32 add = 0u;
+    for (int i = 0; i < (QUADS + THREADS - 1) / THREADS; ++i) {
+      const int p = i * THREADS + tid, token = p / (OWN / 2) * 2, own = p % (OWN / 2) * 2, row = split * OWN + own;
+      if (p >= QUADS || token >= M) break;
+      const bool both = token + 1 < M;
+      u32 add[2] = {0u, 0u};
 #ifdef RESIDUAL
-      add = __ldcg((const u32*)(res + (u64)token * N + tile * ROWS + row));
+      const u32* rp = (const u32*)(res + (u64)token * N + tile * ROWS + row);
+      add[0] = __ldcg(rp);
+      if (both) add[1] = __ldcg(rp + N / 2);
 #endif
-      float2 v = make_float2(0.f, 0.f);
+      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);  // row 0: token 0, token 1; row 1: the same
 #pragma unroll
-      for (int from = 0; from < KS; ++from)
+      for (int s = 0; s < SOURCES; ++s) {
+        const float4 u = *(const float4*)(inbox + ((s * (TOKENS / 2) + token / 2) * STRIDE + own) * 2);
+        v.x += u.x;
+        v.y += u.y;
+        v.z += u.z;
+        v.w += u.w;
+      }
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-          const float* at = sums + (s * TOKENS + token) * STRIDE + row;
-          const float2 u = KS > 1 ? peer_pair(at, from) : *(const float2*)at;
-          v.x += u.x;
-          v.y += u.y;
-        }
+      for (int k = 0; k < 2; ++k) {
+        if (k && !both) break;
+        float a = k ? v.y : v.x, b = k ? v.w : v.z;
 #ifdef NORM
-      float total = 0.f;
+        float total = 0.f;
 #pragma unroll
-      for (int from = 0; from < KS; ++from)
-#pragma unroll
-        for (int s = 0; s < SHARERS; ++s) {
-          const float* at = squares_of + s * TOKENS + token;
-          total += KS > 1 ? peer_float(at, from) : *at;
-        }
-      const float scale = rsqrtf(total * (1.f / K) + eps);
-      v.x *= scale;
-      v.y *= scale;
+        for (int s = 0; s < KS * SHARERS; ++s) total += squares_of[s * TOKENS + token + k];
+        const float scale = rsqrtf(total * (1.f / K) + eps);
+        a *= scale;
+        b *= scale;
 #endif
 #ifdef BIAS
-      const u32 b = *(const u32*)(bias + tile * ROWS + row);
-      v.x += low(b);
-      v.y += high(b);
+        const u32 c = *(const u32*)(bias + tile * ROWS + row);
+        a += low(c);
+        b += high(c);
 #endif
-      v.x += low(add);
-      v.y += high(add);
+        a += low(add[k]);
+        b += high(add[k]);
 #ifdef SILU
-      y[(u64)token * (N / 2) + (tile * ROWS + row) / 2] = (u16)pair(v.x / (1.f + __expf(-v.x)) * v.y, 0.f);
+        y[(u64)(token + k) * (N / 2) + (tile * ROWS + row) / 2] = (u16)pair(a / (1.f + __expf(-a)) * b, 0.f);
 #else
-      *(u32*)(y + (u64)token * N + tile * ROWS + row) = pair(v.x, v.y);
+        *(u32*)(y + (u64)(token + k) * N + tile * ROWS + row) = pair(a, b);
 #endif
+      }
     }
   }
-  if (KS > 1) cluster_barrier();  // no block leaves while a peer may still read its sums
 }

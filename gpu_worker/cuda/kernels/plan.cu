@@ -1,11 +1,12 @@
 // A step's inputs, built on the device from the plan's columns (mapped pinned memory) and the slot table.
 //
 // Ring entry (int32 words): a header of 16, the rows, then the columns at the offsets the header names. `state.py` writes it.
-//   header: 0 rows, 1 tokens, 2 outputs, 3 assignments, 4 bindings, 5 result entry, 6 copies, 7 tiles, 8 logit rows,
-//           offsets: 10 assignments, 11 bindings, 12 outputs, 13 tokens, 14 tiles (copies follow them), 15 logit rows
+//   header: 0 rows, 1 tokens, 2 outputs, 3 assignments, 4 bindings, 5 result entry, 7 tiles, 8 logit rows,
+//           offsets: 9 copies, 10 assignments, 11 bindings, 12 outputs, 13 tokens, 14 tiles, 15 logit rows
 //   row: slot, first position, count, known tokens, offset among the step's tokens, offset among the known tokens, first known token, 0
 //   assignment: slot, index, block, 0     binding: slot, then 31 words of parameters (`sampler.cu`)
 //   output: row of the logits, slot, position, 0     tile: row, first token in the row     logit row: token of the step
+//   copy: from, to
 #include "common.cuh"
 
 struct Slots {        // rows of the tables: slots + 1; the last one is the dummy, whose table names the dummy page only
@@ -156,16 +157,15 @@ extern "C" __global__ void expand(Slots s, Inputs in, const int* ring, int entry
   }
 }
 
-// Copies whole blocks: grid (copies, layers). cache: [layers][blocks][block_bytes / 16] of 16 bytes.
-extern "C" __global__ void copy_blocks(Inputs in, const int* ring, int entry_words, uint4* cache, int blocks, int block_vectors) {
-  pdl_wait();
-  pdl_trigger();
+// Copies whole blocks, on the card or to and from mapped host memory; grid (copies, layers); `first`: the first of the entry's copies.
+// Caches: [layers][blocks][vectors] of 16 bytes.
+extern "C" __global__ void copy_blocks(Inputs in, const int* ring, int entry_words, int first, const uint4* source, int source_blocks,
+                                       uint4* target, int target_blocks, int vectors) {
   const int* e = ring + (u64)in.step[1] * entry_words;
-  const int* copy = e + e[14] + 2 * e[7] + 2 * blockIdx.x;
-  uint4* layer = cache + (u64)blockIdx.y * blocks * block_vectors;
-  const uint4* from = layer + (u64)copy[0] * block_vectors;
-  uint4* to = layer + (u64)copy[1] * block_vectors;
-  for (int i = threadIdx.x; i < block_vectors; i += blockDim.x) to[i] = from[i];
+  const int* copy = e + e[9] + 2 * (first + blockIdx.x);
+  const uint4* from = source + ((u64)blockIdx.y * source_blocks + copy[0]) * vectors;
+  uint4* to = target + ((u64)blockIdx.y * target_blocks + copy[1]) * vectors;
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) to[i] = from[i];
 }
 
 // The end of a step without outputs: its time.

@@ -4,6 +4,8 @@ A program takes one tile of a row: ROWS / RP consecutive tokens with the query h
 rows of one matrix product. Keys before the tile's first token need no mask and run first (flash attention 2: Dao 2023).
 """
 
+# mypy: ignore-errors
+# The bodies are Triton's language, not Python's.
 from __future__ import annotations
 
 import triton

@@ -37,12 +37,9 @@ __device__ __forceinline__ uint4 philox(uint4 counter, uint2 key) {
   return counter;
 }
 
-// 24 random bits to Gumbel noise: u = (bits + 0.5) / 2^24 lies in (0, 1); the tail that decides, large noise, is at u near 0 of
-// -log(u), where fp32 is fine: noise = -log(-log(1 - u)).
-__device__ __forceinline__ float gumbel(u32 bits) {
-  const float u = ((float)(bits >> 8) + 0.5f) * 5.9604644775390625e-8f;
-  return -logf(-log1pf(-u));
-}
+// A random word to u in (0, 1), as `philox.py` says it.
+__device__ __forceinline__ float uniform(u32 word) { return fminf((float)word * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f); }
+__device__ __forceinline__ float gumbel(float u) { return -logf(-log1pf(-u)); }
 
 union Vector {
   uint4 bits;
@@ -86,7 +83,12 @@ sample(const elem* logits, const int4* outputs, const int* step, const int* para
     for (int q = 0; q < VECTOR; ++q) {
       float s = value(v.at[q]);
       if (s != s) best.nan = 1;
-      if (temperature > 0.f) s = s / temperature + gumbel(noise[q]);
+      if (temperature > 0.f) {
+        s /= temperature;
+        const float u = uniform(noise[q]);
+        if (s - __logf(u) + 0.01f < best.score) continue;  // its noise is at most -log(u): cannot win, and saves two logarithms
+        s += gumbel(u);
+      }
       if (s > best.score) {  // ids rise within a thread: the first of equals stays
         best.score = s;
         best.token = i * VECTOR + q;

@@ -152,3 +152,59 @@ def test_long_and_short_sequences_share_a_step() -> None:
     full = [np.concatenate((p, s.tokens)).astype(np.int32)[:-1] for p, (s, _) in zip(texts, new, strict=True)]
     want, bound = teacher(config, source, torch.bfloat16, full, -1)
     assert error(engine.forward.logits[:5], want) < 2 * bound
+
+
+def test_draws_are_those_of_the_host_s_sampler() -> None:
+    from gpu_worker.runner import Record
+    from gpu_worker.sampler import Sampler
+
+    engine, _ = make(QWEN3, torch.bfloat16)
+    player = Player(engine, depth=1)
+    new = [player.add(p, 20, temperature=0.3 + 0.2 * i, seed=(i << 40) + 7) for i, p in enumerate(prompts([30, 40, 50, 60, 70], 2048))]
+    player.prefill(new)
+    player.settle()
+    sampler = Sampler(32, 2048, torch.device("cuda"))
+    for i, (s, admit) in enumerate(new):
+        sampler.bind(i, Record(i, s.prompt, np.zeros(0, np.int32), admit.seed, admit.params, 1536))
+    for _ in range(8):
+        player.decode([s for s, _ in new], 1)
+        player.settle()
+        positions = np.array([len(s.prompt) + len(s.tokens) - 1 for s, _ in new], np.int32)
+        want = sampler.sample(engine.forward.logits[:5].float(), np.arange(5, dtype=np.int32), positions, np.ones(5, bool))
+        assert [s.tokens[-1] for s, _ in new] == want.tokens.tolist()
+
+
+def test_a_row_with_filters_beside_plain_ones() -> None:
+    engine, _ = make(QWEN3, torch.bfloat16)
+    player = Player(engine)
+    texts = prompts([30, 40, 50], 2048)
+    plain = [player.add(p, 12) for p in texts]
+    player.prefill(plain)
+    player.decode([s for s, _ in plain], 11)
+    best_only = player.add(texts[0], 12, temperature=1.0, top_k=1)
+    beside = [player.add(p, 12, logprobs=2 * i - 1) for i, p in enumerate(texts[1:])]
+    player.prefill([best_only, *beside])
+    player.decode([best_only[0], *(s for s, _ in beside)], 11)
+    player.settle()
+    assert [s.tokens for s, _ in (best_only, *beside)] == [s.tokens for s, _ in plain]
+
+
+def test_blocks_go_to_the_host_and_back() -> None:
+    from gpu_worker.runner import Step
+    from protocol.columns import EMPTY, pack
+    from protocol.messages import Plan
+
+    engine, _ = make(SMALL, torch.bfloat16, host_blocks=8)
+    cache = engine.forward.cache
+    cache.normal_()
+    want = cache[:, [3, 900]].clone()
+
+    def copies(number: int, **columns: list[int]) -> None:
+        plan = Plan(step=number, **{k: pack(v) for k, v in columns.items()})
+        engine.start(Step(plan, [], *[EMPTY] * 8, [], EMPTY, []))
+
+    copies(1, out_from=[3, 900], out_to=[7, 2])
+    copies(2, copy_from=[900], copy_to=[5], in_from=[2, 7], in_to=[10, 11])
+    assert engine.finish().copied == 1
+    assert engine.finish().copied == 2
+    assert torch.equal(cache[:, [11, 10, 5]], torch.cat((want, want[:, 1:]), 1))

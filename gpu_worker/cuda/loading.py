@@ -1,0 +1,62 @@
+"""From settings to an engine and its description."""
+
+from __future__ import annotations
+
+import torch
+
+from gpu_worker.cuda.engine import Engine, Options
+from gpu_worker.cuda.weights import load_weights
+from gpu_worker.errors import LoadError
+from gpu_worker.loading.model_files import fingerprint, open_model
+from gpu_worker.loading.source import Shard
+from gpu_worker.runner import Description
+from gpu_worker.settings import WorkerSettings
+from protocol.tokenizer_files import bundle_hash
+
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
+    """Load the model onto the card and allocate its cache. Raises LoadError, one line."""
+    if not torch.cuda.is_available():
+        raise LoadError("device cuda is asked for, and torch finds no usable GPU or driver")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise LoadError(f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need")
+    files = open_model(settings)
+    config, dtype = files.config, DTYPES[settings.dtype]
+    length = settings.max_model_len or min(4096, config.max_length)
+    if length > config.max_length:
+        raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
+    config.check_length(length)
+    if config.head_dim & (config.head_dim - 1) or not 32 <= config.head_dim <= 256:
+        raise LoadError(f"head dimension {config.head_dim} is not supported on the card; 32, 64, 128 and 256 are")
+    if config.heads // config.kv_heads > 16:
+        raise LoadError(f"{config.heads // config.kv_heads} query heads per key/value head are not supported on the card; up to 16 are")
+    try:
+        weights = load_weights(files.tensors(device, dtype), config, device, dtype, Shard())
+        options = Options(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=length,
+            block_size=settings.block_size,
+            num_blocks=settings.num_gpu_blocks,
+            host_blocks=settings.num_cpu_blocks,
+            utilization=settings.gpu_memory_utilization,
+        )
+        engine = Engine(config, weights, options)
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"the card's memory does not hold the model: {str(error).splitlines()[0]}") from error
+    kv_dtype = str(dtype).removeprefix("torch.")
+    description = Description(
+        model=files.name,
+        fingerprint=fingerprint(files, kv_dtype, False, kv_dtype),
+        geometry=engine.geometry,
+        attention="triton",
+        eos=files.generation.eos,
+        bos=files.generation.bos,
+        defaults=files.generation.defaults,
+        tokenizer=bundle_hash(files.bundle),
+        bundle=files.bundle,
+    )
+    return engine, description

@@ -1,0 +1,59 @@
+"""The runner on an NVIDIA card. torch and triton are imported by `load`, so that a worker says HELLO before those seconds."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from gpu_worker.errors import LoadError
+from gpu_worker.runner import Description, Outcome, Step
+from gpu_worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from gpu_worker.cuda.engine import Engine
+
+
+def has_card() -> bool:
+    """Whether the driver is there and names a device. Costs no import of torch."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+class CudaRunner:
+    """A Runner (see gpu_worker.runner)."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._engine: Engine | None = None
+        self._finished = 0
+
+    @property
+    def counter(self) -> int:
+        """Layers enqueued and steps finished: it stands still when a step hangs on the card."""
+        return self._finished + (self._engine.layers_begun if self._engine else 0)
+
+    def load(self) -> Description:
+        try:
+            from gpu_worker.cuda.loading import load_engine
+        except ImportError as error:
+            raise LoadError(f"a GPU needs torch with CUDA and triton, which come with the extra pagewire[worker]: {error}") from error
+        self._engine, description = load_engine(self._settings)
+        return description
+
+    def start(self, step: Step) -> None:
+        assert self._engine is not None
+        self._engine.start(step)
+
+    def finish(self, step: Step) -> Outcome:
+        assert self._engine is not None
+        outcome = self._engine.finish()
+        self._finished += 1
+        return outcome
+
+    def reset(self) -> None:
+        assert self._engine is not None
+        self._engine.reset()
