@@ -33,13 +33,16 @@ from protocol.messages import (
     Resumed,
     Submit,
 )
+from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.files import FileRelay
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.intake import Intake
 from scheduler_svc.ledger import Ledger, Timers
 from scheduler_svc.models import Model
-from scheduler_svc.planner import Planner, detach_forks
-from scheduler_svc.prefix import Chain, Hasher
+from scheduler_svc.planner import Planner
+from scheduler_svc.preemption import detach_forks
+from scheduler_svc.prefix import Hasher
+from scheduler_svc.progress import Progress as ProgressWatch
 from scheduler_svc.requests import Choice, Request, State
 from scheduler_svc.results import BadResult, take
 from scheduler_svc.settings import SchedulerSettings
@@ -50,9 +53,6 @@ from scheduler_svc.worker import Worker
 log = logging.getLogger(__name__)
 
 CREDIT_STEPS = 8  # a frontend's credit, in steps of all slots and plans in flight
-HASHED_BLOCKS = 256  # named between two plans: 0.2 ms
-ARRIVALS = 64  # choices routed between two plans
-LATE = 0.05  # seconds: our own delay that makes us an unfair judge of a worker's progress
 
 
 class Engine:
@@ -73,11 +73,9 @@ class Engine:
         self.ledger = Ledger(counters, self.timers, settings.times.grace)
         self.suspects = Suspects()
         self.files = FileRelay(self.ledger, self.frontends)
-        self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self._enqueue)
-        self.intake.waiting = self._waiting
-        self.intake.loading = self._loading
-        self._arrivals: deque[tuple[Choice, int]] = deque()  # on their way into a queue, with their tokens
-        self._arriving_tokens = 0
+        self.arrivals = Arrivals(settings, self.ledger, self.timers, self.models, self._loading)
+        self.progress = ProgressWatch(settings.times, self.timers, self._fence)
+        self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.arrivals)
         self._told: list[ModelInfo] = []
         self._started = False
 
@@ -94,7 +92,7 @@ class Engine:
     def _start(self, now: float) -> None:
         if not self._started:
             self._started = True
-            self.intake.hasher = Hasher(self.hash_key)
+            self.intake.hasher = self.arrivals.hasher = Hasher(self.hash_key)
             times = self.settings.times
             self.intake.attach_hold_until = now + times.silence + times.resync + times.reconnect
             self.timers.at(self.intake.attach_hold_until, self.intake.release_attaches)
@@ -194,17 +192,18 @@ class Engine:
         worker = self.workers.pop(session, None)
         if worker is None:
             return
+        worker.closed = True
         fatal = self.suspects.lost(worker, worker.hung)
         if worker.ready:
             self.counters.add("scheduler_workers_lost")
             worker.model.workers.remove(worker)
             worker.model.lost_at = now
             for choice in self._strip(worker):
-                self._enqueue(choice, now)
+                self.arrivals.enqueue(choice, now)
         self._fail_suspects(fatal, now)
         self.files.lost(session, list(self.workers.values()))
         self._announce()
-        self._review(now)
+        self.arrivals.review(now)
 
     def _strip(self, worker: Worker) -> list[Choice]:
         """Take everything from a worker that is gone; returns the choices that must go elsewhere."""
@@ -247,8 +246,8 @@ class Engine:
         self._announce()
         for choice in list(model.queue):
             model.queue.remove(choice)
-            self._enqueue(choice, now)
-        self._review(now)
+            self.arrivals.enqueue(choice, now)
+        self.arrivals.review(now)
 
     def _fence(self, worker: Worker, reason: str) -> None:
         worker.fenced = True
@@ -258,29 +257,6 @@ class Engine:
     def _fail_suspects(self, requests: list[Request], now: float) -> None:
         for request in requests:
             self.ledger.fail(request, now, 500, "step_failed", "The worker failed at this request each time it was tried.")
-
-    def _watch(self, worker: Worker, due: float) -> None:
-        """Judge the worker's progress at `due`."""
-        worker.watched = True
-        self.timers.at(due, lambda now: self._judge(worker, due, now))
-
-    def _judge(self, worker: Worker, due: float, now: float) -> None:
-        """End a session whose step has not moved. A judge that comes late has not read the latest news yet: it waits."""
-        worker.watched = False
-        if worker.fenced or self.workers.get(worker.session) is not worker or not worker.in_flight:
-            return
-        if worker.phase != "serving":
-            self._watch(worker, now + self.settings.times.progress)
-        elif now - due > LATE:
-            self._watch(worker, now + min(now - due, self.settings.times.progress))
-        elif now < self._deadline(worker):
-            self._watch(worker, self._deadline(worker))
-        else:
-            worker.hung = True
-            self._fence(worker, f"step {worker.in_flight[0].step} has made no progress for {now - worker.heard:.1f} s")
-
-    def _deadline(self, worker: Worker) -> float:
-        return worker.heard + max(self.settings.times.progress, 20 * worker.step_seconds)
 
     # ------------------------------------------------------------ results
 
@@ -326,113 +302,11 @@ class Engine:
         worker.unbind(slot)
         worker.queue.add(choice)
 
-    # ------------------------------------------------------------ arrivals
-
-    def _enqueue(self, choice: Choice, now: float) -> None:
-        """Let a choice wait; it is hashed and routed between plans."""
-        choice.state = State.WAITING
-        request = choice.request
-        request.held_since = request.held_since or now
-        if request.deadline and not request.admitted:
-            self.timers.at(request.deadline, lambda then: self._overdue(request, then))
-        self._arrivals.append((choice, choice.length))
-        self._arriving_tokens += choice.length
-
-    def _arrive(self, now: float) -> None:
-        """Name some blocks of the arrivals, and let those which are complete wait at a worker."""
-        blocks = HASHED_BLOCKS
-        for _ in range(ARRIVALS):
-            if not self._arrivals:
-                return
-            choice, tokens = self._arrivals[0]
-            if choice.state is State.WAITING and choice.queue is None:
-                blocks -= self._name(choice, blocks)
-                if blocks <= 0:
-                    return
-                self._route(choice, now)
-            self._arrivals.popleft()
-            self._arriving_tokens -= tokens
-
-    def _name(self, choice: Choice, most: int) -> int:
-        """Name at most `most` blocks of the choice, for every block size among the model's workers."""
-        named = 0
-        if not self.settings.enable_prefix_caching:
-            return named
-        for size in {worker.block_size for worker in choice.request.model.workers}:
-            chain = choice.chains.get(size)
-            if chain is None:
-                fresh = choice.request.chains.get(size) if not len(choice.tokens) else None
-                chain = fresh or Chain(self.intake.hasher, size, choice.all_tokens, choice.request.root)
-                choice.chains[size] = chain
-                if not len(choice.tokens):
-                    choice.request.chains[size] = chain
-            named += chain.extend(most - named)
-            if not chain.complete:
-                return most
-        return named
-
-    def _route(self, choice: Choice, now: float) -> None:
-        worker = choice.request.model.route(choice)
-        if worker is not None:
-            worker.queue.add(choice)
-            choice.request.held_since = 0.0
-            return
-        choice.request.model.queue.add(choice)
-        self._hold(choice.request, now)
-
-    def _hold(self, request: Request, now: float) -> None:
-        """Judge a request that no ready worker can take: is it worth waiting?"""
-        model, times = request.model, self.settings.times
-        if request.ended or not any(choice.queue is model.queue for choice in request.choices):
-            return
-        settled = max(model.lost_at + times.move, now) if model.lost_at > -inf else now
-        if not request.admitted and not self._loading() and settled <= now:
-            if model.ready is not None and not model.fits(request):
-                reason = f"The prompt of {len(request.prompt)} tokens and max_tokens of {request.params.max_tokens} exceed"
-                self.ledger.fail(request, now, 400, "context_length_exceeded", f"{reason} the {model.longest} tokens that fit.", "prompt")
-                return
-            if model.ready is None and any(other.ready is not None for other in self.models.values()):
-                self.ledger.fail(request, now, 404, "model_not_found", f"The model {model.name!r} does not exist.", "model")
-                return
-        end = request.held_since + times.hold
-        if now >= end:
-            self.ledger.fail(request, now, 503, "no_worker", "No worker has been able to take the request.", retry_after=times.move)
-            return
-        self.timers.at(min(end, settled) if settled > now else end, lambda then: self._hold(request, then))
-
-    def _review(self, now: float) -> None:
-        """Workers have changed: judge again what waits for one."""
-        for model in self.models.values():
-            for request in {choice.request for choice in model.queue}:
-                self._hold(request, now)
-
-    def _overdue(self, request: Request, now: float) -> None:
-        if not request.admitted:
-            self.ledger.fail(request, now, 503, "deadline_exceeded", "The request waited longer than its deadline allows.")
-
-    def _steal(self, worker: Worker) -> None:
-        """An idle worker takes the first in line of one that has no room."""
-        for other in worker.model.workers:
-            if other is worker or not other.queue or (other.slots.free and other.stuck is None):
-                continue
-            choice = other.queue.first(lambda _: False, 0)
-            if choice is None:
-                continue
-            chained = not self.settings.enable_prefix_caching or (
-                worker.block_size in choice.chains and choice.chains[worker.block_size].complete
-            )
-            if choice.limit <= worker.capacity and chained:
-                other.queue.remove(choice)
-                if choice.worker is not None:
-                    choice.worker.drop_record(choice)
-                worker.queue.add(choice)
-                return
-
     # ------------------------------------------------------------ plans
 
     def schedule(self, now: float) -> bool:
         """Make plans for every ready worker that has something to do and room in its pipeline. Whether any was made."""
-        self._arrive(now)
+        self.arrivals.advance(now)
         queued: dict[int, int] = {}
         for session, _, weight in self.out:
             if weight:
@@ -446,7 +320,7 @@ class Engine:
 
     def _plan(self, worker: Worker, now: float) -> bool:
         if not worker.queue and len(worker.model.workers) > 1 and worker.slots.free:
-            self._steal(worker)
+            self.arrivals.steal(worker)
         group = 0
         if self.suspects.active:
             group = self.suspects.group_at(worker, self.frontends)
@@ -459,8 +333,7 @@ class Engine:
         if plan is None:
             return False
         self.out.append((worker.session, plan, 0))
-        if not worker.watched:
-            self._watch(worker, self._deadline(worker))
+        self.progress.planned(worker)
         return True
 
     # ------------------------------------------------------------ time
@@ -471,17 +344,12 @@ class Engine:
 
     def next_time(self) -> float:
         """When `tick` or `schedule` is due next; inf if never."""
-        return -inf if self._arrivals else self.timers.next_time()
+        return -inf if self.arrivals else self.timers.next_time()
 
     # ------------------------------------------------------------ what others see
 
     def _loading(self) -> int:
         return sum(not worker.ready for worker in self.workers.values())
-
-    def _waiting(self) -> tuple[int, int]:
-        queues = [model.queue for model in self.models.values()] + [w.queue for w in self.workers.values()]
-        choices = sum(len(queue) for queue in queues) + len(self._arrivals)
-        return choices, sum(queue.tokens for queue in queues) + self._arriving_tokens
 
     def _infos(self) -> list[ModelInfo]:
         loading = self._loading()
@@ -507,7 +375,7 @@ class Engine:
         busy, idle = sum(w.busy_seconds for w in ready), sum(w.idle_seconds for w in ready)
         count = self.counters.get
         return {
-            "requests_waiting": self._waiting()[0],
+            "requests_waiting": self.arrivals.waiting()[0],
             "requests_running": sum(w.running for w in ready),
             "requests_finished": self.ledger.finished,
             "requests_failed": self.ledger.failed,
@@ -539,7 +407,7 @@ class Engine:
             if frontend is not None:
                 assert frontend.in_flight == in_flight.get(frontend.index, 0), "credit does not match the rows in flight"
                 assert frontend.unsent == sum(request.unsent for request in frontend.requests.values())
-        arriving = {id(choice) for choice, _ in self._arrivals}
+        arriving = {id(choice) for choice in self.arrivals}
         for request in self.ledger.requests.values():
             assert request.frontend.requests.get(request.id) is request
             assert request.ended == all(choice.state is State.ENDED for choice in request.choices), (

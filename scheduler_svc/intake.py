@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from protocol.columns import Int32, pack, unpack
 from protocol.counters import Counters
 from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit, Tokens
 from protocol.messages import Choice as TheirChoice
+from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.models import Model
@@ -22,7 +21,7 @@ RETRY_AFTER = 1.0  # seconds, told with a refusal for a full queue
 
 
 class Intake:
-    """Keeps the ledger as the frontends say. `enqueue(choice)` lets a new choice wait for a slot."""
+    """Keeps the ledger as the frontends say. New choices wait for a slot by way of the arrivals."""
 
     def __init__(
         self,
@@ -32,7 +31,7 @@ class Intake:
         models: dict[str, Model],
         shares: Shares,
         counters: Counters,
-        enqueue: Callable[[Choice, float], None],
+        arrivals: Arrivals,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
@@ -40,12 +39,10 @@ class Intake:
         self._models = models
         self._shares = shares
         self._counters = counters
-        self._enqueue = enqueue
+        self._arrivals = arrivals
         self._numbers = 0
         self._attaches: dict[bytes, tuple[int, Attach]] = {}  # unknown ones, held while resubmissions may still come
         self.hasher: Hasher
-        self.waiting: Callable[[], tuple[int, int]]  # requests and tokens that wait
-        self.loading: Callable[[], int]  # workers that have not said READY yet
         self.attach_hold_until = 0.0
 
     # ------------------------------------------------------------ SUBMIT
@@ -83,14 +80,14 @@ class Intake:
             if told.ended or _ends(choice):
                 self._ledger.stop(choice)
             else:
-                self._enqueue(choice, now)
+                self._arrivals.enqueue(choice, now)
         self._ledger.settle(request, now)
 
     def _refusal(self, message: Submit) -> Failed | None:
         """Why a new request cannot be taken."""
         model = self._models.get(message.model)
         if model is None or model.ready is None:
-            if not self.loading() and any(other.ready is not None for other in self._models.values()) and not message.admitted:
+            if not self._arrivals.loading() and any(other.ready is not None for other in self._models.values()) and not message.admitted:
                 return Failed(message.request, 404, "model_not_found", f"The model {message.model!r} does not exist.", "model")
         else:
             vocabulary = model.ready.geometry.vocab_size
@@ -99,7 +96,7 @@ class Intake:
                 reason = f"A token id is outside the model's vocabulary of {vocabulary}."
                 return Failed(message.request, 400, "invalid_token", reason, "prompt")
         if not message.admitted:
-            requests, tokens_waiting = self.waiting()
+            requests, tokens_waiting = self._arrivals.waiting()
             settings = self._settings
             if requests >= settings.max_waiting_requests or tokens_waiting + len(message.prompt) // 4 > settings.max_waiting_tokens:
                 self._counters.add("scheduler_refused_full")
@@ -156,7 +153,7 @@ class Intake:
         choice.tokens = known
         if not _ends(choice):
             choice.state = State.WAITING
-            self._enqueue(choice, now)
+            self._arrivals.enqueue(choice, now)
 
     def adopt(self, frontend: Frontend, request: Request, handle: int) -> None:
         """The request belongs to this frontend session from here on; rows in flight count against its credit."""

@@ -10,7 +10,7 @@ from math import inf
 from protocol.counters import Counters
 from protocol.messages import Failed, Message
 from scheduler_svc.frontends import Frontend
-from scheduler_svc.planner import detach_forks
+from scheduler_svc.preemption import detach_forks
 from scheduler_svc.requests import Choice, Request, State
 
 KEPT_BYTES = 64 << 20  # ended requests are kept up to this size, oldest out first

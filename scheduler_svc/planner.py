@@ -11,20 +11,17 @@ A steady decode step touches whole columns only; Python visits the rows where so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from protocol.columns import EMPTY, Int32, pack
+from protocol.columns import Int32, pack
 from protocol.counters import Counters
 from protocol.messages import Admit, Plan
 from scheduler_svc.admission import fits
+from scheduler_svc.draft import Draft, assemble
 from scheduler_svc.frontends import Frontends
+from scheduler_svc.preemption import preempt
 from scheduler_svc.requests import Choice, State
-from scheduler_svc.worker import DECODE, DRAIN, PLANNED, PREFILL, Copy, DecodeRows, Index, InFlight, Worker, per_frontend
-
-Entries = tuple[Sequence[int] | Index, Sequence[int] | Int32, Sequence[int] | Int32]  # slots, indices, blocks of tables
-NONE_FILLED: tuple[Index, Int32] = (np.zeros(0, dtype=np.intp), EMPTY)
+from scheduler_svc.worker import DECODE, PLANNED, PREFILL, Copy, DecodeRows, Index, Worker
 
 
 class Planner:
@@ -39,32 +36,21 @@ class Planner:
         self.trial = trial  # suspects that run alone in this step (suspects.py); 0: everyone but suspects
         self.budget = worker.budget
         self.preempted = False
-        # single rows (slot, start, count, outputs), behind the decodes
-        self.rows: list[tuple[int, int, int, int]] = []
-        self.decodes: DecodeRows | None = None
-        self.starts = EMPTY  # of the decodes
-        self.filled: tuple[Index, Int32] = NONE_FILLED
-        self.assign: list[Entries] = []
-        self.share: list[Entries] = []
-        self.binds: list[tuple[int, int, int]] = []
-        self.admits: list[Admit] = []
-        self.forks: list[tuple[int, int]] = []  # row (among the single ones), slot
-        self.pending: list[tuple[int, bytes]] = []
-        self.copies: list[Copy] = []
+        self.draft = Draft()
         self.credit: dict[int, int] = {}  # free tokens per frontend index, as this plan uses them up
 
     def make(self, now: float) -> Plan | None:
         """Make the plan and enter it among those in flight. None if there is nothing to do."""
         worker = self.worker
-        self.copies, worker.copies = worker.copies, []
+        self.draft.copies, worker.copies = worker.copies, []
         self._decodes()
         self._prefills()
         if not self.preempted and worker.queue:
             self._admissions()
-        if not (self.rows or self.decodes or ((worker.has_news or self.copies) and not worker.in_flight)):
-            worker.copies = self.copies
+        if not (self.draft.rows or self.draft.decodes or ((worker.has_news or self.draft.copies) and not worker.in_flight)):
+            worker.copies = self.draft.copies
             return None
-        return self._assemble(now)
+        return assemble(worker, self.draft, self.frontends, now)
 
     # ------------------------------------------------------------ 1. running sequences
 
@@ -100,8 +86,8 @@ class Planner:
             return
         if len(grow):
             self._grow(grow)
-        self.decodes = rows
-        self.starts = s.computed[rows.slots]
+        self.draft.decodes = rows
+        self.draft.starts = s.computed[rows.slots]
         self.budget -= len(rows.slots)
         s.length += rows.mask
         s.computed += rows.mask
@@ -109,7 +95,7 @@ class Planner:
             self.credit[index] = self._credit(index) - n
         if worker.caching:
             full = (rows.mask & (s.computed == s.capacity)).nonzero()[0]
-            self.filled = (full, s.generation[full])
+            self.draft.filled = (full, s.generation[full])
         last = (rows.mask & (s.length >= s.limit)).nonzero()[0]
         if len(last):
             s.state[last] = PLANNED
@@ -148,7 +134,7 @@ class Planner:
         s.table[slots, indices] = taken
         s.blocks[slots] = indices + 1
         s.capacity[slots] += self.worker.block_size
-        self.assign.append((slots, indices, taken))
+        self.draft.assign.append((slots, indices, taken))
 
     def _prefills(self) -> None:
         """The next chunk of every prefill that is under way, oldest first."""
@@ -189,8 +175,8 @@ class Planner:
         s.computed[slot] = end
         if self.caching:
             self._publish(slot, start // size, end // size)
-        row = len(self.rows)
-        self.rows.append((slot, start, count, int(ends)))
+        row = len(self.draft.rows)
+        self.draft.rows.append((slot, start, count, int(ends)))
         if ends:
             self.credit[choice.request.frontend.index] -= outputs
             self._sampled_first(slot, length)
@@ -206,14 +192,14 @@ class Planner:
         s.table[slot, first:last] = blocks
         s.blocks[slot] = last
         s.capacity[slot] = last * self.worker.block_size
-        self.assign.append(([slot] * len(blocks), range(first, last), blocks))
+        self.draft.assign.append(([slot] * len(blocks), range(first, last), blocks))
 
     def _publish(self, slot: int, first: int, last: int) -> None:
         """Blocks first … last − 1 of the slot are full with this plan: later rows may share them from here on."""
         s, blocks = self.worker.slots, self.worker.blocks
         if last <= first:
             return
-        self.pending += blocks.publish(s.table[slot, first:last].tolist(), s.names[slot][first:last])
+        self.draft.pending += blocks.publish(s.table[slot, first:last].tolist(), s.names[slot][first:last])
 
     def _sampled_first(self, slot: int, length: int) -> None:
         """The slot's prefill ends in this plan: from the next one on it decodes."""
@@ -250,7 +236,7 @@ class Planner:
                 self.worker.copies.append(Copy(source, target, slot, int(s.generation[slot])))
             s.computed[slot] = length
             self._sampled_first(slot, length)
-            self.forks.append((row, slot))
+            self.draft.forks.append((row, slot))
 
     def _share(self, slot: int, blocks: Int32) -> None:
         """Blocks to be read only, at the head of the slot's empty table."""
@@ -261,7 +247,7 @@ class Planner:
             s.table[slot, :n] = blocks
             s.blocks[slot] = n
             s.capacity[slot] = n * self.worker.block_size
-            self.share.append(([slot] * n, range(n), blocks.tolist()))
+            self.draft.share.append(([slot] * n, range(n), blocks.tolist()))
 
     def _bind(self, choice: Choice) -> int:
         """A slot for a choice, a record for it if its worker has none."""
@@ -270,8 +256,8 @@ class Planner:
         if not choice.cached_record:
             worker.records += 1
             choice.cached_record = worker.records
-            self.admits.append(Admit(worker.records, request.submit.prompt, pack(choice.tokens), choice.seed, request.params))
-        self.binds.append((slot, int(worker.slots.generation[slot]), choice.cached_record))
+            self.draft.admits.append(Admit(worker.records, request.submit.prompt, pack(choice.tokens), choice.seed, request.params))
+        self.draft.binds.append((slot, int(worker.slots.generation[slot]), choice.cached_record))
         return slot
 
     # ------------------------------------------------------------ 2. preemption
@@ -287,9 +273,9 @@ class Planner:
         choices = [c for c in (s.choice[slot] for slot in held) if c is not None]
         oldest = min((c.key for c in choices if not self._owes(c)), default=None)
         # those planned already keep their blocks for this step, unless nothing more is planned after the claim
-        planned = {copy.slot for copy in self.copies}
+        planned = {copy.slot for copy in self.draft.copies}
         if claimant is None or claimant.slot >= 0:
-            planned |= {row[0] for row in self.rows}.union(self.decodes.slots.tolist() if self.decodes else ())
+            planned |= {row[0] for row in self.draft.rows}.union(self.draft.decodes.slots.tolist() if self.draft.decodes else ())
         victims = [c for c in choices if c.key != oldest and c.slot not in planned and s.blocks[c.slot] and self._yields(c, claimant)]
         if not victims:
             return False
@@ -371,120 +357,3 @@ class Planner:
         request.admitted = True
         self._chunk(slot)
         return True
-
-    # ------------------------------------------------------------ the message
-
-    def _living_copies(self) -> list[Copy]:
-        """The copies whose forks still live; with this plan the sources are free for others."""
-        s = self.worker.slots
-        self.worker.blocks.release([copy.source for copy in self.copies])
-        return [copy for copy in self.copies if s.generation[copy.slot] == copy.generation and s.state[copy.slot] != DRAIN]
-
-    def _assemble(self, now: float) -> Plan:
-        worker, s, decodes = self.worker, self.worker.slots, self.decodes
-        worker.step += 1
-        copies = self._living_copies()
-        seals = [(block, name) for block, name in worker.seals if worker.blocks.hash_of[block] == name]
-        if decodes is None:
-            decodes = worker.rows_of(np.zeros(0, dtype=np.intp))
-        packed = [decodes.slots_packed, decodes.generations_packed, pack(self.starts), decodes.ones_packed, decodes.ones_packed]
-        flight = InFlight(
-            step=worker.step,
-            version=worker.version,
-            slots=decodes.slots,
-            generations=decodes.generations,
-            credit=decodes.credit,
-            decoding=decodes,
-            filled=self.filled,
-            pending=self.pending,
-            row_slots=decodes.slots,
-            row_generations=decodes.generations,
-        )
-        fork_rows, fork_slots = [len(decodes.slots) + row for row, _ in self.forks], [slot for _, slot in self.forks]
-        if self.rows:
-            slots, starts, counts, outputs = np.array(self.rows, dtype=np.int32).T
-            generations = s.generation[slots]
-            packed = [a + pack(b) for a, b in zip(packed, (slots, generations, starts, counts, outputs), strict=True)]
-            flight.row_slots = np.concatenate((decodes.slots, slots))
-            flight.row_generations = np.concatenate((decodes.generations, generations))
-            flight.slots = np.concatenate((decodes.slots, slots[outputs > 0], np.array(fork_slots, dtype=np.intp)))
-            flight.generations = s.generation[flight.slots]
-            flight.credit = per_frontend(s.frontend[flight.slots])
-            flight.decoding = None
-        for index, n in flight.credit:
-            self.frontends.at(index).in_flight += n
-        if not worker.in_flight:
-            worker.heard = now
-        worker.in_flight.append(flight)
-        assign, share, bind = _entries(self.assign), _entries(self.share), _columns(self.binds)
-        plan = Plan(
-            step=worker.step,
-            drops=_column(worker.drops),
-            frees=_column(worker.frees),
-            seals=_column([block for block, _ in seals]),
-            seal_hashes=b"".join([name for _, name in seals]),
-            withdrawals=_column(worker.withdrawals),
-            admits=self.admits,
-            bind_slots=bind[0],
-            bind_generations=bind[1],
-            bind_records=bind[2],
-            assign_slots=assign[0],
-            assign_indices=assign[1],
-            assign_blocks=assign[2],
-            share_slots=share[0],
-            share_indices=share[1],
-            share_blocks=share[2],
-            copy_from=_column([copy.source for copy in copies]),
-            copy_to=_column([copy.target for copy in copies]),
-            slots=packed[0],
-            generations=packed[1],
-            starts=packed[2],
-            counts=packed[3],
-            outputs=packed[4],
-            fork_rows=_column(fork_rows),
-            fork_slots=_column(fork_slots),
-        )
-        worker.drops, worker.frees, worker.seals, worker.withdrawals = [], [], [], []
-        return plan
-
-
-def _column(values: Sequence[int]) -> bytes:
-    """Most columns of most plans are empty."""
-    return pack(values) if values else b""
-
-
-def _columns(entries: list[tuple[int, int, int]]) -> tuple[bytes, bytes, bytes]:
-    if not entries:
-        return b"", b"", b""
-    first, second, third = np.array(entries, dtype=np.int32).T
-    return pack(first), pack(second), pack(third)
-
-
-def _entries(parts: list[Entries]) -> tuple[bytes, bytes, bytes]:
-    """Columns of slots, indices and blocks."""
-    first, second, third = ([np.asarray(part[i], dtype="<i4").tobytes() for part in parts] for i in range(3))
-    return b"".join(first), b"".join(second), b"".join(third)
-
-
-def preempt(worker: Worker, choice: Choice) -> None:
-    """Take a running choice's blocks now and its slot once its last row is acknowledged; then it waits again."""
-    s, slot = worker.slots, choice.slot
-    detach_forks(worker, choice)
-    if s.known[slot] == s.length[slot]:
-        worker.unbind(slot)
-        worker.queue.add(choice)
-        return
-    worker.drop_blocks(slot)
-    s.state[slot] = DRAIN
-    worker.prefilling.discard(slot)
-    s.computed[slot] = 0
-    choice.state = State.DRAINING
-    worker.draining.add(slot)
-    worker.decoding = None
-
-
-def detach_forks(worker: Worker, choice: Choice) -> None:
-    """Siblings that hoped to share the choice's prefill wait on their own again."""
-    for sibling in choice.forks:
-        worker.queue.add(sibling)
-    choice.forks = []

@@ -113,6 +113,7 @@ class Worker:
         self.name = name
         self.incarnation = incarnation
         self.ready = False
+        self.closed = False
         self.fenced = False  # its session is about to be ended
         self.hung = False  # for want of progress
         self.watched = False  # a timer will judge its progress

@@ -597,7 +597,7 @@ def test_a_fault_of_ours_ends_the_request_that_met_it(monkeypatch: pytest.Monkey
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.engine.intake, "_enqueue", broken)
+        patch.setattr(stage.engine.arrivals, "enqueue", broken)
         failed = failure(stage, frontend.submit(PROMPT, stage.now))
     assert failed.status == 500
     stage.run()

@@ -1,0 +1,146 @@
+"""The way of a choice from its arrival into a queue: named block by block, routed, held if no worker can take it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from math import inf
+
+from scheduler_svc.ledger import Ledger, Timers
+from scheduler_svc.models import Model
+from scheduler_svc.prefix import Chain, Hasher
+from scheduler_svc.requests import Choice, Request, State
+from scheduler_svc.settings import SchedulerSettings
+from scheduler_svc.worker import Worker
+
+HASHED_BLOCKS = 256  # named between two plans: 0.2 ms
+ARRIVALS = 64  # choices routed between two plans
+
+
+class Arrivals:
+    """Choices on their way. The work is done in slices, between plans."""
+
+    def __init__(
+        self, settings: SchedulerSettings, ledger: Ledger, timers: Timers, models: dict[str, Model], loading: Callable[[], int]
+    ) -> None:
+        """`loading()`: workers that have not said READY yet."""
+        self._settings = settings
+        self._ledger = ledger
+        self._timers = timers
+        self._models = models
+        self.loading = loading
+        self.hasher: Hasher
+        self._entries: deque[tuple[Choice, int]] = deque()  # with their tokens
+        self._tokens = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def __iter__(self) -> Iterator[Choice]:
+        return (choice for choice, _ in self._entries)
+
+    def enqueue(self, choice: Choice, now: float) -> None:
+        """Let a choice wait; it is hashed and routed between plans."""
+        choice.state = State.WAITING
+        request = choice.request
+        request.held_since = request.held_since or now
+        if request.deadline and not request.admitted:
+            self._timers.at(request.deadline, lambda then: self._overdue(request, then))
+        self._entries.append((choice, choice.length))
+        self._tokens += choice.length
+
+    def advance(self, now: float) -> None:
+        """Name some blocks of the arrivals, and let those which are complete wait at a worker."""
+        blocks = HASHED_BLOCKS
+        for _ in range(ARRIVALS):
+            if not self._entries:
+                return
+            choice, tokens = self._entries[0]
+            if choice.state is State.WAITING and choice.queue is None:
+                blocks -= self._name(choice, blocks)
+                if blocks <= 0:
+                    return
+                self._route(choice, now)
+            self._entries.popleft()
+            self._tokens -= tokens
+
+    def _name(self, choice: Choice, most: int) -> int:
+        """Name at most `most` blocks of the choice, for every block size among the model's workers."""
+        named = 0
+        if not self._settings.enable_prefix_caching:
+            return named
+        for size in {worker.block_size for worker in choice.request.model.workers}:
+            chain = choice.chains.get(size)
+            if chain is None:
+                fresh = choice.request.chains.get(size) if not len(choice.tokens) else None
+                chain = fresh or Chain(self.hasher, size, choice.all_tokens, choice.request.root)
+                choice.chains[size] = chain
+                if not len(choice.tokens):
+                    choice.request.chains[size] = chain
+            named += chain.extend(most - named)
+            if not chain.complete:
+                return most
+        return named
+
+    def _route(self, choice: Choice, now: float) -> None:
+        worker = choice.request.model.route(choice)
+        if worker is not None:
+            worker.queue.add(choice)
+            choice.request.held_since = 0.0
+            return
+        choice.request.model.queue.add(choice)
+        self._hold(choice.request, now)
+
+    def _hold(self, request: Request, now: float) -> None:
+        """Judge a request that no ready worker can take: is it worth waiting?"""
+        model, times = request.model, self._settings.times
+        if request.ended or not any(choice.queue is model.queue for choice in request.choices):
+            return
+        settled = max(model.lost_at + times.move, now) if model.lost_at > -inf else now
+        if not request.admitted and not self.loading() and settled <= now:
+            if model.ready is not None and not model.fits(request):
+                reason = f"The prompt of {len(request.prompt)} tokens and max_tokens of {request.params.max_tokens} exceed"
+                self._ledger.fail(request, now, 400, "context_length_exceeded", f"{reason} the {model.longest} tokens that fit.", "prompt")
+                return
+            if model.ready is None and any(other.ready is not None for other in self._models.values()):
+                self._ledger.fail(request, now, 404, "model_not_found", f"The model {model.name!r} does not exist.", "model")
+                return
+        end = request.held_since + times.hold
+        if now >= end:
+            self._ledger.fail(request, now, 503, "no_worker", "No worker has been able to take the request.", retry_after=times.move)
+            return
+        self._timers.at(min(end, settled) if settled > now else end, lambda then: self._hold(request, then))
+
+    def review(self, now: float) -> None:
+        """Workers have changed: judge again what waits for one."""
+        for model in self._models.values():
+            for request in {choice.request for choice in model.queue}:
+                self._hold(request, now)
+
+    def _overdue(self, request: Request, now: float) -> None:
+        if not request.admitted:
+            self._ledger.fail(request, now, 503, "deadline_exceeded", "The request waited longer than its deadline allows.")
+
+    def steal(self, worker: Worker) -> None:
+        """An idle worker takes the first in line of one that has no room."""
+        for other in worker.model.workers:
+            if other is worker or not other.queue or (other.slots.free and other.stuck is None):
+                continue
+            choice = other.queue.first(lambda _: False, 0)
+            if choice is None:
+                continue
+            chained = not self._settings.enable_prefix_caching or (
+                worker.block_size in choice.chains and choice.chains[worker.block_size].complete
+            )
+            if choice.limit <= worker.capacity and chained:
+                other.queue.remove(choice)
+                if choice.worker is not None:
+                    choice.worker.drop_record(choice)
+                worker.queue.add(choice)
+                return
+
+    def waiting(self) -> tuple[int, int]:
+        """Choices that wait, and their tokens."""
+        queues = [model.queue for model in self._models.values()]
+        queues += [worker.queue for model in self._models.values() for worker in model.workers]
+        return sum(len(queue) for queue in queues) + len(self._entries), sum(queue.tokens for queue in queues) + self._tokens
