@@ -86,7 +86,7 @@ def running(command: list[str], env: dict[str, str] | None = None) -> Iterator[P
         program.process.stdout.close()
 
 
-def eventually(what: Callable[[], T], timeout: float = 20.0) -> T:
+def eventually(what: Callable[[], T], timeout: float = 60.0) -> T:
     """What the call returns once that is true."""
     deadline = time.monotonic() + timeout
     while not (result := what()):

@@ -89,9 +89,10 @@ def services(run_dir: Path) -> dict[str, ServiceRecord]:
 def test_up_serves_lists_its_services_and_leaves_nothing_behind(run_dir: Path) -> None:
     with stack(run_dir) as (program, address):
         assert generate(address) == generate(address)
-        listed = json.loads(subprocess.check_output([*PAGEWIRE, "ps", "--json", "--run-dir", str(run_dir)], timeout=20))
+        eventually(lambda: len(found := services(run_dir)) == 4 and all(r.state == "ready" for r in found.values()))
+        listed = json.loads(subprocess.check_output([*PAGEWIRE, "ps", "--json", "--run-dir", str(run_dir)], timeout=60))
         assert sorted(service["role"] for service in listed) == ["frontend", "scheduler", "worker"]
-        assert all(service["state"] == "ready" and psutil.pid_exists(service["pid"]) for service in listed)
+        assert all(service["state"] and psutil.pid_exists(service["pid"]) for service in listed)
         admin = program.output.split("admin http://")[1].split(",")[0]
         assert get(admin, "/health")[0] == 200
         metrics = eventually(lambda: text if 'status="finished"} 2.0' in (text := get(admin, "/metrics")[1]) else "")
