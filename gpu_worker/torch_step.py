@@ -27,12 +27,18 @@ from protocol.tokenizer_files import bundle_hash
 
 _CACHE_BYTES = 2 << 30  # of keys and values on the CPU, unless the number of blocks is given
 _CACHE_SHARE = 0.4  # of the memory available, at most
+# Up to these sizes, what stands between the linears is computed on one thread: waking another takes longer.
+_SMALL_TOKENS = 32
+_SMALL_CONTEXT = 8192
 
 
 class TorchStep:
     """A loaded model, its cache, and the device state of every slot."""
 
-    def __init__(self, model: Llama, attention: Attention, cache: torch.Tensor, geometry: Geometry, begun: Callable[[], None]) -> None:
+    def __init__(
+        self, model: Llama, attention: Attention, cache: torch.Tensor, geometry: Geometry, threads: int, begun: Callable[[], None]
+    ) -> None:
+        self._threads = threads
         self._model = model
         self._attention = attention
         self._cache = cache
@@ -57,7 +63,7 @@ class TorchStep:
         if length > config.max_length:
             raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
         config.check_length(length)
-        device, dtype, packed, maker = _placement(settings, files)
+        device, dtype, packed, maker = _placement(settings, files, threads)
         weights = load_weights(config, files.tensors(device, dtype), maker)
         shape = _cache_shape(settings, config, length, device, dtype)
         cache = new_cache(shape, device, dtype)
@@ -84,7 +90,7 @@ class TorchStep:
             tokenizer=bundle_hash(files.bundle),
             bundle=files.bundle,
         )
-        return TorchStep(model, attention, cache, geometry, begun), description
+        return TorchStep(model, attention, cache, geometry, threads, begun), description
 
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
@@ -92,6 +98,8 @@ class TorchStep:
         self._apply(step)
         if not len(step.slots):
             return Outcome(tokens=np.zeros(0, np.int32), flags=np.zeros(0, np.uint8), copied=step.plan.step)
+        small = int(step.counts.sum()) <= _SMALL_TOKENS and int((step.starts + step.counts).sum()) <= _SMALL_CONTEXT
+        torch.set_num_threads(1 if small else self._threads)
         logits = self._forward(step)
         slots = step.output_slots
         live = ~self._dead[slots]
@@ -164,7 +172,7 @@ class TorchStep:
         return torch.from_numpy(values.astype(np.int64)).to(self._device)
 
 
-def _placement(settings: WorkerSettings, files: ModelFiles) -> tuple[torch.device, torch.dtype, bool, LinearMaker]:
+def _placement(settings: WorkerSettings, files: ModelFiles, threads: int) -> tuple[torch.device, torch.dtype, bool, LinearMaker]:
     """Device, dtype of activations and cache, whether weights stay packed, and the maker of linears."""
     if settings.device == "cuda":
         if not torch.cuda.is_available():
@@ -175,7 +183,7 @@ def _placement(settings: WorkerSettings, files: ModelFiles) -> tuple[torch.devic
     if settings.dtype not in ("auto", "float32"):
         raise LoadError(f"dtype {settings.dtype} is not supported on the CPU; float32 and auto (a GGUF's weights kept packed) are")
     packed = settings.dtype == "auto" and files.quantised
-    return torch.device("cpu"), torch.float32, packed, CpuMaker(packed)
+    return torch.device("cpu"), torch.float32, packed, CpuMaker(packed, threads)
 
 
 def _cache_shape(settings: WorkerSettings, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> CacheShape:

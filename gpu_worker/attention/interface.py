@@ -59,8 +59,9 @@ class Attention(Protocol):
     def begin(self, rows: Rows) -> None:
         """Prepare what all layers of a step share."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write k and v ([tokens, kv_heads, head_dim], keys rotated) of the step's tokens into their blocks, then attend.
+    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """Write the keys and values of the step's tokens into their blocks, then attend.
 
-        q: [tokens, heads, head_dim]. Returns [tokens, heads · head_dim]. Each token sees its row's positions up to its own.
+        q: [tokens, heads, head_dim]. kv: [tokens, 2 · kv_heads, head_dim], rotated keys first; any strides. Returns
+        [tokens, heads · head_dim]. Each token sees its row's positions up to its own.
         """

@@ -10,10 +10,14 @@ from gpu_worker.loading.config import ModelConfig, RopeScaling
 
 
 def rope_table(config: ModelConfig, length: int) -> torch.Tensor:
-    """cos and sin of every position below `length`: float32 [length, 2, head_dim / 2]."""
+    """What functions.rotate_ multiplies by at every position below `length`: float32 [length, 2, head_dim].
+
+    First the cosines, once for each half of a head, then the sines, negated for the first half.
+    """
     frequencies, magnitude = _frequencies(config)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-    return torch.stack((angles.cos(), angles.sin()), dim=1) * magnitude
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)), dim=1) * magnitude
 
 
 def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

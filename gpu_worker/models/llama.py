@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from gpu_worker.attention.interface import Attention
-from gpu_worker.layers.functions import rms_norm, rotate, silu_mul
+from gpu_worker.layers.functions import rms_norm, rotate_, silu_mul
 from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.models.weights import LayerWeights, Weights
@@ -52,8 +52,8 @@ class Llama:
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         qkv = layer.qkv(x).view(x.shape[0], heads + 2 * kv_heads, dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = rotate(rms_norm(qkv[:, :heads], layer.q_norm, config.norm_eps), cos, sin)
-            k = rotate(rms_norm(qkv[:, heads : heads + kv_heads], layer.k_norm, config.norm_eps), cos, sin)
-        else:
-            q, k = rotate(qkv[:, : heads + kv_heads], cos, sin).tensor_split((heads,), dim=1)
-        return layer.o(attention.attend(index, q, k, qkv[:, heads + kv_heads :]))
+            q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+            q.copy_(rms_norm(q, layer.q_norm, config.norm_eps))
+            k.copy_(rms_norm(k, layer.k_norm, config.norm_eps))
+        rotate_(qkv[:, : heads + kv_heads], cos, sin)
+        return layer.o(attention.attend(index, qkv[:, :heads], qkv[:, heads:]))

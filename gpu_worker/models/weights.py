@@ -87,14 +87,15 @@ class DenseMaker:
 class CpuMaker:
     """float32 in oneDNN's layout; with `packed`, what a file stores in 4 or 8 bits stays in 4 or 8 bits."""
 
-    def __init__(self, packed: bool) -> None:
+    def __init__(self, packed: bool, threads: int) -> None:
         self._packed = packed
+        self._threads = threads
 
     def linear(self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None) -> Linear:
         four_bit = self._four_bit(source, pieces) if self._packed else None
         if four_bit is not None and FourBitLinear.fits(*four_bit.q.shape):
-            return FourBitLinear(four_bit, bias)
-        return PrepackedLinear(_float32(source, pieces), bias)
+            return FourBitLinear(four_bit, bias, self._threads)
+        return PrepackedLinear(_float32(source, pieces), bias, self._threads)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
         return values.float().contiguous()
@@ -103,14 +104,16 @@ class CpuMaker:
         packed = self._packed and source.eight_bit(table)
         weight = _float32(source, (table,))
         if packed and output is None:
-            rows = EightBitRows(weight)
+            rows = EightBitRows(weight, self._threads)
             return rows, rows
-        embedding = EightBitRows(weight) if packed else DenseEmbedding(weight)
-        return embedding, PrepackedLinear(weight) if output is None else self._head(source, output)
+        embedding = EightBitRows(weight, self._threads) if packed else DenseEmbedding(weight)
+        return embedding, self._head(source, table if output is None else output)
 
     def _head(self, source: TensorSource, output: Piece) -> Linear:
         weight = _float32(source, (output,))
-        return EightBitRows(weight) if self._packed and source.eight_bit(output) else PrepackedLinear(weight)
+        if self._packed and source.eight_bit(output):
+            return EightBitRows(weight, self._threads)
+        return PrepackedLinear(weight, None, self._threads)
 
     def _four_bit(self, source: TensorSource, pieces: tuple[Piece, ...]) -> FourBit | None:
         parts = []
