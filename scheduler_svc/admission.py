@@ -34,7 +34,7 @@ def fits(worker: Worker, choice: Choice, blocks: int) -> bool:
     siblings = sum(c.queue is worker.queue and not len(c.tokens) for c in request.choices) if not len(choice.tokens) else 1
     end = len(request.prompt) + expected
     own = min(choice.limit, end if end > choice.length else choice.length + BEYOND) - choice.length
-    have = np.concatenate((np.maximum(length, s.capacity[busy]), [blocks * size] + [size] * (siblings - 1)))
+    have = np.concatenate((length, [blocks * size - (-choice.length % size)] + [0] * (siblings - 1)))
     left = np.concatenate((left, [own] * siblings))
     order = np.argsort(-left, kind="stable")
     peak = int((np.cumsum(have[order] + size // 2) + left[order] * np.arange(1, len(order) + 1)).max())

@@ -245,8 +245,11 @@ class Engine:
         model.join(worker, message)
         self._announce()
         for choice in list(model.queue):
-            model.queue.remove(choice)
-            self.arrivals.enqueue(choice, now)
+            if reason := model.objection(choice.request.submit):
+                self.ledger.fail(choice.request, now, 400, "invalid_token", reason, "prompt")
+            elif choice.queue is model.queue:
+                model.queue.remove(choice)
+                self.arrivals.enqueue(choice, now)
         self.arrivals.review(now)
 
     def _fence(self, worker: Worker, reason: str) -> None:

@@ -89,12 +89,8 @@ class Intake:
         if model is None or model.ready is None:
             if not self._arrivals.loading() and any(other.ready is not None for other in self._models.values()) and not message.admitted:
                 return Failed(message.request, 404, "model_not_found", f"The model {message.model!r} does not exist.", "model")
-        else:
-            vocabulary = model.ready.geometry.vocab_size
-            tokens = unpack(message.prompt)
-            if int(tokens.max()) >= vocabulary:
-                reason = f"A token id is outside the model's vocabulary of {vocabulary}."
-                return Failed(message.request, 400, "invalid_token", reason, "prompt")
+        elif reason := model.objection(message):
+            return Failed(message.request, 400, "invalid_token", reason, "prompt")
         if not message.admitted:
             requests, tokens_waiting = self._arrivals.waiting()
             settings = self._settings

@@ -6,7 +6,7 @@ import bisect
 from collections import deque
 
 from protocol.columns import EMPTY, unpack
-from protocol.messages import ModelInfo, Ready
+from protocol.messages import ModelInfo, Ready, Submit
 from scheduler_svc.requests import Choice, Request
 from scheduler_svc.waiting import Queue, Shares
 from scheduler_svc.worker import Worker
@@ -82,6 +82,13 @@ class Model:
     def fits(self, request: Request) -> bool:
         """Whether the largest worker seen could hold one choice of the request to its end."""
         return len(request.prompt) + request.params.max_tokens <= self.longest
+
+    def objection(self, request: Submit) -> str:
+        """Why the model cannot read a prompt, or nothing. Known only once a worker has announced the vocabulary."""
+        if self.ready is None:
+            return ""
+        size = self.ready.geometry.vocab_size
+        return f"A token id is outside the model's vocabulary of {size}." if int(unpack(request.prompt).max()) >= size else ""
 
     def route(self, choice: Choice) -> Worker | None:
         """The worker to wait at: the longest cached prefix, then the least load. None if no ready one can hold it."""

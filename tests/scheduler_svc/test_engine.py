@@ -309,6 +309,17 @@ def test_a_token_outside_the_vocabulary_is_refused() -> None:
     assert (failed.status, failed.param) == (400, "prompt")
 
 
+def test_a_prompt_that_came_before_the_model_is_checked_when_the_model_is_known() -> None:
+    stage = Stage()
+    frontend = stage.frontend()
+    bad, good = frontend.submit([1, 64], stage.now, n=2), frontend.submit(PROMPT, stage.now)
+    stage.plan()
+    stage.worker()
+    assert failure(stage, bad).param == "prompt"
+    stage.run()
+    assert good.complete
+
+
 def test_an_unknown_model_is_refused_and_known_ones_answer_by_name() -> None:
     stage = Stage()
     stage.worker()
