@@ -151,6 +151,7 @@ class Link:
         self._times = times
         self.heard = now
         self.sent = -inf
+        self._forgiven = 0.0  # seconds, since it was heard
 
     def send(self, body: bytes, weight: int, now: float) -> list[list[bytes]]:
         """Send a message; `weight` is what it counts in `sender.weight` until acknowledged."""
@@ -164,7 +165,7 @@ class Link:
             if header.sequence == 0:
                 raise BadMessage("sequence", "a body without a number in a session")
             bodies = self.receiver.take(header.sequence, body, now)
-        self.heard = now
+        self.heard, self._forgiven = now, 0.0
         return bodies, self._frames(freed, now)
 
     def due(self, now: float) -> list[list[bytes]]:
@@ -190,9 +191,16 @@ class Link:
         return None
 
     def forgive(self, late: float, now: float) -> None:
-        """This side's loop ran late by `late` seconds: what it could not hear meanwhile does not count."""
-        self.heard = min(self.heard + late, now)
-        self.sender.moved = min(self.sender.moved + late, now)
+        """This side's loop ran late by `late` seconds: what it could not hear meanwhile does not count.
+
+        Delays that every loop has do not matter, and one silence is forgiven one silence time in all: else a loop that
+        is late at each of its turns would find each of them too early to judge, and never end anything.
+        """
+        late = min(late, self._times.silence - self._forgiven)
+        if late > self._times.ack:
+            self._forgiven += late
+            self.heard = min(self.heard + late, now)
+            self.sender.moved = min(self.sender.moved + late, now)
 
     def next_time(self) -> float:
         """When this link next needs attention."""

@@ -86,7 +86,9 @@ class Core:
         if self.epochs.state is not State.ACTIVE:
             return
         self.engine.tick(now)
-        if now >= self._admit_at or not self._awaited:
+        if now >= self._admit_at:
+            self._awaited.clear()
+        if not self._awaited:
             self.engine.schedule(now)
         self.flush(now)
 
@@ -104,9 +106,8 @@ class Core:
         """When `turn` must be called next."""
         earliest = min(self.epochs.next_time(), self.listener.next_time())
         if self.epochs.state is State.ACTIVE:
-            earliest = min(earliest, self.engine.next_time())
-            if self._awaited:
-                earliest = min(earliest, self._admit_at)
+            # What has arrived waits for the workers that are awaited: it is no reason to turn.
+            earliest = min(earliest, min(self.engine.timers.next_time(), self._admit_at) if self._awaited else self.engine.next_time())
         return earliest
 
     def _new_engine(self) -> Engine:

@@ -201,6 +201,7 @@ class Load:
                 seen.read(urls[name])
             except BaseException as error:
                 self._broken.append((seen, error))
+                return
 
     @property
     def streaming(self) -> int:

@@ -105,6 +105,18 @@ def test_silence_breaks_the_session_unless_the_judge_was_late() -> None:
     assert link.broken(2 * TIMES.silence) == "silent"
 
 
+def test_a_loop_that_is_late_at_every_turn_ends_a_silence_all_the_same() -> None:
+    for late in (0.0001, 0.05):
+        link, now = Link(1, TIMES, Counters(), 0.0), 0.0
+        while link.broken(now) is None:
+            link.due(now)
+            link.idle_frame(now)
+            now = link.next_time() + late
+            link.forgive(late, now)
+            assert now < 2.5 * TIMES.silence, "it is never judged"
+        assert now >= TIMES.silence
+
+
 def test_an_acknowledgement_of_its_own_goes_out_after_the_ack_time() -> None:
     link = Link(1, TIMES, Counters(), 0.0)
     link.idle_frame(0.0)

@@ -27,6 +27,9 @@ from scheduler_svc.settings import SchedulerSettings
 from tests.simulation.clock import Clock
 from tests.simulation.network import Connection, Frames, Network
 
+SOON = 1e-4  # seconds: a wake-up that is overdue comes after this
+SPINS = 200
+
 
 class Node:
     """A process: a name, life, pauses, and a wake-up at the time its core names."""
@@ -37,6 +40,8 @@ class Node:
         self.alive = True
         self.paused_until = 0.0
         self._wake_at = inf
+        self._woken_at = -inf
+        self._spins = 0  # wake-ups in a row, each as soon as it can be
 
     def run(self, call: Callable[[], None]) -> None:
         """Run something in this process: now, or when its pause ends; never, if it dies before."""
@@ -61,6 +66,10 @@ class Node:
         if self.clock.now < self._wake_at:
             return  # an earlier wake-up has replaced this one
         self._wake_at = inf
+        self._spins = self._spins + 1 if self.clock.now - self._woken_at < 2 * SOON else 0
+        self._woken_at = self.clock.now
+        if self._spins == SPINS:
+            raise AssertionError(f"{self.name} spins: it asks to be woken {SPINS} times in a row, with nothing to do")
         self.wake()
 
     def wake(self) -> None:
@@ -132,7 +141,7 @@ class SchedulerNode(Node):
                 lost.append(route)
         for route in lost:
             self.core.disconnected(route, self.clock.now)
-        self.wake_at(max(self.core.next_time(), self.clock.now + 1e-4))
+        self.wake_at(max(self.core.next_time(), self.clock.now + SOON))
 
     def crash(self) -> None:
         self.alive = False
@@ -185,7 +194,7 @@ class PeerNode(Node):
         """Timers, then transmit; sockets of an ended session are renewed."""
         self.take(self.dialer.tick(self.clock.now))
         self.transmit()
-        self.wake_at(max(min(self.dialer.next_time(), self.deadline()), self.clock.now + 1e-4))
+        self.wake_at(max(min(self.dialer.next_time(), self.deadline()), self.clock.now + SOON))
 
     def deadline(self) -> float:
         return inf

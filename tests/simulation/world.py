@@ -315,8 +315,16 @@ class World:
             if self.clock.now > limit:
                 late = [c.entry.request.hex()[:8] for c in self.clients if not c.ended]
                 raise self.broken(f"{len(late)} of {len(self.clients)} requests have no end: {late}")
-            self.clock.step()
+            self._step()
         self._settle()
+
+    def _step(self) -> None:
+        try:
+            self.clock.step()
+        except Broken:
+            raise
+        except AssertionError as error:
+            raise self.broken(str(error)) from error
 
     def _check(self) -> None:
         for node in self.schedulers.values():
@@ -330,7 +338,7 @@ class World:
         """Nothing asks for anything any more: blocks and requests must all be given back."""
         until = self.clock.now + 8.0
         while self.clock.now < until:
-            self.clock.step()
+            self._step()
         self._check()
         active = [n for n in self.schedulers.values() if n.alive and n.core.state == "active"]
         if len(active) != 1:
