@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler_svc.requests import Choice
-from scheduler_svc.worker import DECODE, PLANNED, PREFILL, Worker
+from scheduler_svc.worker import DECODE, PLANNED, PREFILL, Worker, blocks_for
 
 BEYOND = 64  # tokens still expected of a sequence that is longer than predicted
 
@@ -19,24 +19,25 @@ def fits(worker: Worker, choice: Choice, blocks: int) -> bool:
     recent ones of the model, or its max_tokens if that is less. Wrong guesses cost a preemption, never correctness.
     """
     s, size = worker.slots, worker.block_size
-    held = s.blocks.sum()
-    busy = np.flatnonzero((s.state == PREFILL) | (s.state == DECODE) | (s.state == PLANNED))
-    length = s.length[busy]
-    reserved = int(np.maximum(-(-length // size) - s.blocks[busy], 0).sum())
+    reserved = sum(-(-int(s.length[slot]) // size) - int(s.blocks[slot]) for slot in worker.prefilling)
     if blocks + reserved > worker.blocks.available:
         return False
+    request = choice.request
+    siblings = sum(c.queue is worker.queue and not len(c.tokens) for c in request.choices) if not len(choice.tokens) else 1
+    if not worker.running or worker.promised + siblings * blocks_for(choice.limit, size) <= worker.blocks.count:
+        return True  # even if everyone grows to the limit at once
+    busy = np.flatnonzero((s.state == PREFILL) | (s.state == DECODE) | (s.state == PLANNED))
     if not len(busy):
         return True
+    length = s.length[busy]
     expected = worker.model.outputs.expected
     ends = s.prompt[busy] + expected
     left = np.minimum(s.limit[busy], np.where(ends > length, ends, length + BEYOND)) - length
-    request = choice.request
-    siblings = sum(c.queue is worker.queue and not len(c.tokens) for c in request.choices) if not len(choice.tokens) else 1
     end = len(request.prompt) + expected
     own = min(choice.limit, end if end > choice.length else choice.length + BEYOND) - choice.length
     have = np.concatenate((length, [blocks * size - (-choice.length % size)] + [0] * (siblings - 1)))
     left = np.concatenate((left, [own] * siblings))
     order = np.argsort(-left, kind="stable")
     peak = int((np.cumsum(have[order] + size // 2) + left[order] * np.arange(1, len(order) + 1)).max())
-    shared = int(held) - worker.blocks.used  # counted once per table above, but there once
+    shared = int(s.blocks.sum()) - worker.blocks.used  # counted once per table above, but there once
     return peak <= (worker.blocks.count + max(shared, 0)) * size

@@ -130,6 +130,7 @@ class Worker:
         self.seals: list[tuple[int, bytes]] = []
         self.withdrawals: list[int] = []
         self.copies: list[Copy] = []
+        self.promised = 0  # blocks, if every sequence with a slot grew to its limit and none shared any
         self.decoding: DecodeRows | None = None
         self.stuck: tuple[Choice, int] | None = None  # the first in line that did not fit, and blocks available then
         self.turn = 0  # where a budget smaller than the decodes begins
@@ -191,6 +192,7 @@ class Worker:
         s.priority[slot] = request.priority
         s.state[slot] = PREFILL
         self.prefilling.add(slot)
+        self.promised += blocks_for(choice.limit, self.block_size)
         choice.slot = slot
         choice.state = State.RUNNING
         if choice.worker is not self:
@@ -230,6 +232,7 @@ class Worker:
         self.prefilling.discard(slot)
         self.draining.discard(slot)
         self.version += 1
+        self.promised -= blocks_for(choice.limit, self.block_size)
         s.choice[slot] = None
         s.names[slot] = []
         s.state[slot] = FREE
@@ -285,6 +288,8 @@ class Worker:
         """Verify block accounts, tables and columns. Raises AssertionError."""
         s = self.slots
         references = [copy.source for copy in self.copies]
+        bound = [choice for choice in s.choice if choice is not None]
+        assert self.promised == sum(blocks_for(choice.limit, self.block_size) for choice in bound)
         for slot in range(s.count):
             choice = s.choice[slot]
             assert (choice is None) == (s.state[slot] == FREE), "a slot's state does not match its owner"
@@ -303,6 +308,11 @@ class Worker:
             assert s.handle[slot] == choice.request.handle
         assert sorted(s.free) == [i for i in range(s.count) if s.choice[i] is None], "the free slots are not those without owner"
         self.blocks.check(references)
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // block_size)
 
 
 def per_frontend(indices: Int32) -> list[tuple[int, int]]:
