@@ -1,0 +1,110 @@
+"""Paged attention in torch: against a plain softmax, in bits that nothing around a row changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker.attention.interface import CacheShape, Rows, new_cache
+from gpu_worker.attention.torch_backend import TorchAttention
+
+CPU = torch.device("cpu")
+LENGTH = 700
+
+
+class Sequences:
+    """Random queries, keys and values of some sequences, and attention over any cut of them."""
+
+    def __init__(self, n: int, heads: int = 6, kv_heads: int = 2, dim: int = 16) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.q = torch.randn(n, LENGTH, heads, dim, generator=generator)
+        self.kv = torch.randn(n, LENGTH, 2 * kv_heads, dim, generator=generator)
+        self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
+
+    def attention(self, block_size: int, blocks: int) -> tuple[TorchAttention, torch.Tensor]:
+        shape = CacheShape(1, blocks, self.kv_heads, block_size, self.dim)
+        cache = new_cache(shape, CPU, torch.float32)
+        return TorchAttention(cache, shape, self.heads), cache
+
+    def step(
+        self, attention: TorchAttention, rows: list[tuple[int, int, int]], tables: np.ndarray, dead: list[int] | None = None
+    ) -> torch.Tensor:
+        """rows: (sequence, start, stop). Returns [tokens, heads · dim]."""
+        sequences = [s for s, _, _ in rows]
+        starts, stops = (np.array([row[i] for row in rows], np.int32) for i in (1, 2))
+        attention.begin(Rows(starts, stops - starts, tables[sequences], np.isin(np.arange(len(rows)), dead or [])))
+        q, kv = (torch.cat([x[s, start:stop] for s, start, stop in rows]) for x in (self.q, self.kv))
+        return attention.attend(0, q, kv)
+
+    def reference(self, sequence: int, start: int, stop: int) -> torch.Tensor:
+        """In float64, [tokens, heads · dim]."""
+        q, kv = self.q[sequence, start:stop].double(), self.kv[sequence, :stop].double()
+        k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in kv.split(self.kv_heads, dim=1))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * self.dim**-0.5
+        hidden = torch.arange(stop) > torch.arange(start, stop)[:, None]
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(2), v).flatten(1)
+
+
+def _tables(n: int, block_size: int, seed: int = 0) -> tuple[np.ndarray, int]:
+    width = -(-LENGTH // block_size)
+    return np.random.default_rng(seed).permutation(n * width).reshape(n, width).astype(np.int32), n * width
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 40, 256])
+@pytest.mark.parametrize("heads", [(6, 2, 16), (4, 4, 32), (8, 1, 64), (9, 3, 64)])
+def test_it_is_a_causal_softmax_over_everything_cached(block_size: int, heads: tuple[int, int, int]) -> None:
+    sequences = Sequences(2, *heads)
+    tables, blocks = _tables(2, block_size)
+    attention, _ = sequences.attention(block_size, blocks)
+    for rows in ([(0, 0, 150), (1, 0, 1)], [(0, 150, 151), (1, 1, 2)], [(0, 151, 420), (1, 2, 9)], [(1, 9, 10), (0, 420, 421)]):
+        expected = torch.cat([sequences.reference(*row) for row in rows])
+        assert torch.allclose(sequences.step(attention, rows, tables).double(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_neither_batch_nor_chunks_nor_blocks_change_a_bit(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    sequences = Sequences(5, 9, 3, 64)
+    alone = []
+    for s in range(5):
+        tables, blocks = _tables(5, 16, seed=s)
+        attention, _ = sequences.attention(16, blocks)
+        alone.append(torch.cat([sequences.step(attention, [(s, i, i + 1)], tables) for i in range(LENGTH)]))
+    random = np.random.default_rng(4)
+    tables, blocks = _tables(5, 64)
+    attention, _ = sequences.attention(64, blocks)
+    at = [0] * 5
+    while min(at) < LENGTH:
+        rows = []
+        for s in random.permutation([s for s in range(5) if at[s] < LENGTH])[: random.integers(1, 6)]:
+            count = int(random.choice([1, 1, 2, 3, 5, 17, 64, 65, 130]))
+            rows.append((int(s), at[s], min(at[s] + count, LENGTH)))
+            at[s] = rows[-1][2]
+        expected = torch.cat([alone[s][start:stop] for s, start, stop in rows])
+        assert torch.equal(sequences.step(attention, rows, tables), expected)
+    torch.set_num_threads(before)
+
+
+def test_a_sequences_nan_stays_its_own() -> None:
+    sequences = Sequences(3)
+    sequences.kv[1] = float("nan")
+    tables, blocks = _tables(3, 16)
+    attention, _ = sequences.attention(16, blocks)
+    for start, stop in ((0, 21), (21, 22)):
+        out = sequences.step(attention, [(s, start, stop) for s in range(3)], tables).view(3, stop - start, -1)
+        assert torch.isfinite(out[[0, 2]]).all()
+        assert torch.isnan(out[1]).all()
+
+
+def test_a_dead_row_writes_to_the_dummy_page_alone() -> None:
+    sequences = Sequences(3)
+    tables, blocks = _tables(3, 16)
+    attention, cache = sequences.attention(16, blocks)
+    sequences.step(attention, [(s, 0, 30) for s in range(3)], tables)
+    before = cache.clone()
+    out = sequences.step(attention, [(s, 30, 31) for s in range(3)], tables, dead=[1])
+    assert torch.allclose(out[[0, 2]].double(), torch.cat([sequences.reference(s, 30, 31) for s in (0, 2)]), atol=2e-6)
+    changed = (cache != before).flatten(2).any(dim=2)[0].nonzero().flatten().tolist()
+    assert set(changed) == {int(tables[0, 1]), int(tables[2, 1]), blocks}
