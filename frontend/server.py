@@ -86,7 +86,19 @@ class ProcessRecorder:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, without its signal handling: the process has its own."""
+    """uvicorn, without its signal handling (the process has its own) and without looking ten times a second whether to stop."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._leave = asyncio.Event()
+
+    def leave(self) -> None:
+        """Stop accepting, and end when the streams have."""
+        self.should_exit = True
+        self._leave.set()
+
+    async def main_loop(self) -> None:
+        await self._leave.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -119,7 +131,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
     def stop() -> None:
         loop.remove_reader(process.stop_fd)
         process.state("stopping")
-        server.should_exit = True
+        server.leave()
         error = ApiError(503, "the server is shutting down", code="shutting_down")
         loop.call_later(settings.shutdown_timeout, client.end_streams, error)
 
