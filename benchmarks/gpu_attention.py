@@ -138,15 +138,15 @@ def main() -> None:
             else [(int(batch <= 4), least_tiles(batch), 33)]
         )
         results = []
-        for early, least, spread in variants:
+        for least, spread in variants:
             b, i, f = torch.bfloat16, torch.int32, torch.float32
             kernel = TritonKernel(
                 decode_attention, [b, b, i, i, b, f, f, i, b, b, f, f, 1.0, 1.0], warps=4, pdl=True,
                 WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, RP=repeat, D=D, PAGE=PAGE, TILE=TILE, STAGES=2, QK_NORM=1,
-                EARLY=early, PDL=1,
+                PDL=1,
             )  # fmt: skip
             us, error = measure(case, kernel, least, spread, stream)
-            results.append((us, error, f"e{early}m{least}c{spread}[{kernel.registers}]"))
+            results.append((us, error, f"m{least}c{spread}[{kernel.registers}]"))
         results.sort()
         best = results[0]
         rows[f"{batch}x{context} r{repeat}"] = results

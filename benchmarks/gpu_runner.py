@@ -82,8 +82,13 @@ class Bench:
             self.out[f"step_b{batch}_ms"] = statistics.median(walls)
             self.out[f"step_b{batch}_device_ms"] = statistics.median(marks)
             self.out[f"step_b{batch}_idle_us"] = statistics.median(self.player.idle[-200:]) * 1e6
-            print("  walls", [f"{w:.3f}" for w in walls], "first device ms", f"{self.player.seconds[-256] * 1e3:.2f}")
+            print("  walls", [f"{w:.3f}" for w in walls], "last", self.totals(at))
             self.say(f"step_b{batch}")
+
+    def totals(self, at: int) -> str:
+        """Device and idle time since step `at`, the longest of both, in ms."""
+        busy, idle = self.player.seconds[at:], self.player.idle[at:]
+        return f"device {sum(busy) * 1e3:.1f} (most {max(busy) * 1e3:.2f}) idle {sum(idle) * 1e3:.1f} (most {max(idle) * 1e3:.2f})"
 
     def forget(self, kept: list[Sequence]) -> None:
         """Free the blocks of a prefix cache."""
@@ -105,6 +110,7 @@ class Bench:
             self.drop(seqs, shared=True)
             many, _, seqs = self.run(prompts, 129, kept)
             self.drop(seqs, shared=True)
+            print("  one", f"{one:.4f}", "many", f"{many:.4f}", self.totals(-129))
         self.out["long_decode_ms"] = (many - one) / 128 * 1e3
         self.out["long_decode_device_ms"] = statistics.median(self.player.seconds[-100:]) * 1e3
         self.forget(kept)
@@ -118,7 +124,7 @@ class Bench:
         kept: list[Sequence] = []
         p = self.player
         for name in ("first", "cold", "warm"):  # the first captures the graphs
-            start = time.perf_counter()
+            at, start = len(p.seconds), time.perf_counter()
             new = [
                 p.add(t, n, reuse=kept[i] if name == "warm" else None, temperature=0.6)
                 for i, (t, n) in enumerate(zip(prompts, lengths, strict=True))
@@ -131,6 +137,7 @@ class Bench:
             if sum(len(s.tokens) for s in seqs) != sum(lengths):
                 raise SystemExit("W1 lost tokens")
             self.out[f"w1_{name}_tok_s"] = sum(lengths) / wall
+            print(f"  {name}: wall {wall * 1e3:.0f} ms", self.totals(at))
             if name == "cold":
                 self.release(seqs)
                 kept = seqs
@@ -169,7 +176,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     for switch in ("graphs", "pdl", "few"):
         parser.add_argument(f"--no-{switch}", dest=switch, action="store_false")
-    parser.add_argument("--early-rows", type=int, default=Options.early_rows)
+    parser.add_argument("--few-attention", type=int, default=Options.few_attention)
     args = parser.parse_args()
     begin = time.perf_counter()
     config = from_json(json.loads((args.shape / "config.json").read_text()))
@@ -177,7 +184,7 @@ def main() -> None:
     weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    engine = Engine(config, weights, Options(graphs=args.graphs, pdl=args.pdl, few=args.few, early_rows=args.early_rows))
+    engine = Engine(config, weights, Options(graphs=args.graphs, pdl=args.pdl, few=args.few, few_attention=args.few_attention))
     bench = Bench(engine)
     print(
         f"{args.shape.name}: weights {loaded - begin:.1f} s, engine {time.perf_counter() - loaded:.1f} s, {engine.geometry.blocks} blocks",

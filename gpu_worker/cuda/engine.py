@@ -38,7 +38,7 @@ class Options:
     graphs: bool = True
     pdl: bool = True
     few: bool = True  # linear.cu for few tokens
-    early_rows: int = 4  # rows up to which decode attention reads ahead of its turn
+    few_attention: int = 8  # rows up to which decode attention is decode_few.cu's
 
 
 @dataclass(slots=True)
@@ -48,6 +48,12 @@ class _Running:
     outputs: int
     event: torch.cuda.Event
     outcome: Outcome | None  # of a step that `general.py` sampled
+
+
+def angles(config: ModelConfig, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary embedding, fp32 [length, head_dim / 2] each."""
+    table, half = rope_table(config, length).to(device), config.head_dim // 2
+    return table[:, 0, :half].contiguous(), table[:, 1, half:].contiguous()
 
 
 class Engine:
@@ -77,9 +83,16 @@ class Engine:
         cache = torch.zeros(shape, dtype=dtype, device=self.device)
         # mapped: kernels copy to and from it
         self._host_cache = torch.zeros((config.layers, options.host_blocks, *shape[2:]), dtype=dtype, pin_memory=options.host_blocks > 0)
-        table = rope_table(config, options.max_model_len).to(self.device)
-        angles = table[:, 0].contiguous(), table[:, 1].contiguous()
-        self.forward = Forward(config, weights, self.state, cache, angles, pdl=options.pdl, few=options.few, early_rows=options.early_rows)
+        self.forward = Forward(
+            config,
+            weights,
+            self.state,
+            cache,
+            angles(config, options.max_model_len, self.device),
+            pdl=options.pdl,
+            few=options.few,
+            few_attention=options.few_attention,
+        )
         self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
         self.graphs = Graphs(self._decode, options.graphs)
         self.general = General(self.state)

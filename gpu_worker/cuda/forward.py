@@ -35,17 +35,17 @@ class Forward:
         *,
         pdl: bool = True,
         few: bool = True,
-        early_rows: int = 4,
+        few_attention: int = 8,
     ) -> None:
-        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used. early_rows: up to
-        so many rows the decode attention reads its first tile before its turn."""
+        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used. few_attention: up to
+        so many rows decode attention is `decode_few.cu`'s."""
         self.config, self.weights, self.state, self.cache, self.pdl = config, weights, state, cache, pdl
         self.cosines, self.sines = angles
-        self.early_rows = early_rows if pdl else 0
+        self.few_attention = few_attention
         g, device, dtype = state.geometry, cache.device, cache.dtype
         properties = torch.cuda.get_device_properties(device)
         self.sms = properties.multi_processor_count
-        arch = f"sm_{properties.major}{properties.minor}" + ("a" if properties.major >= 9 else "")
+        self.arch = arch = f"sm_{properties.major}{properties.minor}" + ("a" if properties.major >= 9 else "")
         tokens, qkv = g.max_step_tokens, config.q_size + 2 * config.kv_size
 
         def buffer(rows: int, width: int) -> torch.Tensor:
@@ -90,15 +90,16 @@ class Forward:
         ]
         with ThreadPoolExecutor(len(jobs)) as pool:
             self.linears = dict(zip((job[0] for job in jobs), pool.map(linear, jobs), strict=True))
-        plan, elementwise = Module.of("plan.cu", arch), Module.of("elementwise.cu", arch, {"DTYPE": dtype})
+        plan, elementwise = Module.of("plan.cu", arch), Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim})
         slots, inputs = "PPPPii", "PPPPPPPPP"
         self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiii", 1024, pdl=False)
         self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
         self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiiPiPii", 256, pdl=False)
         self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
         self.k_embed = Kernel(elementwise, "embed", "PPPi", 128, pdl=self.pdl)
-        self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", 256, pdl=self.pdl)
-        self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiiif", 256, pdl=self.pdl)
+        vectors = c.hidden * self.h.element_size() // 16
+        self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", min(256, -(-vectors // 32) * 32), pdl=self.pdl)
+        self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiif", 256, pdl=self.pdl)
         self.k_silu = Kernel(elementwise, "silu_mul", "PPq", 256, pdl=self.pdl)
         self.k_sample = Kernel(Module.of("sampler.cu", arch, {"DTYPE": dtype}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
 
@@ -108,21 +109,24 @@ class Forward:
         sizes["PAGE"] = s.geometry.block_size
         ints, fp32 = torch.int32, torch.float32
         arguments: list[torch.dtype | float] = [dtype, dtype, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32]
-        self.k_decode_attention, self.k_decode_early = (
-            TritonKernel(
-                decode_attention,
-                [*arguments, self.scale, c.norm_eps],
-                warps=4,
-                pdl=self.pdl,
-                TILE=TILE,
-                STAGES=2,
-                QK_NORM=int(c.qk_norm),
-                EARLY=early,
-                PDL=int(self.pdl),
-                **sizes,
-            )
-            for early in (0, 1)
+        self.k_decode_attention = TritonKernel(
+            decode_attention,
+            [*arguments, self.scale, c.norm_eps],
+            warps=4,
+            pdl=self.pdl,
+            TILE=TILE,
+            STAGES=2,
+            QK_NORM=int(c.qk_norm),
+            PDL=int(self.pdl),
+            **sizes,
         )
+        self.k_decode_few: dict[int, Kernel] = {}  # by blocks of a cluster
+        if dtype == torch.bfloat16 and self.repeat <= 4 and c.head_dim in (64, 128, 256) and self.few_attention:
+            names = ("KV_HEADS", "R", "DIM", "PAGE", "WIDTH")
+            macros = dict(zip(names, (c.kv_heads, self.repeat, c.head_dim, s.geometry.block_size, s.geometry.table_width), strict=True))
+            for blocks in (4, 8):
+                module = Module.of("decode_few.cu", self.arch, macros | {"CL": blocks, "QK_NORM": int(c.qk_norm)})
+                self.k_decode_few[blocks] = Kernel(module, "decode_few", "PPPPPPPPPff", 256, blocks, pdl=self.pdl)
         wide = dtype == torch.float32  # no tensor cores: smaller tiles
         self.k_prefill_attention = TritonKernel(
             prefill_attention,
@@ -188,13 +192,14 @@ class Forward:
         ring = (s.ring.data_ptr(), s.entry_words)
         if not rows:
             return 0
-        self.k_expand(stream, (rows, 1), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
+        lanes = c.head_dim * self.h.element_size() // 16  # threads per head
+        self.k_expand(stream, (rows, max(1, min(64, tokens // rows // 256))), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
         self.k_embed(stream, (tokens, 1), s.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), c.hidden)
         for index, layer in enumerate(self.weights.layers):
             self._qkv(stream, layer, tokens)
             self.k_rotate(
                 stream,
-                (tokens, -(-(c.heads + 2 * c.kv_heads) // 8)),
+                (tokens, -(-(c.heads + 2 * c.kv_heads) * lanes // 256)),
                 self.qkv.data_ptr(),
                 s.positions.data_ptr(),
                 s.places.data_ptr(),
@@ -205,7 +210,6 @@ class Forward:
                 self.cache[index].data_ptr(),
                 c.heads,
                 c.kv_heads,
-                c.head_dim,
                 g.block_size,
                 c.norm_eps,
             )
@@ -289,24 +293,24 @@ class Forward:
 
     def _decode_attention(self, stream: int, index: int, layer: LayerWeights, bucket: int) -> None:
         s = self.state
-        kernel = self.k_decode_early if bucket <= self.early_rows else self.k_decode_attention
-        kernel(
+        norms = (t.data_ptr() if t is not None else 0 for t in (layer.q_norm, layer.k_norm))
+        norms_and_angles = (*norms, self.cosines.data_ptr(), self.sines.data_ptr(), self.scale, self.config.norm_eps)
+        before = (self.qkv.data_ptr(), self.cache[index].data_ptr(), s.table.data_ptr())
+        if self.k_decode_few and bucket <= self.few_attention:
+            blocks = 8 if bucket <= 4 else 4
+            grid = (bucket * self.config.kv_heads * blocks, 1)
+            self.k_decode_few[blocks](stream, grid, *before, s.rows.data_ptr(), self.attended.data_ptr(), *norms_and_angles)
+            return
+        self.k_decode_attention(
             stream,
             (self.config.kv_heads, self.items(bucket)),
-            self.qkv.data_ptr(),
-            self.cache[index].data_ptr(),
-            s.table.data_ptr(),
+            *before,
             s.items.data_ptr(),
             self.attended.data_ptr(),
             self.partial.data_ptr(),
             self.partial_ml.data_ptr(),
             self.arrivals.data_ptr(),
-            layer.q_norm.data_ptr() if layer.q_norm is not None else 0,
-            layer.k_norm.data_ptr() if layer.k_norm is not None else 0,
-            self.cosines.data_ptr(),
-            self.sines.data_ptr(),
-            self.scale,
-            self.config.norm_eps,
+            *norms_and_angles,
         )
 
     def _prefill_attention(self, stream: int, index: int, tiles: int) -> None:

@@ -142,9 +142,9 @@ def mid_cuts(n: int, k: int, sms: int) -> Iterator[MidCut]:
 # Measured on an H100 (docs/performance.md): (n, k) -> (groups, shares, split, clusters, blocks per SM)
 MEASURED_MID: dict[tuple[int, int], tuple[int, int, int, int, int]] = {
     (4096, 1024): (2, 1, 4, 32, 2),
-    (1024, 2048): (1, 1, 8, 16, 2),
-    (6144, 1024): (2, 1, 4, 48, 2),
-    (1024, 3072): (1, 1, 8, 16, 1),
+    (1024, 2048): (2, 1, 8, 8, 1),
+    (6144, 1024): (2, 2, 2, 48, 1),
+    (1024, 3072): (2, 1, 8, 8, 1),
 }
 
 

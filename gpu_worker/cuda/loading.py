@@ -31,6 +31,8 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     config.check_length(length)
     if config.head_dim & (config.head_dim - 1) or not 32 <= config.head_dim <= 256:
         raise LoadError(f"head dimension {config.head_dim} is not supported on the card; 32, 64, 128 and 256 are")
+    if config.head_dim * dtype.itemsize > 512:
+        raise LoadError(f"head dimension {config.head_dim} is not supported in {settings.dtype} on the card; bfloat16 is")
     if config.heads // config.kv_heads > 16:
         raise LoadError(f"{config.heads // config.kv_heads} query heads per key/value head are not supported on the card; up to 16 are")
     try:

@@ -24,7 +24,7 @@ def _attend(q, k, v, ok, m, total, acc, scale):
     score = tl.where(ok[None, :], score, -1.0e30)
     top = tl.maximum(m, tl.max(score, 1))
     shrink = tl.exp2(m - top)
-    p = tl.where(ok[None, :], tl.exp2(score - top[:, None]), 0.0)  # a tile may hold no key at all
+    p = tl.exp2(score - top[:, None])
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return top, total, acc
@@ -55,7 +55,6 @@ def decode_attention(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     QK_NORM: tl.constexpr,
-    EARLY: tl.constexpr,  # read the first tile into registers before the wait: for few programs, whose latency it hides
     PDL: tl.constexpr,
 ):
     h = tl.program_id(0)
@@ -84,12 +83,6 @@ def decode_attention(
         qw2 = tl.load(q_norm + partner).to(tl.float32)
         kw = tl.load(k_norm + d).to(tl.float32)
         kw2 = tl.load(k_norm + partner).to(tl.float32)
-    if EARLY:
-        first_ok = lo + tiles < hi
-        first_at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + ((lo + tiles) % PAGE)[:, None] * D + d[None, :]
-        first_k = tl.load(first_at, mask=first_ok[:, None], other=0.0)
-        first_v = tl.load(first_at + PLANE, mask=first_ok[:, None], other=0.0)
-        page = tl.load(slot_table + (lo + TILE + tiles) // PAGE, mask=lo + TILE + tiles < hi, other=0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -126,11 +119,7 @@ def decode_attention(
     tl.store(new, kr, mask=keep)
     tl.store(new + PLANE, v_new, mask=keep)
 
-    begin = lo
-    if EARLY:
-        m, total, acc = _attend(qr, first_k, first_v, first_ok, m, total, acc, scale)
-        begin = lo + TILE
-    for start in tl.range(begin, hi, TILE, num_stages=STAGES):
+    for start in tl.range(lo, hi, TILE, num_stages=STAGES):
         token = start + tiles
         ok = token < hi
         at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + (token % PAGE)[:, None] * D + d[None, :]

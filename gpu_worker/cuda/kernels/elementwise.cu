@@ -1,5 +1,5 @@
 // What stands between the large linears: embedding, RMSNorm, rotary embedding with the write of K and V, SiLU. fp32 inside.
-// Macro DTYPE: the model's type (common.cuh).
+// Macros: DTYPE, the model's type (common.cuh); DIM, the head dimension.
 #include "common.cuh"
 
 #define VECTOR (16 / (int)sizeof(elem))  // elements in 16 bytes
@@ -50,40 +50,51 @@ extern "C" __global__ void rms_norm(const elem* h, const int* index, const elem*
   }
 }
 
-// qkv[token, (heads + 2 kv_heads) * dim]: q and k are normalised over dim (if the weights are given) and rotated, q in place;
-// k and v go to cache[block][K, V][kv_head][offset][dim] of one layer at places[token]. Grid (tokens, ceil((heads + 2 kv_heads) / 8)),
-// 256 threads: one warp a head. cos, sin: [positions, dim / 2] fp32.
+// qkv[token, (heads + 2 kv_heads) * DIM]: q and k are normalised over DIM (if the weights are given) and rotated, q in place;
+// k and v go to cache[block][K, V][kv_head][offset][DIM] of one layer at places[token]. Grid (tokens, ceil((heads + 2 kv_heads) * LANES /
+// 256)), 256 threads: LANES neighbours a head, 16 bytes each. cosines, sines: [positions, DIM / 2] fp32.
+#define LANES (DIM / VECTOR)
 extern "C" __global__ void rotate_and_store(elem* qkv, const int* positions, const int* places, const elem* q_norm, const elem* k_norm,
-                                            const float* cosines, const float* sines, elem* cache, int heads, int kv_heads, int dim,
+                                            const float* cosines, const float* sines, elem* cache, int heads, int kv_heads,
                                             int block_size, float eps) {
+  static_assert(LANES <= 32 && DIM % VECTOR == 0, "a head must fit a warp");
   pdl_wait();
   pdl_trigger();
-  const int token = blockIdx.x, head = blockIdx.y * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (head >= heads + 2 * kv_heads) return;
-  elem* x = qkv + ((u64)token * (heads + 2 * kv_heads) + head) * dim;
-  const int place = places[token], block = place / block_size, offset = place % block_size;
-  const int kv = head < heads ? 0 : (head - heads) % kv_heads, is_v = head >= heads + kv_heads;
-  elem* to = head < heads ? x : cache + ((((u64)block * 2 + is_v) * kv_heads + kv) * block_size + offset) * dim;
-  const int half = dim / 2;
-  if (is_v) {
-    for (int d = lane; d < dim; d += 32) to[d] = x[d];
-    return;
+  const int token = blockIdx.x, head = (blockIdx.y * 256 + threadIdx.x) / LANES, lane = threadIdx.x % LANES;
+  const bool there = head < heads + 2 * kv_heads, is_q = head < heads, is_v = head >= heads + kv_heads;
+  elem* x = qkv + ((u64)token * (heads + 2 * kv_heads) + (there ? head : 0)) * DIM + lane * VECTOR;
+  const int place = places[token];
+  Vector v;
+  v.bits = *(const uint4*)x;
+  float a[VECTOR];
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    a[i] = value(v.at[i]);
+    sum = fmaf(a[i], a[i], sum);
   }
-  const elem* weight = head < heads ? q_norm : k_norm;
-  float scale = 1.f;
-  if (weight) {
-    float sum = 0.f;
-    for (int d = lane; d < dim; d += 32) sum = fmaf(value(x[d]), value(x[d]), sum);
-    scale = rsqrtf(warp_sum(sum) / dim + eps);
+  const elem* weight = is_q ? q_norm : k_norm;
+  if (weight) {  // the same for all threads
+#pragma unroll
+    for (int d = LANES / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (!is_v) {
+      const float scale = rsqrtf(sum / DIM + eps);
+      Vector w;
+      w.bits = ((const uint4*)weight)[lane];
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) a[i] *= scale * value(w.at[i]);
+    }
   }
-  const float* c = cosines + (u64)positions[token] * half;
-  const float* s = sines + (u64)positions[token] * half;
-  for (int d = lane; d < half; d += 32) {
-    const float a = value(x[d]) * scale * (weight ? value(weight[d]) : 1.f);
-    const float b = value(x[d + half]) * scale * (weight ? value(weight[d + half]) : 1.f);
-    to[d] = rounded(a * c[d] - b * s[d]);
-    to[d + half] = rounded(b * c[d] + a * s[d]);
+  const u64 angle = (u64)positions[token] * (DIM / 2) + lane % (LANES / 2) * VECTOR;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    const float b = __shfl_xor_sync(0xffffffffu, a[i], LANES / 2);
+    if (!is_v) v.at[i] = rounded(a[i] * cosines[angle + i] + (lane < LANES / 2 ? -b : b) * sines[angle + i]);
   }
+  if (!there) return;
+  elem* to = x;
+  if (!is_q) to = cache + ((((u64)(place / block_size) * 2 + is_v) * kv_heads + (head - heads) % kv_heads) * block_size + place % block_size) * DIM + lane * VECTOR;
+  *(uint4*)to = v.bits;
 }
 
 // y[i] = silu(x[2 i]) x[2 i + 1] for `count` outputs (gate and up interleaved); grid (ceil(count / (threads * VECTOR / 2)))

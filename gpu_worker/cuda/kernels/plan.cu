@@ -143,13 +143,13 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
   for (int i = items + tid; i < max_items; i += blockDim.x) in.items[2 * i] = make_int4(-1, 0, 0, 1);
 }
 
-// Tokens, positions and places of rows with any number of tokens; grid (rows).
+// Tokens, positions and places of rows with any number of tokens; grid (rows, parts).
 extern "C" __global__ void expand(Slots s, Inputs in, const int* ring, int entry_words, int block_size) {
   pdl_wait();
   pdl_trigger();
   const int* e = ring + (u64)in.step[1] * entry_words;
   const int4 a = in.rows[2 * blockIdx.x], b = in.rows[2 * blockIdx.x + 1];
-  for (int i = threadIdx.x; i < a.z; i += blockDim.x) {
+  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < a.z; i += gridDim.y * blockDim.x) {
     const int position = a.y + i;
     in.tokens[b.x + i] = i < a.w ? e[e[13] + b.y + i] : s.last_token[a.x];
     in.positions[b.x + i] = position;

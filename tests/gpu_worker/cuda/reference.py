@@ -49,7 +49,7 @@ class Reference:
         """Logits of every position of one sequence, [n, vocab]."""
         c, n = self.config, len(tokens)
         table = rope_table(c, n).to(tokens.device, self.dtype if self.dtype == torch.float64 else torch.float32)
-        cos, sin = table[:, 0][:, None], table[:, 1][:, None]
+        cos, sin = table[:, None, 0, : c.head_dim // 2], table[:, None, 1, c.head_dim // 2 :]
 
         def norm(x, w):
             wide = x if self.dtype == torch.float64 else x.float()
