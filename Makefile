@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 TORCH_FREE := tests/frontend tests/scheduler_svc
-EXTRAS := frontend,scheduler,worker,transformers,dev
+EXTRAS := frontend,scheduler,worker,transformers,bench,tui,dev
 
 .PHONY: serve test test-fast simulate lint format install
 .DEFAULT_GOAL := serve

@@ -18,7 +18,7 @@ from protocol.options import CONTEXT, options, run_dir_option, start
 from protocol.rundir import RunDir
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
-TOOLS = {"plan": "pagewire.plan.command"}
+TOOLS = {"bench": "pagewire.bench.command", "plan": "pagewire.plan.command"}
 TEXTS = {
     "up": "Start all services and keep them running.",
     "serve": "The same as `up`, with the model named.",

@@ -1,0 +1,1 @@
+"""Measures an OpenAI-compatible server from outside: workloads, client processes, figures, comparison, plots."""
