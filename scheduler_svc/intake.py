@@ -77,6 +77,7 @@ class Intake:
         request = Request(message, self._numbers, priority, model, frontend, self.hasher.root(message.cache_salt), now)
         self._ledger.add(request)
         for choice, told in zip(request.choices, message.choices, strict=True):
+            choice.dismissed = told.ended
             if told.ended or _ends(choice):
                 self._ledger.stop(choice)
             else:
@@ -118,6 +119,7 @@ class Intake:
         for choice, told in zip(request.choices, message.choices, strict=False):
             committed, known = len(told.known) // 4, choice.known
             if told.ended:
+                choice.dismissed = True
                 self._ledger.stop(choice)
             elif _must_restart(choice, told):
                 self._restart(choice, unpack(told.known), now)
@@ -183,6 +185,7 @@ class Intake:
         wanted = set(unpack(message.choices).tolist())
         for choice in request.choices:
             if not wanted or choice.index in wanted:
+                choice.dismissed |= choice.state is not State.ENDED
                 self._ledger.stop(choice)
         self._ledger.settle(request, now, aborted=not wanted)
 
@@ -245,10 +248,7 @@ class Intake:
 def journal_of(request: Request, now: float) -> Submit:
     """The request as another frontend, or another scheduler, would submit it."""
     told = request.submit
-    choices = [
-        TheirChoice(choice.index, choice.seed, pack(choice.known), old.ended)
-        for choice, old in zip(request.choices, told.choices, strict=True)
-    ]
+    choices = [TheirChoice(choice.index, choice.seed, pack(choice.known), choice.dismissed) for choice in request.choices]
     return Submit(
         request=request.id,
         handle=request.handle,

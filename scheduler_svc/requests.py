@@ -39,6 +39,7 @@ class Choice:
     __slots__ = (
         "cached_record",
         "chains",
+        "dismissed",
         "forks",
         "index",
         "key",
@@ -68,6 +69,7 @@ class Choice:
         self.forks: list[Choice] = []  # siblings that will share this one's prefill
         self.chains: dict[int, Chain] = {}  # block size -> names of the full blocks of prompt + tokens
         self.was_running = False  # its tenant has been charged for it
+        self.dismissed = False  # ended by its journal (a stop string), which its tokens do not show
         self.no_hits = False  # recompute alone (after a NaN)
         self.shared_blocks = 0  # blocks of its table that it did not fill itself
 

@@ -639,3 +639,19 @@ def test_a_tenant_that_pauses_saves_nothing_up() -> None:
     shares.charge("a", 5000)
     shares.arrive("b")
     assert shares.given("b") == 5500
+
+
+def test_a_journal_handed_over_names_the_choices_that_a_stop_string_ended() -> None:
+    stage = Stage()
+    stage.worker()
+    old, new = stage.frontend(incarnation=100), stage.frontend(incarnation=101)
+    stream = old.submit(PROMPT, stage.now, n=2, max_tokens=20, stop=False)
+    for _ in range(4):
+        stage.turn()
+    old.stop(stream, 0, stage.now)
+    new.attach(stream.submit.request, stage.now)
+    stage.run()
+    (taken_over,) = new.streams.values()
+    assert [choice.ended for choice in taken_over.submit.choices] == [True, False]
+    assert taken_over.complete
+    assert len(taken_over.known[1]) == 20
