@@ -302,6 +302,7 @@ class FakeFrontend:
 
     def journal(self, submit: Submit, now: float) -> None:
         stream = self.streams[submit.handle] = Stream(submit, [unpack(c.known).tolist() for c in submit.choices], cached=submit.cached)
+        stream.stopped = {choice.index for choice in submit.choices if choice.ended}
         for choice, known in zip(submit.choices, stream.known, strict=True):
             if choice.ended or len(known) == submit.params.max_tokens or (known and known[-1] in unpack(submit.params.stop_ids)):
                 stream.ended.add(choice.index)
