@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_worker.cuda.driver import TritonKernel
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.state import least_tiles
+from gpu_worker.cuda.triton_kernel import TritonKernel
 
 CASES = ((1, 256), (1, 1024), (1, 8192), (8, 256), (8, 1024), (64, 256), (64, 1024), (256, 800), (32, 4096), (4, 32768))
 KV_HEADS, D, PAGE, TILE = 8, 128, 16, 64

@@ -11,9 +11,6 @@ import functools
 import struct
 from collections.abc import Mapping
 
-import torch
-import triton
-
 from gpu_worker.cuda.compiler import compile_cubin
 
 _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -116,26 +113,3 @@ class Module:
     def of(cls, source: str, arch: str, macros: Mapping[str, int | str] | None = None) -> Module:
         """A file of `kernels/`, compiled with these macros."""
         return cls(compile_cubin(source, arch, macros or {}))
-
-
-class TritonKernel:
-    """A Triton kernel compiled ahead of its first launch and launched like any other: a sixth of the Python time of Triton's own
-    launcher (docs/performance.md).
-
-    `arguments` are given to the compiler as they will be to the kernel: a dtype for a pointer to it (16-byte aligned), a
-    float for a float. Everything else is a constant.
-    """
-
-    def __init__(
-        self, function: triton.JITFunction, arguments: list[torch.dtype | float], *, warps: int, pdl: bool, **constants: int
-    ) -> None:
-        compiled = function.warmup(*arguments, grid=(1,), num_warps=warps, launch_pdl=pdl, **constants)
-        signature = "".join("f" if isinstance(a, float) else "P" for a in arguments) + "PP"  # Triton adds two scratch pointers, unused here
-        self._kernel = Kernel(
-            Module(compiled.asm["cubin"]), compiled.metadata.name, signature, 32 * warps, 1, compiled.metadata.shared, pdl
-        )
-        self.registers, self.local_bytes = self._kernel.registers, self._kernel.local_bytes
-
-    def __call__(self, stream: int, grid: tuple[int, int], *args: float) -> None:
-        """Launch on `stream`; pointers as integers. Raises CudaError."""
-        self._kernel(stream, grid, *args, 0, 0)

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from gpu_worker.cuda.driver import Kernel, Module, TritonKernel
+from gpu_worker.cuda.driver import Kernel, Module
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
-from gpu_worker.cuda.state import TILE, DeviceState, least_tiles, max_items
+from gpu_worker.cuda.state import TILE, DeviceState, least_tiles, max_items, split_limit
+from gpu_worker.cuda.triton_kernel import TritonKernel
 from gpu_worker.cuda.weights import LayerWeights, ModelWeights
 from gpu_worker.loading.config import ModelConfig
 
@@ -92,7 +93,7 @@ class Forward:
             self.linears = dict(zip((job[0] for job in jobs), pool.map(linear, jobs), strict=True))
         plan, elementwise = Module.of("plan.cu", arch), Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim})
         slots, inputs = "PPPPii", "PPPPPPPPP"
-        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiii", 1024, pdl=False)
+        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiiii", 1024, pdl=False)
         self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
         self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiiPiPii", 256, pdl=False)
         self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
@@ -158,6 +159,7 @@ class Forward:
             self.items(bucket),
             s.spread,
             least_tiles(bucket),
+            split_limit(bucket, g.max_model_len, s.spread),
             g.block_size,
             int(decode),
         )
@@ -165,9 +167,7 @@ class Forward:
     def items(self, bucket: int) -> int:
         """Programs (per KV head) of the decode attention for a bucket."""
         g = self.state.geometry
-        if not bucket:
-            return 0
-        return min(max_items(bucket, g.max_model_len, g.blocks * g.block_size, self.state.spread), self.state.max_items)
+        return max_items(bucket, g.max_model_len, self.state.spread) if bucket else 0
 
     def decode(self, stream: int, bucket: int) -> None:
         """Embedding to logits of `bucket` rows."""

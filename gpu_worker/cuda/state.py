@@ -21,6 +21,7 @@ PARAMETERS = 32  # words of a slot: slot, temperature, seed (2), number of stop 
 MAX_STOP_IDS = PARAMETERS - 5
 MAX_ASSIGNMENTS = 16384  # of one ring entry; a plan with more takes several
 MAX_COPIES = 8192  # blocks copied by one step
+MAX_CHUNK = 16  # tiles of an item, unless the work list would grow beyond its bound
 TILE = 64  # cached tokens in a tile of the decode attention's work list
 
 
@@ -40,10 +41,18 @@ def least_tiles(rows: int) -> int:
     return 1 if rows <= 2 else 2 if rows <= 4 else 4
 
 
-def max_items(rows: int, max_len: int, pool_tokens: int, spread: int) -> int:
-    """Upper bound of the work list that `prepare` makes for `rows` sequences of at most `max_len` tokens."""
-    tiles = min(rows * -(-max_len // TILE), pool_tokens // TILE + rows)
-    return max(min(rows + max(spread, tiles // 16), rows * -(-max_len // (least_tiles(rows) * TILE))), rows)
+def split_limit(rows: int, max_len: int, spread: int) -> int:
+    """Most items that splitting rows may add to one item a row: what bounds the partial results' memory."""
+    return max(spread, min(rows * -(-max_len // TILE) // MAX_CHUNK, 2048))
+
+
+def max_items(rows: int, max_len: int, spread: int) -> int:
+    """Upper bound of the work list that `prepare` makes for `rows` sequences of at most `max_len` tokens each.
+
+    Rows may share blocks: the size of the pool bounds nothing here.
+    """
+    finest = rows * -(-max_len // (least_tiles(rows) * TILE))
+    return max(min(rows + split_limit(rows, max_len, spread), finest), rows)
 
 
 class DeviceState:
@@ -68,7 +77,7 @@ class DeviceState:
         self.max_tiles = -(-g.max_step_tokens // tile_tokens) + g.slots
         self.tiles = words(self.max_tiles, 2)
         self.logit_rows = words(g.slots)
-        self.max_items = max_items(g.slots, g.max_model_len, g.blocks * g.block_size, spread)
+        self.max_items = max(max_items(rows, g.max_model_len, spread) for rows in range(1, g.slots + 1))
         self.items = words(self.max_items, 8)
         self.step = words(8)
 

@@ -61,18 +61,22 @@ decode_few(const u16* qkv, u16* cache, const int* table, const int4* rows, u16* 
   const int mine = rank * NW + warp;
   const u64 offset = h * (PAGE * DIM) + in_token * 8;
 
-  uint4 k[U], v[U];
-  auto read = [&](int round) {
+  const u16* at[U];  // where a token's key lies; null: there is none
+  auto look_up = [&](int round) {
 #pragma unroll
     for (int i = 0; i < U; ++i) {
       const int token = ((round * U + i) * SOURCES + mine) * TPW + sub;
-      const bool there = token < position;
-      const u16* at = cache + (u64)(there ? pages[token / PAGE] : 0) * (2 * PLANE) + offset + token % PAGE * DIM;
-      k[i] = read_cached(at, there);
-      v[i] = read_cached(at + PLANE, there);
+      at[i] = token < position ? cache + (u64)pages[token / PAGE] * (2 * PLANE) + offset + token % PAGE * DIM : nullptr;
     }
   };
-  read(0);
+  uint4 k[U], v[U];
+  auto read = [&](uint4 (&to)[U], int plane) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) to[i] = read_cached(at[i] + plane, at[i] != nullptr);
+  };
+  look_up(0);
+  read(k, 0);
+  read(v, PLANE);
   float c[8], s[8];  // rotation: this lane's dimensions, the sine with the partner's sign
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -167,6 +171,11 @@ decode_few(const u16* qkv, u16* cache, const int* table, const int4* rows, u16* 
         score[i][r] = there ? sum : NOTHING;
       }
     }
+    const bool more = round + 1 < rounds;
+    if (more) {
+      look_up(round + 1);
+      read(k, 0);
+    }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       float top = m[r];
@@ -193,7 +202,7 @@ decode_few(const u16* qkv, u16* cache, const int* table, const int4* rows, u16* 
 #pragma unroll
         for (int j = 0; j < 8; ++j) acc[r][j] = fmaf(score[i][r], f[j], acc[r][j]);
     }
-    if (round + 1 < rounds) read(round + 1);
+    if (more) read(v, PLANE);
   }
 
   // the tokens of a warp into one, then to the blocks that finish

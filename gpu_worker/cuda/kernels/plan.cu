@@ -59,11 +59,11 @@ __device__ __forceinline__ int prefix_sum(int v, int* scratch, int* total) {
 // `bucket` rows launched) tokens, positions and the attention's work list as well. The entry lies across the bus: what does not
 // depend on one another is asked for at once.
 //
-// Work list: tiles of 64 cached tokens; chunk = max(least, ceil(all tiles / spread)) tiles, at most 16; a row gets ceil(tiles / chunk)
+// Work list: tiles of 64 cached tokens; chunk = max(least, ceil(all tiles / spread)) tiles, at most 16 while `limit` allows; a row gets ceil(tiles / chunk)
 // items of nearly equal size, at least one. Item: row, first, end, splits, own partial, row's first partial, slot, position.
 extern "C" __global__ void __launch_bounds__(1024)
 prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* results, int result_words, int bucket, int max_items,
-        int spread, int least, int block_size, int decode) {
+        int spread, int least, int limit, int block_size, int decode) {
   __shared__ int scratch[32];
   __shared__ int header[16];
   const int tid = threadIdx.x, used = in.step[0] % entries;
@@ -129,7 +129,7 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
   if (!decode) return;
   int all, items;
   prefix_sum(tiles, scratch, &all);
-  const int chunk = min(max(least, (all + spread - 1) / spread), 16);
+  const int chunk = max(min(max(least, (all + spread - 1) / spread), 16), (all + limit - 1) / limit);
   const int wanted = (tiles + chunk - 1) / chunk, share = wanted ? (tiles + wanted - 1) / wanted : 1;
   const int splits = (tiles + share - 1) / share;  // none is empty: only one item may end at the row's position
   const int first = prefix_sum(splits, scratch, &items);
