@@ -25,12 +25,25 @@ def make_runner(settings: WorkerSettings, environ: Mapping[str, str]) -> Runner:
             per_token = _seconds(environ, "PAGEWIRE_SIMULATED_PER_TOKEN")
             per_kv_token = _seconds(environ, "PAGEWIRE_SIMULATED_PER_KV_TOKEN")
             return SimulatedRunner(settings, StepTime(settings.step_time, per_token, per_kv_token))
+        case "torch" if _on_card(settings):
+            from gpu_worker.cuda.runner import CudaRunner
+
+            return CudaRunner(settings)
         case "torch":
             from gpu_worker.torch_runner import TorchRunner
 
             runner: Runner = TorchRunner(settings)
             return runner
     raise ValueError(f"--runner {settings.runner}: name one of torch, oracle, simulated")
+
+
+def _on_card(settings: WorkerSettings) -> bool:
+    """Whether the kernels for NVIDIA cards are wanted; `--attention torch` computes the model with plain torch there too."""
+    if settings.attention not in ("auto", "triton") or settings.device == "cpu":
+        return False
+    from gpu_worker.cuda.runner import has_card
+
+    return settings.device == "cuda" or has_card()
 
 
 def _seconds(environ: Mapping[str, str], name: str) -> float:
