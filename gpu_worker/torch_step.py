@@ -28,8 +28,8 @@ from protocol.tokenizer_files import bundle_hash
 _CACHE_BYTES = 2 << 30  # of keys and values on the CPU, unless the number of blocks is given
 _CACHE_SHARE = 0.4  # of the memory available, at most
 # Up to these sizes, what stands between the linears is computed on one thread: waking another takes longer.
-_SMALL_TOKENS = 32
-_SMALL_CONTEXT = 8192
+_SMALL_TOKENS = 4
+_SMALL_CONTEXT = 2048
 
 
 class TorchStep:

@@ -21,7 +21,7 @@ import torch
 from gpu_worker.attention.interface import CacheShape, Rows
 
 TILE = 128  # keys of a tile
-_HALF = TILE // 2  # short sequences take half a tile: zeros behind it change nothing
+_PART = 32  # keys that are gathered at once, at most; divides every number of keys in `_round_up`
 _QUERIES = (1, 8, 64)  # queries of a unit; the last is also how a long prefill is cut
 _GROUP_BYTES = 8 << 20  # of keys, values and scores at once: they stay in the processor's cache
 
@@ -55,7 +55,7 @@ class TorchAttention:
         self._shape = shape
         self._heads = heads
         self._per_kv = heads // shape.kv_heads
-        self._part = math.gcd(shape.block_size, _HALF)  # tokens of a cache row in the view below
+        self._part = math.gcd(shape.block_size, _PART)  # tokens of a cache row in the view below
         self._parts = shape.block_size // self._part
         self._dtype = cache.dtype
         self._device = cache.device
@@ -176,9 +176,9 @@ class TorchAttention:
 
 
 def _round_up(keys: int) -> int:
-    """64, then 1, 2, 3, 4, 6, 8, 12, 16, 24, … tiles: units of like length are computed together."""
-    if keys <= _HALF:
-        return _HALF
+    """64, 96, then 1, 2, 3, 4, 6, 8, 12, 16, 24, … tiles: units of like length are computed together."""
+    if keys <= TILE * 3 // 4:
+        return TILE // 2 if keys <= TILE // 2 else TILE * 3 // 4
     tiles = -(-keys // TILE)
     if tiles > 4:
         power: int = 1 << (tiles - 1).bit_length()

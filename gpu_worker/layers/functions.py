@@ -7,6 +7,8 @@ rows in such numbers that torch does not cut them up.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, (width,), weight, eps)
     # the same in half the time that F.rms_norm takes for a few rows
     norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * norm.mul_(norm).mul_(1 / width).add_(eps).rsqrt_()).mul_(weight)
+    return (x * torch.addcmul(_constant(eps), norm, norm, value=1 / width).rsqrt_()).mul_(weight)
+
+
+@functools.lru_cache
+def _constant(value: float) -> torch.Tensor:
+    return torch.tensor(value)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
