@@ -14,7 +14,7 @@ import torch
 
 from gpu_worker.cuda.forward import Forward
 from gpu_worker.cuda.general import General
-from gpu_worker.cuda.graphs import Graphs, bucket_of
+from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, mixed_bucket
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import ModelWeights
 from gpu_worker.errors import LoadError
@@ -94,9 +94,8 @@ class Engine:
             few_attention=options.few_attention,
         )
         self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
-        self.graphs = Graphs(self._decode, options.graphs)
+        self.graphs = Graphs(self._body, options.graphs)
         self.general = General(self.state)
-        self.layers_begun = 0
         self._pending: deque[_Running] = deque()
         self._room_in_results = threading.Semaphore(self.state.results - 2)
         self._next_result = 0
@@ -108,32 +107,36 @@ class Engine:
         self._room_in_results.acquire()
         result = self._next_result
         self._next_result = (result + 1) % self.state.results
-        outputs = int((step.outputs > 0).sum()) + len(step.fork_slots)
-        outcome = None
+        try:
+            self._pending.append(self._enqueue(step, result))
+        except Exception:
+            self._room_in_results.release()
+            raise
+
+    def _enqueue(self, step: Step, result: int) -> _Running:
+        outputs, outcome = int((step.outputs > 0).sum()) + len(step.fork_slots), None
+        stream = self.stream.cuda_stream
         with torch.cuda.stream(self.stream):
             self.general.bind(step)
             general = self.general.needed(step.output_slots)
-            decode = is_decode(step)
             entries = self.state.write(step, result)
             number = next(entries)
             for following in entries:  # `number` holds assignments only
-                self._prepare_only(number)
+                self.forward.prepare(stream, 0, decode=False)
+                self.state.guards[number] = self._event()
                 number = following
-            if decode:
-                self.graphs.run(bucket_of(len(step.slots), self.geometry.slots), not general)
-                self.layers_begun += self.config.layers
+            if len(step.slots):
+                self._compute(step, outputs, sampling=bool(outputs) and not general)
             else:
-                self._mixed(step, outputs)
+                self.forward.prepare(stream, 0, decode=False)
+                self._copy(step)
             if outputs and general:
                 outcome = self.general.sample(step, self.forward.logits)
-            elif outputs and not decode:
-                self.forward.sample(self.stream.cuda_stream, outputs)
             if general or not outputs:
-                self.forward.mark(self.stream.cuda_stream)
-            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            event.record(self.stream)
+                self.forward.mark(stream)
+            event = self._event()
         self.state.guards[number] = event
-        self._pending.append(_Running(step.plan.step, result, outputs, event, outcome))
+        return _Running(step.plan.step, result, outputs, event, outcome)
 
     def finish(self) -> Outcome:
         """Wait for the oldest step and return what it sampled."""
@@ -153,31 +156,51 @@ class Engine:
         with torch.cuda.stream(self.stream):
             self.state.reset()
 
-    def _decode(self, bucket: int, sampling: bool) -> None:
-        stream = self.stream.cuda_stream
-        self.forward.prepare(stream, bucket, decode=True)
-        self.forward.decode(stream, bucket)
-        if sampling:
-            self.forward.sample(stream, bucket)
-
-    def _mixed(self, step: Step, outputs: int) -> None:
-        stream, forward = self.stream.cuda_stream, self.forward
+    def _compute(self, step: Step, outputs: int, sampling: bool) -> None:
+        """Rows to logits, and on to tokens if `sampling`: as a graph where the step has a captured size."""
         rows, tokens = len(step.slots), int(step.counts.sum())
-        forward.prepare(stream, max(rows, outputs), decode=False)
+        if is_decode(step):
+            self.graphs.run(Shape(bucket_of(rows, self.geometry.slots), 0, sampling))
+            return
+        copies = any(source for source, _ in block_copies(step.plan))
+        bucket = mixed_bucket(max(rows, outputs), tokens, self.geometry)
+        if bucket and not copies:
+            self.graphs.run(Shape(*bucket, sampling))
+            return
+        stream, forward = self.stream.cuda_stream, self.forward
+        tiles = int((-(-step.counts // self.state.tile_tokens)).sum())
+        forward.prepare(stream, max(rows, outputs), False, tokens, tiles)
+        self._copy(step)
+        forward.prefill(stream, rows, tokens, tiles, int((step.outputs > 0).sum()))
+        if sampling:
+            forward.sample(stream, outputs)
+
+    def _body(self, shape: Shape) -> None:
+        """What a graph of this size holds."""
+        stream, forward = self.stream.cuda_stream, self.forward
+        if shape.tokens:
+            tiles = min(-(-shape.tokens // self.state.tile_tokens) + shape.rows, self.state.max_tiles)
+            forward.prepare(stream, shape.rows, False, shape.tokens, tiles)
+            forward.prefill(stream, shape.rows, shape.tokens, tiles, shape.rows)
+        else:
+            forward.prepare(stream, shape.rows, decode=True)
+            forward.decode(stream, shape.rows)
+        if shape.sampling:
+            forward.sample(stream, shape.rows)
+
+    def _copy(self, step: Step) -> None:
+        """The plan's block copies, behind `prepare`."""
         first = 0
         for (source, _), places in zip(block_copies(step.plan), self._copy_places, strict=True):
             count = len(source) // 4
             if count:
-                forward.copy(stream, first, count, *places)
+                self.forward.copy(self.stream.cuda_stream, first, count, *places)
             first += count
-        tiles = int((-(-step.counts // self.state.tile_tokens)).sum())
-        self.layers_begun += forward.prefill(stream, rows, tokens, tiles, int((step.outputs > 0).sum()))
 
-    def _prepare_only(self, number: int) -> None:
-        self.forward.prepare(self.stream.cuda_stream, 0, decode=False)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self.stream)
-        self.state.guards[number] = event
+        return event
 
     def _room(self, weights: ModelWeights) -> int:
         """Blocks that fit beside weights and buffers under `utilization` of the card's memory."""

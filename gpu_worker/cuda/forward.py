@@ -93,7 +93,7 @@ class Forward:
             self.linears = dict(zip((job[0] for job in jobs), pool.map(linear, jobs), strict=True))
         plan, elementwise = Module.of("plan.cu", arch), Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim})
         slots, inputs = "PPPPii", "PPPPPPPPP"
-        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiiii", 1024, pdl=False)
+        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiiiiiii", 1024, pdl=False)
         self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
         self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiiPiPii", 256, pdl=False)
         self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
@@ -142,8 +142,9 @@ class Forward:
 
     # ------------------------------------------------------------ the step's parts
 
-    def prepare(self, stream: int, bucket: int, decode: bool) -> None:
-        """Consume one ring entry: deltas, rows, and for a decode step of `bucket` rows its inputs and work list."""
+    def prepare(self, stream: int, bucket: int, decode: bool, tokens: int = 0, tiles: int = 0) -> None:
+        """Consume one ring entry: deltas, and `bucket` rows; for a decode step its inputs and work list, else the numbers of tokens and
+        tiles that will be launched."""
         s, g = self.state, self.state.geometry
         self.k_prepare(
             stream,
@@ -162,6 +163,9 @@ class Forward:
             split_limit(bucket, g.max_model_len, s.spread),
             g.block_size,
             int(decode),
+            tokens,
+            tiles,
+            g.blocks,
         )
 
     def items(self, bucket: int) -> int:
@@ -186,12 +190,10 @@ class Forward:
         caches = (source.data_ptr(), source.shape[1], target.data_ptr(), target.shape[1])
         self.k_copy(stream, (count, self.config.layers), *s.inputs_arguments, s.ring.data_ptr(), s.entry_words, first, *caches, vectors)
 
-    def prefill(self, stream: int, rows: int, tokens: int, tiles: int, logit_rows: int) -> int:
-        """Rows of any length, embedding to logits of the rows that sample; returns layers begun."""
+    def prefill(self, stream: int, rows: int, tokens: int, tiles: int, logit_rows: int) -> None:
+        """Rows of any length, embedding to logits of the rows that sample."""
         s, c, g = self.state, self.config, self.state.geometry
         ring = (s.ring.data_ptr(), s.entry_words)
-        if not rows:
-            return 0
         lanes = c.head_dim * self.h.element_size() // 16  # threads per head
         self.k_expand(stream, (rows, max(1, min(64, tokens // rows // 256))), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
         self.k_embed(stream, (tokens, 1), s.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), c.hidden)
@@ -217,7 +219,6 @@ class Forward:
             self._rest(stream, layer, tokens)
         if logit_rows:
             self._head(stream, logit_rows)
-        return c.layers
 
     def sample(self, stream: int, outputs: int) -> None:
         """A token for each output, into the slots and the result ring."""

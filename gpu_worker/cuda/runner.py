@@ -29,12 +29,7 @@ class CudaRunner:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._engine: Engine | None = None
-        self._finished = 0
-
-    @property
-    def counter(self) -> int:
-        """Layers enqueued and steps finished: it stands still when a step hangs on the card."""
-        return self._finished + (self._engine.layers_begun if self._engine else 0)
+        self.counter = 0  # steps enqueued and steps finished: it stands still while a step hangs on the card
 
     def load(self) -> Description:
         try:
@@ -47,11 +42,12 @@ class CudaRunner:
     def start(self, step: Step) -> None:
         assert self._engine is not None
         self._engine.start(step)
+        self.counter += 1
 
     def finish(self, step: Step) -> Outcome:
         assert self._engine is not None
         outcome = self._engine.finish()
-        self._finished += 1
+        self.counter += 1
         return outcome
 
     def reset(self) -> None:

@@ -113,6 +113,7 @@ class DeviceState:
         """Forget all slots. Nothing may be in flight."""
         self.table.fill_(self.geometry.blocks)
         self.dead.zero_()
+        self.step[0] = self.position  # a step that failed may have been written and never read
 
     def write(self, step: Step, result: int) -> Iterator[int]:
         """Write a step into as many ring entries as it needs (all but the last hold assignments only); yield each one's

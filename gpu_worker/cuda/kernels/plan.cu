@@ -57,13 +57,14 @@ __device__ __forceinline__ int prefix_sum(int v, int* scratch, int* total) {
 
 // One block. Applies assignments and bindings, then builds rows and outputs; for a decode step (every row one token and one output;
 // `bucket` rows launched) tokens, positions and the attention's work list as well. The entry lies across the bus: what does not
-// depend on one another is asked for at once.
+// depend on one another is asked for at once. Where more rows, tokens or tiles are launched than the step has, as a captured graph does,
+// the rest are empty rows, tokens that go to the dummy block, and tiles of row -1.
 //
 // Work list: tiles of 64 cached tokens; chunk = max(least, ceil(all tiles / spread)) tiles, at most 16 while `limit` allows; a row gets ceil(tiles / chunk)
 // items of nearly equal size, at least one. Item: row, first, end, splits, own partial, row's first partial, slot, position.
 extern "C" __global__ void __launch_bounds__(1024)
 prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* results, int result_words, int bucket, int max_items,
-        int spread, int least, int limit, int block_size, int decode) {
+        int spread, int least, int limit, int block_size, int decode, int tokens_launched, int tiles_launched, int dummy_block) {
   __shared__ int scratch[32];
   __shared__ int header[16];
   const int tid = threadIdx.x, used = in.step[0] % entries;
@@ -96,9 +97,14 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
   }
   if (!decode) {
     const int* tiles = e + header[14];
-    for (int i = tid; i < header[7] * 2; i += blockDim.x) in.tiles[i] = tiles[i];
+    for (int i = tid; i < tiles_launched * 2; i += blockDim.x) in.tiles[i] = i < header[7] * 2 ? tiles[i] : -1;
     const int* logit_rows = e + header[15];
-    for (int i = tid; i < header[8]; i += blockDim.x) in.logit_rows[i] = logit_rows[i];
+    if (tid < bucket) in.logit_rows[tid] = tid < header[8] ? logit_rows[tid] : 0;
+    for (int i = header[1] + tid; i < tokens_launched; i += blockDim.x) {
+      in.tokens[i] = 0;
+      in.positions[i] = 0;
+      in.places[i] = dummy_block * block_size;
+    }
     if (tid < bucket) in.outputs[tid] = tid < header[2] ? ((const int4*)(e + header[12]))[tid] : make_int4(0, -1, 0, 0);
   }
   __syncthreads();
@@ -106,7 +112,7 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
   int tiles = 0, position = 0, slot = s.slots;
   if (tid < bucket) {
     if (tid >= rows) {
-      a = make_int4(s.slots, 0, 1, 0);
+      a = make_int4(s.slots, 0, decode, 0);
       b = make_int4(tid, 0, 0, 0);
     }
     if (decode) in.outputs[tid] = make_int4(tid, tid < rows ? a.x : -1, a.y + 1, 0);

@@ -35,6 +35,8 @@ def prefill_attention(
     n = tl.num_programs(1) - 1 - tl.program_id(1)  # later tiles of a row are longer: first
     row = tl.load(tiles + 2 * n)
     at = tl.load(tiles + 2 * n + 1)
+    if row < 0:  # launched for nothing
+        return
     slot = tl.load(rows + row * 8)
     first = tl.load(rows + row * 8 + 1)
     count = tl.load(rows + row * 8 + 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu_player import Player
+from benchmarks.gpu_player import Player, Sequence
 from gpu_worker.loading.config import ModelConfig, RopeScaling
 from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
@@ -208,3 +208,19 @@ def test_blocks_go_to_the_host_and_back() -> None:
     assert engine.finish().copied == 1
     assert engine.finish().copied == 2
     assert torch.equal(cache[:, [11, 10, 5]], torch.cat((want, want[:, 1:]), 1))
+
+
+def test_mixed_steps_of_a_captured_size_match_float64() -> None:
+    engine, source = make(QWEN3, torch.bfloat16)
+    player = Player(engine, depth=1)
+    running: list[Sequence] = []
+    for n, text in enumerate(prompts([40, 33, 47, 21, 30, 44], QWEN3.vocab_size)):
+        new = player.add(text, 20)
+        player.send([*((s, 1) for s in running), (new[0], len(text))], [new])
+        player.settle()
+        running.append(new[0])
+        full = [np.concatenate((s.prompt, s.tokens)).astype(np.int32)[:-1] for s in running]
+        want, bound = teacher(QWEN3, source, torch.bfloat16, full, -1)
+        assert error(engine.forward.logits[: n + 1], want) < 2 * bound, n
+        assert [s.tokens[-1] for s in running] == engine.forward.logits[: n + 1].float().argmax(1).tolist()
+    assert any(shape.tokens for shape in engine.graphs.captured)
