@@ -25,6 +25,8 @@ from frontend.streams import Stream
 from frontend.tokenizer import Tokenizer
 from frontend.wire import Wire
 from protocol.counters import Counters
+from protocol.endpoints import check_endpoint
+from protocol.keys import client_keys
 from protocol.messages import Hello, ModelInfo
 from protocol.rundir import RunDir
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
@@ -64,8 +66,8 @@ class Recorder(Protocol):
 class Client:
     """Submits requests and hands back streams. Lives in one event loop; not thread-safe.
 
-    Raises protocol.tokenizer_files.BundleError or TokenizerError from `start` if the tokenizer named in the settings
-    cannot be read.
+    Raises CannotRun for keys or endpoints that cannot be used; from `start` BundleError or TokenizerError if the
+    tokenizer named in the settings cannot be read.
     """
 
     def __init__(self, settings: FrontendSettings, incarnation: int, recorder: Recorder | None = None) -> None:
@@ -76,6 +78,9 @@ class Client:
         self.totals = Totals()
         self._recorder = recorder
         self._endpoints = settings.schedulers or (RunDir(settings.run_dir).frontends,)
+        self._keys = client_keys(settings.key_file, settings.server_key)
+        for endpoint in settings.schedulers:
+            check_endpoint(endpoint, "--scheduler", self._keys is not None)
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._tokenizers: dict[bytes, Tokenizer] = {}
         self._own_tokenizer: Tokenizer | None = None  # of settings.tokenizer, used for every model
@@ -95,7 +100,7 @@ class Client:
         hello = Hello(role="frontend", name=self.settings.name, incarnation=self.incarnation, attempt=1)
         self._dialer = Dialer(hello, len(self._endpoints), 1, self.settings.times, self.counters, self._loop.time())
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._wire = Wire(self._context, self._endpoints, self._received, self._disconnected, self._pump, self.counters)
+        self._wire = Wire(self._context, self._endpoints, self._received, self._disconnected, self._pump, self.counters, self._keys)
         self._started = True
         self._waiting("a scheduler")
         self._tick()

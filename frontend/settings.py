@@ -15,6 +15,8 @@ class FrontendSettings:
     run_dir: Path
     name: str = "frontend-0"
     schedulers: tuple[str, ...] = ()  # endpoints of schedulers' frontend sockets; empty: the run directory's
+    key_file: str = ""  # this service's secret key, for tcp:// endpoints
+    server_key: str = ""  # the scheduler's public key; both are paths
     host: str = "127.0.0.1"
     port: int = 8000
     listen_fd: int = -1  # a listening socket handed over by the supervisor; −1: bind host and port

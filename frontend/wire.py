@@ -7,13 +7,17 @@ notice. So every socket is read until it is dry, and looked at again after each 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import zmq
 
 from protocol.counters import Counters
-from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
+from protocol.keys import ClientKeys
+from protocol.sockets import RETRY_REFUSED, Context, Socket, dealer, monitor, news, received, send
+
+log = logging.getLogger("frontend")
 
 BATCH = 64  # messages read before other tasks get their turn
 
@@ -38,14 +42,17 @@ class Wire:
         disconnected: Callable[[int], None],
         flush: Callable[[], None],
         counters: Counters,
+        keys: ClientKeys | None = None,
     ) -> None:
         self._context = context
+        self._keys = keys
         self._endpoints = list(endpoints)
         self._take = take
         self._disconnected = disconnected
         self._flush = flush
         self._counters = counters
         self._loop = asyncio.get_running_loop()
+        self._told: set[int] = set()  # endpoints whose refusal stands in the log
         self._connections = [self._connect(i) for i in range(len(self._endpoints))]
 
     def send(self, endpoint: int, frames: list[bytes]) -> None:
@@ -71,7 +78,7 @@ class Wire:
         self._connections = []
 
     def _connect(self, endpoint: int) -> _Connection:
-        socket = dealer(self._context, self._endpoints[endpoint])
+        socket = dealer(self._context, self._endpoints[endpoint], self._keys)
         connection = _Connection(socket, monitor(socket))
         for watched, callback in ((connection.dealer, self._readable), (connection.monitor, self._cut)):
             self._loop.add_reader(watched.fileno(), callback, endpoint, connection)
@@ -91,12 +98,29 @@ class Wire:
         self._flush()
 
     def _cut(self, endpoint: int, connection: _Connection) -> None:
-        if connection.monitor.closed or not lost(connection.monitor):
+        if connection.monitor.closed:
+            return
+        lost, refused = news(connection.monitor)
+        if refused:
+            self._refused(endpoint, connection, refused)
+        if not lost:
             return
         while self._drain(endpoint, connection, BATCH):  # messages may lie unread in front of the end
             pass
         self._disconnected(endpoint)
         self._flush()
+
+    def _refused(self, endpoint: int, connection: _Connection, times: int) -> None:
+        """ZeroMQ gives a refused socket up; the key may be let in later, so another one tries, slowly."""
+        self._loop.call_later(RETRY_REFUSED, self._retry, endpoint, connection)
+        self._counters.add("connection_refused", times)
+        if endpoint not in self._told:
+            self._told.add(endpoint)
+            log.error("the scheduler at %s lets nobody in with this key (--key-file, --server-key)", self._endpoints[endpoint])
+
+    def _retry(self, endpoint: int, connection: _Connection) -> None:
+        if self._connections and self._connections[endpoint] is connection:
+            self.renew(endpoint)
 
     def _drain(self, endpoint: int, connection: _Connection, limit: int) -> int:
         """Take up to `limit` messages; returns how many there were."""

@@ -27,6 +27,8 @@ from gpu_worker.runner import Description, Runner
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.wire import CHANNELS, Wire
 from protocol.counters import Counters
+from protocol.endpoints import check_endpoint
+from protocol.keys import client_keys
 from protocol.messages import FileRequest, Hello, Message, Phase, Plan, Progress, Result
 from protocol.service import EXIT_FAILED, Service
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
@@ -95,6 +97,9 @@ class Network(threading.Thread):
         self._figures = Figures()
         self._description: Description | None = None
         self._endpoints = settings.schedulers or (service.rundir.workers,)
+        self._keys = client_keys(settings.key_file, settings.server_key)
+        for endpoint in settings.schedulers:
+            check_endpoint(endpoint, "--scheduler", self._keys is not None)
         hello = Hello(role="worker", name=settings.name, incarnation=service.incarnation, attempt=1)
         self._dialer = Dialer(hello, len(self._endpoints), CHANNELS, settings.times, self._counters, time.monotonic())
         self._calls: deque[Callable[[], None]] = deque()
@@ -169,7 +174,8 @@ class Network(threading.Thread):
         self._publisher = Publisher(telemetry, "worker", self._settings.name, self._service.incarnation, os.getpid(), context)
         stack.callback(self._publisher.close)
         self._process = psutil.Process()
-        self._wire = Wire(context, self._endpoints, (self._wake_fd, self._service.stop_fd), tap, self._service.flight)
+        watched = (self._wake_fd, self._service.stop_fd)
+        self._wire = Wire(context, self._endpoints, watched, tap, self._service.flight, self._counters, self._keys)
         stack.callback(self._wire.close)
         self._say_state()
 

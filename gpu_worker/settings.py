@@ -15,6 +15,8 @@ class WorkerSettings:
     run_dir: Path
     name: str = "worker-0"
     schedulers: tuple[str, ...] = ()  # endpoints of schedulers' worker sockets; empty: the run directory's
+    key_file: str = ""  # this service's secret key, for tcp:// endpoints
+    server_key: str = ""  # the scheduler's public key; both are paths
     model: str = ""  # a folder, a .gguf file or a hub id; empty: the packaged SmolLM2
     served_model_name: str = ""
     runner: str = "torch"  # torch, oracle, simulated

@@ -6,14 +6,20 @@ recorder.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 
 import zmq
 
+from protocol.counters import Counters
 from protocol.flight import FlightRecorder
+from protocol.keys import ClientKeys
 from protocol.service import CannotRun
-from protocol.sockets import Context, Socket, dealer, lost, monitor, received, send
+from protocol.sockets import RETRY_REFUSED, Context, Socket, dealer, monitor, news, received, send
 from protocol.tap import Tap
+
+log = logging.getLogger("worker")
 
 CHANNELS = 2
 FAREWELL = 100  # ms that the last results may take to leave; a scheduler that is gone holds nothing up
@@ -22,9 +28,22 @@ FAREWELL = 100  # ms that the last results may take to leave; a scheduler that i
 class Wire:
     """Connected sockets and their poller; `watched` are further descriptors that end a wait. Raises CannotRun."""
 
-    def __init__(self, context: Context, endpoints: Sequence[str], watched: Sequence[int], tap: Tap, flight: FlightRecorder) -> None:
+    def __init__(
+        self,
+        context: Context,
+        endpoints: Sequence[str],
+        watched: Sequence[int],
+        tap: Tap,
+        flight: FlightRecorder,
+        counters: Counters,
+        keys: ClientKeys | None = None,
+    ) -> None:
         self._context = context
         self._endpoints = endpoints
+        self._counters = counters
+        self._keys = keys
+        self._retries: dict[tuple[int, int], float] = {}  # refused sockets, and when another one tries
+        self._told: set[int] = set()  # endpoints whose refusal stands in the log
         self._tap = tap
         self._flight = flight
         self._poller = zmq.Poller()
@@ -42,7 +61,12 @@ class Wire:
 
     def wait(self, seconds: float) -> None:
         """Block until something is readable, or that long; not at all if it is not positive."""
+        if self._retries:
+            seconds = min(seconds, min(self._retries.values()) - time.monotonic())
         self._ready = dict(self._poller.poll(int(seconds * 1000) + 1 if seconds > 0 else 0))
+        for (endpoint, channel), at in list(self._retries.items()):
+            if time.monotonic() >= at:
+                self.renew(endpoint, channel)
 
     def is_ready(self, fd: int) -> bool:
         """Whether a watched descriptor ended the last wait."""
@@ -62,8 +86,12 @@ class Wire:
                 for frames in received(socket):
                     self._show("in", endpoint, frames)
                     yield endpoint, channel, frames
-            if watch in self._ready and lost(watch):
-                yield endpoint, channel, None
+            if watch in self._ready:
+                change = news(watch)
+                if change.refused:
+                    self._refused(endpoint, channel, change.refused)
+                if change.lost:
+                    yield endpoint, channel, None
 
     def send(self, endpoint: int, channel: int, frames: list[bytes]) -> bool:
         """Send without waiting; False if there is no connection, or no room."""
@@ -81,12 +109,20 @@ class Wire:
             self._sockets[endpoint, channel][0].setsockopt(zmq.LINGER, FAREWELL)
             self._disconnect(endpoint, channel)
 
+    def _refused(self, endpoint: int, channel: int, times: int) -> None:
+        """ZeroMQ gives a refused socket up; the key may be let in later, so another one tries, slowly."""
+        self._retries.setdefault((endpoint, channel), time.monotonic() + RETRY_REFUSED)
+        self._counters.add("connection_refused", times)
+        if endpoint not in self._told:
+            self._told.add(endpoint)
+            log.error("the scheduler at %s lets nobody in with this key (--key-file, --server-key)", self._endpoints[endpoint])
+
     def _show(self, direction: str, endpoint: int, frames: list[bytes]) -> None:
         self._flight.record(direction, self._endpoints[endpoint], frames)
         self._tap.mirror(direction, frames)
 
     def _connect(self, endpoint: int, channel: int) -> None:
-        socket = dealer(self._context, self._endpoints[endpoint])
+        socket = dealer(self._context, self._endpoints[endpoint], self._keys)
         watch = monitor(socket)
         self._sockets[endpoint, channel] = (socket, watch)
         self._poller.register(socket, zmq.POLLIN)
@@ -94,6 +130,7 @@ class Wire:
 
     def _disconnect(self, endpoint: int, channel: int) -> None:
         socket, watch = self._sockets.pop((endpoint, channel))
+        self._retries.pop((endpoint, channel), None)
         self._poller.unregister(socket)
         self._poller.unregister(watch)
         socket.disable_monitor()

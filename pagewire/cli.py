@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from protocol.options import CONTEXT, options, run_dir_option, start
-from protocol.rundir import RunDir
+from protocol.rundir import RunDir, RunDirError
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
 TOOLS = {"bench": "pagewire.bench.command", "plan": "pagewire.plan.command"}
@@ -108,6 +108,26 @@ def tap(name: str, run_dir: Path, content: bool, count: int | None) -> None:
             click.echo(line(direction, at, frames, content))
             if number == count:
                 break
+
+
+@main.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--frontend", "frontends", multiple=True, metavar="NAME", help="A frontend that gets a key; may be repeated.")
+@click.option("--worker", "workers", multiple=True, metavar="NAME", help="A worker that gets a key; may be repeated.")
+def keys(folder: Path, frontends: tuple[str, ...], workers: tuple[str, ...]) -> None:
+    """Make the keys of links between hosts, in FOLDER.
+
+    The first call makes the scheduler's key pair; each call makes one for every client named, and lets it in.
+    """
+    from pagewire.keys import make_keys, parse_clients
+    from protocol.options import Usage
+
+    try:
+        lines = make_keys(folder, parse_clients(frontends, workers))
+    except RunDirError as error:
+        raise Usage(str(error)) from None
+    for text in lines:
+        click.echo(text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from protocol.rundir import RunDir, RunDirError
 from protocol.tokenizer_files import packaged_model
 
 MODULES = {"frontend": "frontend", "scheduler": "scheduler_svc", "worker": "gpu_worker", "admin": "pagewire.admin"}
-NOT_PASSED = {"name", "schedulers", "bind_frontends", "bind_workers", "telemetry", "listen_fd", "standby"}  # `up` settles these
+NOT_PASSED = {  # `up` settles these; its links are ipc:// and need no keys
+    *("name", "schedulers", "bind_frontends", "bind_workers", "telemetry", "listen_fd", "standby"),
+    *("key_file", "server_key", "allow_file"),
+}
 COUNTS = [Field("workers", int, 1), Field("frontends", int, 1), Field("admin_port", int, 8001)]
 
 

@@ -317,8 +317,7 @@ class Registration:
     """This process's file in `services/`; the name is held by a lock as long as the process lives."""
 
     def __init__(self, folder: Path, role: str, name: str, incarnation: int) -> None:
-        if not 0 < len(name) <= LONGEST_NAME or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in name) or name[0] == ".":
-            raise RunDirError(f"{name!r} is no service name: 1 to {LONGEST_NAME} letters, digits, '-', '_' and '.'")
+        check_name(name)
         self._lock = Lock(folder / f"{name}.lock", f"the service name {name}")
         self._path = folder / f"{name}.json"
         pid = os.getpid()
@@ -338,6 +337,12 @@ class Registration:
 
     def _store(self) -> None:
         _write(self._path, json.dumps(asdict(self.record)).encode())
+
+
+def check_name(name: str) -> None:
+    """Raise RunDirError if a service cannot be called so."""
+    if not 0 < len(name) <= LONGEST_NAME or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in name) or name[0] == ".":
+        raise RunDirError(f"{name!r} is no service name: 1 to {LONGEST_NAME} letters, digits, '-', '_' and '.'")
 
 
 def ipc_path(endpoint: str) -> Path | None:

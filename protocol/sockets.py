@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
 from protocol.chaos import from_environment
 from protocol.codec import HIGH_WATER, MAX_FRAME
+from protocol.keys import ClientKeys, ServerKeys
 
 HEARTBEAT = 200  # ms; a dead or stopped process and a cut link are seen within a second
 HEARTBEAT_TIMEOUT = 600  # ms
 RECONNECT = 50  # ms
+RETRY_REFUSED = 1.0  # seconds after which a refused peer tries again
+REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 Context = zmq.Context[Any]
 Socket = zmq.Socket[bytes]
@@ -22,35 +26,55 @@ Socket = zmq.Socket[bytes]
 _SHIM = from_environment(os.environ)  # of fault tests; None in service
 
 
-def dealer(context: Context, endpoint: str) -> Socket:
-    """A peer's socket, connected. Without a connection a send fails at once: links repeat, nothing queues up."""
+def dealer(context: Context, endpoint: str, keys: ClientKeys | None = None) -> Socket:
+    """A peer's socket, connected. Without a connection a send fails at once: links repeat, nothing queues up.
+
+    Keys count for tcp:// alone; an ipc:// socket is guarded by its folder.
+    """
     socket = _socket(context, zmq.DEALER)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 4 * RECONNECT)
+    if keys is not None and endpoint.startswith("tcp://"):
+        keys.apply(socket)
     socket.connect(endpoint)
     return socket
 
 
-def router(context: Context, endpoint: str) -> Socket:
-    """A scheduler's socket, bound. A frame for a route that is gone raises EHOSTUNREACH. Raises zmq.ZMQError."""
+def router(context: Context, endpoint: str, keys: ServerKeys | None = None, role: str = "") -> Socket:
+    """A scheduler's socket for peers of one role, bound. A frame for a route that is gone raises EHOSTUNREACH.
+
+    Raises zmq.ZMQError. Keys as with `dealer`.
+    """
     socket = _socket(context, zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    if keys is not None and endpoint.startswith("tcp://"):
+        keys.apply(socket, role)
     socket.bind(endpoint)
     return socket
 
 
+class News(NamedTuple):
+    """What has become of a socket's connections since the last look."""
+
+    lost: int  # connections that were open and are no more
+    refused: int  # attempts that failed: a wrong key, none, or no ZeroMQ at all
+
+
 def monitor(socket: Socket) -> Socket:
-    """A socket that becomes readable when a connection of `socket` is lost; read it with `lost`."""
-    return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    """A socket that becomes readable when a connection of `socket` is lost or refused; read it with `news`."""
+    return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSALS)
 
 
-def lost(monitor: Socket) -> int:
-    """How many connections have been lost since the last call."""
-    count = 0
-    for _ in received(monitor):
-        count += 1
-    return count
+def news(monitor: Socket) -> News:
+    """How many connections have been lost, and how many refused, since the last call."""
+    lost = refused = 0
+    for event, _ in received(monitor):
+        if int.from_bytes(event[:2], sys.byteorder) & REFUSALS:
+            refused += 1
+        else:
+            lost += 1
+    return News(lost, refused)
 
 
 def received(socket: Socket, limit: int = 1 << 30) -> Iterator[list[bytes]]:

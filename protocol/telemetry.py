@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import zmq
 
+from protocol.endpoints import check_local
+
 HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
 
 
@@ -22,9 +24,13 @@ class Telemetry(msgspec.Struct, array_like=True, tag="telemetry", frozen=True):
 
 
 class Publisher:
-    """The sending side, for one thread: connects to the collector, there or not, and never blocks."""
+    """The sending side, for one thread: connects to the collector, there or not, and never blocks.
+
+    Raises CannotRun for an endpoint off this host: figures are not encrypted.
+    """
 
     def __init__(self, endpoint: str, role: str, name: str, incarnation: int, pid: int, context: zmq.Context[Any]) -> None:
+        check_local(endpoint, "--telemetry")
         self._about = (role, name, incarnation, pid)
         self._encoder = msgspec.msgpack.Encoder()
         # An asyncio context would make an asyncio socket, whose `send` is a coroutine.
@@ -45,9 +51,13 @@ class Publisher:
 
 
 class Collector:
-    """The receiving side, for one thread: binds, and is read when the poller says so. The caller guards the endpoint."""
+    """The receiving side, for one thread: binds, and is read when the poller says so. The caller guards the endpoint.
+
+    Raises CannotRun as `Publisher` does.
+    """
 
     def __init__(self, endpoint: str, context: zmq.Context[Any]) -> None:
+        check_local(endpoint, "--telemetry")
         self._decoder = msgspec.msgpack.Decoder(Telemetry)
         self.socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.SUB)
         self.socket.setsockopt(zmq.RCVHWM, 1000)

@@ -10,10 +10,13 @@ from pathlib import Path
 import psutil
 import zmq
 
-from protocol.listener import FRONTENDS, WORKERS, Route
+from protocol.counters import Counters
+from protocol.endpoints import check_endpoint
+from protocol.keys import AllowList, Authenticator, ServerKeys, read_pair
+from protocol.listener import FRONTENDS, ROLES, WORKERS, Route
 from protocol.rundir import Guard
 from protocol.service import CannotRun, Service
-from protocol.sockets import Context, Socket, lost, monitor, received, router, send
+from protocol.sockets import Context, Socket, monitor, news, received, router, send
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
 from scheduler_svc.core import Core
@@ -32,11 +35,18 @@ def run(settings: SchedulerSettings) -> None:
             FRONTENDS: settings.bind_frontends or service.rundir.frontends,
             WORKERS: settings.bind_workers or service.rundir.workers,
         }
+        keys = _keys(settings)
+        counters = Counters()
+        authenticator = None
+        if keys is not None:
+            authenticator = Authenticator(context, AllowList(settings.allow_file), counters)
+            stack.callback(authenticator.close)
         sockets: dict[int, Socket] = {}
         for which, endpoint in endpoints.items():
+            check_endpoint(endpoint, f"--bind-{ROLES[which]}s", keys is not None, binds=True)
             stack.enter_context(Guard(endpoint))
             try:
-                sockets[which] = router(context, endpoint)
+                sockets[which] = router(context, endpoint, keys, ROLES[which])
             except zmq.ZMQError as error:
                 raise CannotRun(f"cannot bind {endpoint}: {error.strerror}") from None
             stack.callback(sockets[which].close)
@@ -46,7 +56,7 @@ def run(settings: SchedulerSettings) -> None:
             settings.telemetry or service.rundir.telemetry, "scheduler", settings.name, service.incarnation, psutil.Process().pid, context
         )
         stack.callback(publisher.close)
-        loop = _Loop(settings, service, sockets, tap, publisher)
+        loop = _Loop(settings, service, sockets, authenticator, counters, tap, publisher)
         stack.callback(loop.close)
         loop.run()
 
@@ -54,9 +64,20 @@ def run(settings: SchedulerSettings) -> None:
 class _Loop:
     """The poll loop around a `Core`."""
 
-    def __init__(self, settings: SchedulerSettings, service: Service, sockets: dict[int, Socket], tap: Tap, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        service: Service,
+        sockets: dict[int, Socket],
+        authenticator: Authenticator | None,
+        connections: Counters,
+        tap: Tap,
+        publisher: Publisher,
+    ) -> None:
         self._service = service
         self._sockets = sockets
+        self._authenticator = authenticator
+        self._connections = connections  # counts who was not let in
         self._tap = tap
         self._publisher = publisher
         self._process = psutil.Process()
@@ -76,6 +97,8 @@ class _Loop:
         self._poller = zmq.Poller()
         for socket in (*sockets.values(), *self._monitors, service.stop_fd):
             self._poller.register(socket, zmq.POLLIN)
+        if authenticator is not None:
+            self._poller.register(authenticator.socket, zmq.POLLIN)
         self._publish_at = 0.0
 
     def run(self) -> None:
@@ -96,8 +119,7 @@ class _Loop:
     def _turn(self) -> None:
         self._take(WORKERS, float("inf"))
         now = time.monotonic()
-        if sum(lost(m) for m in self._monitors):  # reads every one of them
-            self._probe(now)
+        self._look_at_connections(now)
         self.core.turn(now)
         self._transmit()
         self._take(FRONTENDS, now + ARRIVALS)
@@ -135,10 +157,16 @@ class _Loop:
             self.core.counters.add("route_gone")
             self.core.disconnected(route, time.monotonic())
 
-    def _probe(self, now: float) -> None:
-        """A connection has gone, and ROUTER does not say whose: a frame for each tells."""
-        self.core.probe(now)
-        self._transmit()
+    def _look_at_connections(self, now: float) -> None:
+        if self._authenticator is not None:
+            self._authenticator.answer()
+        changes = [news(watch) for watch in self._monitors]
+        if refused := sum(change.refused for change in changes):
+            self._connections.add("connection_refused", refused)
+        if any(change.lost for change in changes):
+            # ROUTER does not say whose connection has gone: a frame for each tells.
+            self.core.probe(now)
+            self._transmit()
 
     def _keep_key(self, key: bytes) -> None:
         if self._key_file is None:
@@ -155,9 +183,18 @@ class _Loop:
             self._service.state("ready")
 
     def _publish(self) -> None:
-        values = {**self.core.engine.stats(), **{f"wire_{name}": float(n) for name, n in self.core.counters.items()}}
+        counts = (*self.core.counters.items(), *self._connections.items())
+        values = {**self.core.engine.stats(), **{f"wire_{name}": float(n) for name, n in counts}}
         values["memory_bytes"] = float(self._process.memory_info().rss)
         self._publisher.publish(values)
+
+
+def _keys(settings: SchedulerSettings) -> ServerKeys | None:
+    if not settings.key_file and not settings.allow_file:
+        return None
+    if not settings.key_file or not settings.allow_file:
+        raise CannotRun("--key-file and --allow-file belong together: the scheduler's secret key, and the keys it lets in")
+    return ServerKeys(read_pair(settings.key_file, "--key-file"))
 
 
 def _read_key(path: Path) -> bytes:

@@ -16,6 +16,8 @@ class SchedulerSettings:
     name: str = "scheduler-0"
     bind_frontends: str = ""  # endpoint; empty: the run directory's
     bind_workers: str = ""
+    key_file: str = ""  # secret key, for tcp:// endpoints
+    allow_file: str = ""  # which public keys may connect, and as what
     policy: str = "fcfs"
     depth: int = 2  # plans in flight per worker
     max_num_seqs: int = 256
