@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
+from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.state import least_tiles
 from gpu_worker.cuda.triton_kernel import TritonKernel
 
@@ -123,14 +124,78 @@ def measure(case: Case, kernel: TritonKernel, least: int, spread: int, stream: t
     return statistics.median(times[1:]), error
 
 
+PREFILL = (
+    (128, 64, 3, 8),
+    (128, 64, 2, 8),
+    (128, 128, 2, 8),
+    (64, 64, 2, 4),
+    (64, 64, 3, 4),
+    (128, 64, 2, 4),
+    (128, 32, 3, 8),
+)  # rows, tile, stages, warps
+
+
+def prefill(
+    count: int, length: int, repeat: int, stream: torch.cuda.Stream, configs: tuple[tuple[int, int, int, int], ...]
+) -> list[tuple[float, str]]:
+    """Causal prefill of `count` prompts: microseconds per call and configuration, best first. Checked against torch's SDPA."""
+    heads, pages = KV_HEADS * repeat, length // PAGE
+    qkv = torch.randn(count * length, (heads + 2 * KV_HEADS) * D, device="cuda").bfloat16()
+    q, k, v = (x.view(count, length, -1, D) for x in qkv.split((heads * D, KV_HEADS * D, KV_HEADS * D), 1))
+    cache = torch.empty(count * pages, 2, KV_HEADS, PAGE, D, device="cuda", dtype=torch.bfloat16)
+    for i, x in enumerate((k, v)):
+        cache[:, i] = x.reshape(count * pages, PAGE, KV_HEADS, D).transpose(1, 2)
+    table = torch.arange(count * pages, dtype=torch.int32, device="cuda").view(count, pages).contiguous()
+    rows = torch.tensor([[i, 0, length, 0, i * length, 0, 0, 0] for i in range(count)], dtype=torch.int32, device="cuda")
+    out = torch.empty(count * length, heads * D, device="cuda", dtype=torch.bfloat16)
+    want = torch.nn.functional.scaled_dot_product_attention(*(x[:1].transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+    want = want.transpose(1, 2).reshape(length, -1)
+    flops = 2 * count * heads * D * length * length
+    results = []
+    for tile_rows, tile, stages, warps in configs:
+        tokens = tile_rows // repeat
+        tiles = torch.tensor([[i, t] for i in range(count) for t in range(0, length, tokens)], dtype=torch.int32, device="cuda")
+        b, i32 = torch.bfloat16, torch.int32
+        kernel = TritonKernel(
+            prefill_attention, [b, b, i32, i32, i32, b, 1.0], warps=warps, pdl=False, WIDTH=pages, KV_HEADS=KV_HEADS, R=repeat, RP=repeat,
+            D=D, PAGE=PAGE, ROWS=tile_rows, TILE=tile, STAGES=stages,
+        )  # fmt: skip
+        pointers = [t.data_ptr() for t in (qkv, cache, table, tiles, rows, out)]
+        times = []
+        with torch.cuda.stream(stream):
+            for _ in range(5):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                for _ in range(4):
+                    kernel(stream.cuda_stream, (KV_HEADS, len(tiles)), *pointers, D**-0.5 * math.log2(math.e))
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) * 250)
+        us = statistics.median(times[1:])
+        error = float((out[:length].double() - want.double()).norm() / want.double().norm())
+        spills = f" SPILLS {kernel.local_bytes}" if kernel.local_bytes else ""
+        results.append(
+            (us, f"{(tile_rows, tile, stages, warps)} {flops / us / 1e6:.0f} TF/s [{kernel.registers}{spills}] error {error:.1e}")
+        )
+    return sorted(results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--only", choices=("decode", "prefill"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     stream = torch.cuda.Stream()
-    rows = {}
-    for (batch, context), repeat in itertools.product(CASES, (2,) if args.tune else (2, 4)):
+    rows: dict[str, object] = {}
+    for count, length in () if args.only == "decode" else ((4, 2048), (32, 256), (4, 8192)):
+        for repeat in (2,) if args.tune else (2, 4):
+            results = prefill(count, length, repeat, stream, PREFILL if args.tune else PREFILL[:1])
+            rows[f"prefill {count}x{length} r{repeat}"] = results
+            print(
+                f"prefill {count} x {length} heads {8 * repeat}: " + " | ".join(f"{us:.0f} us {what}" for us, what in results), flush=True
+            )
+    for (batch, context), repeat in () if args.only == "prefill" else itertools.product(CASES, (2,) if args.tune else (2, 4)):
         case = Case(batch, context, repeat)
         variants = (
             list(itertools.product((0, 1), (1, 2, 4) if batch < 64 else (4,), (33, 50)))

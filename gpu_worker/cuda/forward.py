@@ -20,6 +20,7 @@ from gpu_worker.cuda.weights import LayerWeights, ModelWeights
 from gpu_worker.loading.config import ModelConfig
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # macro DTYPE
+LONG_ROWS = 2048  # tokens a row, on average, from which prefill attention gains by larger tiles
 SAMPLE_SPLITS = 64  # programs over the vocabulary for few outputs
 
 
@@ -40,13 +41,14 @@ class Forward:
     ) -> None:
         """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used. few_attention: up to
         so many rows decode attention is `decode_few.cu`'s."""
-        self.config, self.weights, self.state, self.cache, self.pdl = config, weights, state, cache, pdl
+        self.config, self.weights, self.state, self.cache = config, weights, state, cache
         self.cosines, self.sines = angles
-        self.few_attention = few_attention
         g, device, dtype = state.geometry, cache.device, cache.dtype
         properties = torch.cuda.get_device_properties(device)
+        hopper = properties.major == 9  # clusters, wgmma; elsewhere cuBLAS and Triton do it
+        self.pdl, self.few_attention = pdl and properties.major >= 9, few_attention if hopper else 0
         self.sms = properties.multi_processor_count
-        self.arch = arch = f"sm_{properties.major}{properties.minor}" + ("a" if properties.major >= 9 else "")
+        self.arch = arch = f"sm_{properties.major}{properties.minor}" + ("a" if hopper else "")
         tokens, qkv = g.max_step_tokens, config.q_size + 2 * config.kv_size
 
         def buffer(rows: int, width: int) -> torch.Tensor:
@@ -55,7 +57,9 @@ class Forward:
         self.h, self.x = buffer(tokens, config.hidden), buffer(max(tokens, g.slots), config.hidden)
         self.qkv, self.attended = buffer(tokens, qkv), buffer(tokens, config.q_size)
         self.gate_up, self.activated = buffer(tokens, 2 * config.intermediate), buffer(tokens, config.intermediate)
-        self.logits = buffer(g.slots, config.vocab_size)
+        # rows of whole 16 bytes; what lies behind the vocabulary is never sampled
+        self._logits = torch.full((g.slots, -(-config.vocab_size // 8) * 8), -math.inf, dtype=dtype, device=device)
+        self.logits = self._logits[:, : config.vocab_size]
         self.repeat = config.heads // config.kv_heads
         self.padded_repeat = 1 << (self.repeat - 1).bit_length()
         partials = state.max_items
@@ -65,7 +69,7 @@ class Forward:
         self.best = torch.zeros(g.slots, SAMPLE_SPLITS, 4, dtype=torch.int32, device=device)
         self.sample_arrivals = torch.zeros(g.slots, dtype=torch.int32, device=device)
         self.scale = config.head_dim**-0.5 * math.log2(math.e)
-        self._compile(arch, DTYPES[dtype], few and dtype == torch.bfloat16)
+        self._compile(arch, DTYPES[dtype], few and hopper and dtype == torch.bfloat16)
         self._compile_attention(dtype)
 
     def _compile(self, arch: str, dtype: int, few: bool) -> None:
@@ -128,16 +132,19 @@ class Forward:
             for blocks in (4, 8):
                 module = Module.of("decode_few.cu", self.arch, macros | {"CL": blocks, "QK_NORM": int(c.qk_norm)})
                 self.k_decode_few[blocks] = Kernel(module, "decode_few", "PPPPPPPPPff", 256, blocks, pdl=self.pdl)
-        wide = dtype == torch.float32  # no tensor cores: smaller tiles
-        self.k_prefill_attention = TritonKernel(
-            prefill_attention,
-            [dtype, dtype, ints, ints, ints, dtype, self.scale],
-            warps=4 if wide else 8,
-            pdl=False,
-            ROWS=s.tile_tokens * self.padded_repeat,
-            TILE=32 if wide else 64,
-            STAGES=2 if wide else 3,
-            **sizes,
+        wide = dtype == torch.float32  # no tensor cores: fewer rows and warps
+        self.k_prefill_attention, self.k_prefill_long = (
+            TritonKernel(
+                prefill_attention,
+                [dtype, dtype, ints, ints, ints, dtype, self.scale],
+                warps=4 if wide else 8,
+                pdl=False,
+                ROWS=s.tile_tokens * self.padded_repeat,
+                TILE=tile,
+                STAGES=2 if wide else 3,
+                **sizes,
+            )
+            for tile in (32, 32 if wide else 64)
         )
 
     # ------------------------------------------------------------ the step's parts
@@ -215,7 +222,7 @@ class Forward:
                 g.block_size,
                 c.norm_eps,
             )
-            self._prefill_attention(stream, index, tiles)
+            self._prefill_attention(stream, index, tiles, tokens > LONG_ROWS * rows)
             self._rest(stream, layer, tokens)
         if logit_rows:
             self._head(stream, logit_rows)
@@ -226,7 +233,7 @@ class Forward:
         self.k_sample(
             stream,
             (max(1, min(SAMPLE_SPLITS, 1024 // outputs)), outputs),
-            self.logits.data_ptr(),
+            self._logits.data_ptr(),
             s.outputs.data_ptr(),
             s.step.data_ptr(),
             s.parameters.data_ptr(),
@@ -237,7 +244,7 @@ class Forward:
             s.result_ring.data_ptr(),
             s.result_words,
             s.geometry.slots,
-            self.config.vocab_size,
+            self._logits.shape[1],
         )
 
     def mark(self, stream: int) -> None:
@@ -314,9 +321,10 @@ class Forward:
             *norms_and_angles,
         )
 
-    def _prefill_attention(self, stream: int, index: int, tiles: int) -> None:
+    def _prefill_attention(self, stream: int, index: int, tiles: int, long: bool) -> None:
         s = self.state
-        self.k_prefill_attention(
+        kernel = self.k_prefill_long if long else self.k_prefill_attention
+        kernel(
             stream,
             (self.config.kv_heads, tiles),
             self.qkv.data_ptr(),

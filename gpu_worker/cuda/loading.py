@@ -35,6 +35,8 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
         raise LoadError(f"head dimension {config.head_dim} is not supported in {settings.dtype} on the card; bfloat16 is")
     if config.heads // config.kv_heads > 16:
         raise LoadError(f"{config.heads // config.kv_heads} query heads per key/value head are not supported on the card; up to 16 are")
+    if config.hidden % 8 or config.intermediate % 8:
+        raise LoadError(f"hidden size {config.hidden} and intermediate size {config.intermediate} must be multiples of 8 on the card")
     try:
         weights = load_weights(files.tensors(device, dtype), config, device, dtype, Shard())
         options = Options(

@@ -4,9 +4,15 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 // Programmatic dependent launch: a kernel may start while its predecessor still runs. wait() returns once all earlier
-// kernels are complete and their writes visible; trigger() lets the next kernel start. Every block calls both.
+// kernels are complete and their writes visible; trigger() lets the next kernel start. Every block calls both. Before Hopper they are
+// nothing, and no kernel is launched that way.
+#if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void pdl_trigger() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+__device__ __forceinline__ void pdl_wait() {}
+__device__ __forceinline__ void pdl_trigger() {}
+#endif
 
 // bf16 pairs: the low half is the element at the lower address
 __device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }

@@ -16,18 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _attend(q, k, v, ok, m, total, acc, scale):
-    """One tile of keys and values into the running softmax: maximum m, sum total (shapes [16]), acc [16, D]."""
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    score = tl.where(ok[None, :], score, -1.0e30)
-    top = tl.maximum(m, tl.max(score, 1))
-    shrink = tl.exp2(m - top)
-    p = tl.exp2(score - top[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return top, total, acc
+from gpu_worker.cuda.kernels.online_softmax import attend
 
 
 @triton.jit
@@ -126,7 +115,7 @@ def decode_attention(
         page = tl.load(slot_table + (token + TILE) // PAGE, mask=token + TILE < hi, other=0)  # carried: keeps the pipeline's buffers apart
         kt = tl.load(at, mask=ok[:, None], other=0.0)
         vt = tl.load(at + PLANE, mask=ok[:, None], other=0.0)  # masked: a poisoned page must not reach 0 x NaN
-        m, total, acc = _attend(qr, kt, vt, ok, m, total, acc, scale)
+        m, total, acc = attend(qr, kt, vt, ok[None, :], m, total, acc, scale, True)
 
     to = out + row * (HEADS * D) + (h * R + r)[:, None] * D + d[None, :]
     if splits == 1:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.online_softmax import attend
+
 
 @triton.jit
 def prefill_attention(
@@ -67,29 +69,14 @@ def prefill_attention(
         key = start + t
         p_at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + (key % PAGE)[:, None] * D + d[None, :]
         page = tl.load(slot_table + (key + TILE) // PAGE, mask=key + TILE < end, other=0)
-        k = tl.load(p_at)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        v = tl.load(p_at + PLANE)
-        top = tl.maximum(m, tl.max(score, 1))
-        shrink = tl.exp2(m - top)
-        p = tl.exp2(score - top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m = top
+        m, total, acc = attend(q, tl.load(p_at), tl.load(p_at + PLANE), True, m, total, acc, scale, False)
     for start in tl.range(plain, end, TILE, num_stages=STAGES):
         key = start + t
         ok = key < end
         p_at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + (key % PAGE)[:, None] * D + d[None, :]
         page = tl.load(slot_table + (key + TILE) // PAGE, mask=key + TILE < end, other=0)
         k = tl.load(p_at, mask=ok[:, None], other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where(key[None, :] <= position[:, None], score, -1.0e30)
         v = tl.load(p_at + PLANE, mask=ok[:, None], other=0.0)
-        top = tl.maximum(m, tl.max(score, 1))
-        shrink = tl.exp2(m - top)
-        p = tl.exp2(score - top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m = top
+        m, total, acc = attend(q, k, v, key[None, :] <= position[:, None], m, total, acc, scale, True)
     to = out + (offset + token).to(tl.int64)[:, None] * (HEADS * D) + head[:, None] * D + d[None, :]
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])

@@ -55,3 +55,9 @@ def test_a_second_compilation_comes_from_the_cache_and_a_bad_macro_is_an_error(t
     assert first != b"from the cache"
     with pytest.raises(CompileError, match="shape"):
         compile_cubin("linear.cu", "sm_90a", Cut(1000, 100, 1, 2, 1, 8, 1).macros | {"MT": 1})
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"])
+def test_what_every_card_runs_compiles_for_other_generations(arch: str) -> None:
+    for source in ("plan.cu", "elementwise.cu", "sampler.cu"):
+        assert compile_cubin(source, arch, {"DTYPE": 0, "DIM": 128})
