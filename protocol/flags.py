@@ -70,7 +70,10 @@ FLAGS: dict[str, Flag] = {
     "step_time": Flag("Seconds of a step of the simulated runner.", low=0.0),
     # scheduler
     "policy": Flag("Order of waiting requests.", choices=("fcfs", "priority")),
-    "depth": Flag("Plans in flight per worker.", low=1, high=64),
+    "depth": Flag("Plans in flight per worker.", empty="by round trip and step time", low=0, high=64),
+    "preemption": Flag("What becomes of a preempted sequence's blocks.", choices=("auto", "recompute", "swap")),
+    "max_num_partial_prefills": Flag("Prompts that are computed in parts at once.", empty="any number", low=0),
+    "check_when_idle": Flag("Verify all block accounts when everything has come to rest."),
     "enable_prefix_caching": Flag("Reuse the blocks of equal prefixes."),
     "long_prefill_token_threshold": Flag("Tokens of one prompt in one step.", empty="as many as the step holds", low=0),
     "max_waiting_requests": Flag("Requests that may wait; more are refused with 429.", low=1),

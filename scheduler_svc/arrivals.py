@@ -135,6 +135,7 @@ class Arrivals:
             if choice.limit <= worker.capacity and chained:
                 other.queue.remove(choice)
                 if choice.worker is not None:
+                    choice.worker.host.void(choice)
                     choice.worker.drop_record(choice)
                 worker.queue.add(choice)
                 return

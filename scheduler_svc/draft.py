@@ -31,6 +31,7 @@ class Draft:
     forks: list[tuple[int, int]] = field(default_factory=list)  # row (among the single ones), slot
     pending: list[tuple[int, bytes]] = field(default_factory=list)  # prompt blocks that this step fills, their names
     copies: list[Copy] = field(default_factory=list)
+    returns: list[tuple[int, int]] = field(default_factory=list)  # host blocks to copy back, and where to
 
 
 def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> Plan:
@@ -53,6 +54,8 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         pending=draft.pending,
         row_slots=decodes.slots,
         row_generations=decodes.generations,
+        sent=now,
+        alone=not worker.in_flight,
     )
     fork_rows, fork_slots = [len(decodes.slots) + row for row, _ in draft.forks], [slot for _, slot in draft.forks]
     if draft.rows:
@@ -65,11 +68,14 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         flight.generations = s.generation[flight.slots]
         flight.credit = per_frontend(s.frontend[flight.slots])
         flight.decoding = None
+        flight.prefilled = int(counts.sum())
     for index, n in flight.credit:
         frontends.at(index).in_flight += n
     if not worker.in_flight:
         worker.heard = now
     worker.in_flight.append(flight)
+    out_from, out_to = worker.host.send(worker.step) if worker.host.leaving else ([], [])
+    flight.copied = len(out_from) + len(draft.returns)
     assign, share, bind = _entries(draft.assign), _entries(draft.share), _columns(draft.binds)
     plan = Plan(
         step=worker.step,
@@ -90,6 +96,10 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         share_blocks=share[2],
         copy_from=_column([copy.source for copy in copies]),
         copy_to=_column([copy.target for copy in copies]),
+        out_from=_column(out_from),
+        out_to=_column(out_to),
+        in_from=_column([host for host, _ in draft.returns]),
+        in_to=_column([block for _, block in draft.returns]),
         slots=packed[0],
         generations=packed[1],
         starts=packed[2],

@@ -33,7 +33,9 @@ from protocol.messages import (
     Resumed,
     Submit,
 )
+from scheduler_svc import inspection
 from scheduler_svc.arrivals import Arrivals
+from scheduler_svc.depth import LEAST
 from scheduler_svc.files import FileRelay
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.intake import Intake
@@ -43,7 +45,7 @@ from scheduler_svc.planner import Planner
 from scheduler_svc.preemption import detach_forks
 from scheduler_svc.prefix import Hasher
 from scheduler_svc.progress import Progress as ProgressWatch
-from scheduler_svc.requests import Choice, Request, State
+from scheduler_svc.requests import Choice, Request
 from scheduler_svc.results import BadResult, take
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.suspects import Suspects
@@ -68,16 +70,17 @@ class Engine:
         self.models: dict[str, Model] = {}
         self.shares = Shares()
         self.frontends = Frontends(unacked)
-        self.frontends.limit = CREDIT_STEPS * settings.depth * settings.max_num_seqs
+        self.frontends.limit = CREDIT_STEPS * (settings.depth or LEAST) * settings.max_num_seqs
         self.timers = Timers()
         self.ledger = Ledger(counters, self.timers, settings.times.grace)
         self.suspects = Suspects()
         self.files = FileRelay(self.ledger, self.frontends)
-        self.arrivals = Arrivals(settings, self.ledger, self.timers, self.models, self._loading)
+        self.arrivals = Arrivals(settings, self.ledger, self.timers, self.models, self.loading)
         self.progress = ProgressWatch(settings.times, self.timers, self._fence)
         self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.arrivals)
         self._told: list[ModelInfo] = []
         self._started = False
+        self._idle_check = inspection.IdleCheck(self)
 
     @property
     def out(self) -> deque[tuple[int, Message, int]]:
@@ -221,7 +224,7 @@ class Engine:
         for request in self.ledger.requests.values():
             for choice in request.choices:
                 if choice.worker is worker:
-                    choice.worker = None
+                    choice.worker = choice.swap = None
                     choice.cached_record = 0
         return homeless
 
@@ -267,12 +270,16 @@ class Engine:
         if not worker.in_flight:
             self._fence(worker, f"it answers step {message.step}, which was not planned")
             return
+        flight = worker.in_flight[0]
         try:
             taken = take(worker, message, self.frontends)
         except BadResult as bad:
             self._fence(worker, str(bad))
             return
-        worker.took(message.seconds, message.idle, now)
+        if worker.host.busy:
+            worker.host.acknowledged(message.copied)
+        if worker.took(flight, message.seconds, message.idle, now):
+            self._announce()
         for frontend, tokens, weight in taken.tokens:
             self.out.append((frontend.session, tokens, weight))
         if taken.ownerless:
@@ -296,7 +303,9 @@ class Engine:
             return  # its request has just failed
         self.counters.add("scheduler_nan_rows")
         s, slot = worker.slots, choice.slot
-        worker.withdrawals += [block for block in s.table[slot, : s.blocks[slot]].tolist() if worker.blocks.forget(block)]
+        held = s.table[slot, : s.blocks[slot]].tolist() + (choice.swap.blocks if choice.swap is not None else [])
+        worker.withdrawals += [block for block in held if worker.blocks.forget(block)]
+        worker.host.void(choice)
         if choice.no_hits or not choice.shared_blocks:
             self.ledger.fail(choice.request, now, 500, "nan", "The model's output for this request is not a number.")
             return
@@ -317,8 +326,12 @@ class Engine:
         self.frontends.queued = queued
         made = False
         for worker in self.workers.values():
-            while worker.ready and not worker.fenced and len(worker.in_flight) < self.settings.depth and self._plan(worker, now):
+            while worker.ready and not worker.fenced and len(worker.in_flight) < worker.depth.plans and self._plan(worker, now):
                 made = True
+        if made:
+            self._idle_check.stirred = True
+        elif self.settings.check_when_idle:
+            self._idle_check.at_rest(now)
         return made
 
     def _plan(self, worker: Worker, now: float) -> bool:
@@ -329,10 +342,9 @@ class Engine:
             group = self.suspects.group_at(worker, self.frontends)
             if group and worker.in_flight:
                 return False
-        threshold = self.settings.long_prefill_token_threshold
-        plan = Planner(worker, self.frontends, self.counters, threshold, group).make(now)
+        plan = Planner(worker, self.frontends, self.counters, self.settings, group).make(now)
         if plan is None and group:
-            plan = Planner(worker, self.frontends, self.counters, threshold, 0).make(now)
+            plan = Planner(worker, self.frontends, self.counters, self.settings, 0).make(now)
         if plan is None:
             return False
         self.out.append((worker.session, plan, 0))
@@ -351,11 +363,12 @@ class Engine:
 
     # ------------------------------------------------------------ what others see
 
-    def _loading(self) -> int:
+    def loading(self) -> int:
+        """Workers that have not said READY yet."""
         return sum(not worker.ready for worker in self.workers.values())
 
     def _infos(self) -> list[ModelInfo]:
-        loading = self._loading()
+        loading = self.loading()
         return [info for info in (model.info(loading) for model in self.models.values()) if info is not None]
 
     def _announce(self) -> None:
@@ -366,63 +379,17 @@ class Engine:
             for session in self.frontends.by_session:
                 self.out.append((session, Models(infos), 0))
         slots = sum(worker.slots.count for worker in self.workers.values() if worker.ready)
-        limit = CREDIT_STEPS * self.settings.depth * max(slots, self.settings.max_num_seqs)
+        depth = max((worker.depth.wanted for worker in self.workers.values() if worker.ready), default=self.settings.depth or LEAST)
+        limit = CREDIT_STEPS * depth * max(slots, self.settings.max_num_seqs)
         if limit != self.frontends.limit:
             self.frontends.limit = limit
             for session in self.frontends.by_session:
                 self.out.append((session, Credit(limit), 0))
 
     def stats(self) -> dict[str, float]:
-        """Gauges and counts for /metrics; blocks and slots are summed over workers."""
-        ready = [worker for worker in self.workers.values() if worker.ready]
-        busy, idle = sum(w.busy_seconds for w in ready), sum(w.idle_seconds for w in ready)
-        count = self.counters.get
-        return {
-            "requests_waiting": self.arrivals.waiting()[0],
-            "requests_running": sum(w.running for w in ready),
-            "requests_finished": self.ledger.finished,
-            "requests_failed": self.ledger.failed,
-            "requests_aborted": self.ledger.aborted,
-            "blocks": sum(w.blocks.count for w in ready),
-            "blocks_free": sum(w.blocks.free for w in ready),
-            "blocks_cached": sum(w.blocks.cached for w in ready),
-            "blocks_used": sum(w.blocks.used for w in ready),
-            "plans_in_flight": sum(len(w.in_flight) for w in ready),
-            "workers_ready": len(ready),
-            "workers_loading": self._loading(),
-            "busy_share": busy / (busy + idle) if busy else 0.0,
-            "preemptions": count("scheduler_preemptions", 0),
-            "prefix_queries": count("scheduler_prefix_queries", 0),
-            "prefix_hits": count("scheduler_prefix_hits", 0),
-        }
+        """Gauges and counts for /metrics."""
+        return inspection.stats(self)
 
     def check(self) -> None:
         """Verify that accounts, tables, queues and states agree. Raises AssertionError."""
-        in_flight: dict[int, int] = {}
-        for worker in self.workers.values():
-            for flight in worker.in_flight:
-                for index, n in flight.credit:
-                    in_flight[index] = in_flight.get(index, 0) + n
-                assert sum(n for _, n in flight.credit) == len(flight.slots), "credit does not match the rows in flight"
-            if worker.ready:
-                worker.check()
-        for frontend in self.frontends.by_index:
-            if frontend is not None:
-                assert frontend.in_flight == in_flight.get(frontend.index, 0), "credit does not match the rows in flight"
-                assert frontend.unsent == sum(request.unsent for request in frontend.requests.values())
-        arriving = {id(choice) for choice in self.arrivals}
-        for request in self.ledger.requests.values():
-            assert request.frontend.requests.get(request.id) is request
-            assert request.ended == all(choice.state is State.ENDED for choice in request.choices), (
-                "a request has not ended with its choices"
-            )
-            forking = {id(fork) for choice in request.choices for fork in choice.forks}
-            for choice in request.choices:
-                place = {
-                    State.WAITING: choice.queue is not None or id(choice) in arriving,
-                    State.FORKING: id(choice) in forking,
-                    State.RUNNING: choice.slot >= 0,
-                    State.DRAINING: choice.slot >= 0,
-                    State.ENDED: choice.queue is None and choice.slot < 0 and not choice.forks,
-                }
-                assert place[choice.state], f"a choice is {choice.state.value}, and nowhere"
+        inspection.check(self)

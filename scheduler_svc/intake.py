@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from msgspec.structs import replace
 
 from protocol.columns import Int32, pack, unpack
 from protocol.counters import Counters
@@ -211,6 +212,10 @@ class Intake:
         if not frontend.resumed:
             frontend.named += 1
         request = self._ledger.requests.get(message.request)
+        if request is not None and request.tenant != message.tenant:
+            self._counters.add("scheduler_attach_of_another_tenant")
+            self._ledger.send(frontend, Gone(message.request))
+            return
         if request is None:
             if now < self.attach_hold_until:
                 self._attaches[message.request] = (frontend.session, message)
@@ -221,9 +226,16 @@ class Intake:
             self._ledger.send(request.frontend, Moved(request.id))
             request.owner += 1
         self.adopt(frontend, request, message.handle)
-        self._ledger.send(frontend, Journal(journal_of(request, now)))
+        journal = journal_of(request, now)
         if request.failure is not None:
+            self._ledger.send(frontend, Journal(journal))
             self._ledger.send(frontend, request.failure)
+            return
+        if request.params.logprobs >= 0:
+            journal = _cut(journal, unpack(message.told).tolist())
+        self._ledger.send(frontend, Journal(journal))
+        if any(map(_must_restart, request.choices, journal.choices)):
+            self._resume(frontend, request, journal, now)
 
     def release_attaches(self, _now: float) -> None:
         """The time for resubmissions is over: what is still unknown is gone."""
@@ -266,6 +278,16 @@ def journal_of(request: Request, now: float) -> Submit:
         cached=request.cached,
         header=told.header,
     )
+
+
+def _cut(journal: Submit, told: list[int]) -> Submit:
+    """The journal without the tokens whose log probabilities the client has not seen: they are sampled again."""
+    counts = [*told, *[0] * len(journal.choices)]
+    choices = [
+        TheirChoice(choice.index, choice.seed, choice.known[: 4 * count]) if len(choice.known) > 4 * count else choice
+        for choice, count in zip(journal.choices, counts, strict=False)
+    ]
+    return replace(journal, choices=choices)
 
 
 def _must_restart(choice: Choice, told: TheirChoice) -> bool:

@@ -76,6 +76,7 @@ class Ledger:
             if choice.slot >= 0:
                 choice.worker.unbind(choice.slot)
             detach_forks(choice.worker, choice)
+            choice.worker.host.void(choice)
             choice.worker.drop_record(choice)
         choice.chains = {}
 

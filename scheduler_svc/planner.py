@@ -19,23 +19,25 @@ from protocol.messages import Admit, Plan
 from scheduler_svc.admission import fits
 from scheduler_svc.draft import Draft, assemble
 from scheduler_svc.frontends import Frontends
-from scheduler_svc.preemption import preempt
+from scheduler_svc.preemption import preempt, swaps
 from scheduler_svc.requests import Choice, State
+from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.worker import DECODE, PLANNED, PREFILL, Copy, DecodeRows, Index, Worker
 
 
 class Planner:
     """The plan under construction; `make` is all there is to call."""
 
-    def __init__(self, worker: Worker, frontends: Frontends, counters: Counters, chunk_limit: int, trial: int) -> None:
+    def __init__(self, worker: Worker, frontends: Frontends, counters: Counters, settings: SchedulerSettings, trial: int) -> None:
         self.worker = worker
         self.frontends = frontends
         self.counters = counters
-        self.chunk_limit = chunk_limit or worker.budget
+        self.settings = settings
+        self.chunk_limit = settings.long_prefill_token_threshold or worker.budget
         self.caching = worker.caching
         self.trial = trial  # suspects that run alone in this step (suspects.py); 0: everyone but suspects
         self.budget = worker.budget
-        self.preempted = False
+        self.preempted = False  # or somebody waits for blocks that preempted ones are about to give up
         self.draft = Draft()
         self.credit: dict[int, int] = {}  # free tokens per frontend index, as this plan uses them up
 
@@ -76,8 +78,8 @@ class Planner:
             grow = (rows.mask & (s.computed >= s.capacity)).nonzero()[0]
             if len(grow) <= worker.blocks.available:
                 break
-            if not self._preempt(None):
-                # only the oldest is left, or what is about to end holds the blocks: these rows wait for a step
+            if self._suffices(len(grow)) or not self._preempt(None):
+                # only the oldest is left, or what is about to end or to leave holds the blocks: these rows wait
                 left_out = grow[np.argsort(self._ages(grow), kind="stable")][worker.blocks.available :]
                 rows = worker.rows_of(np.setdiff1d(rows.slots, left_out))
                 grow = np.setdiff1d(grow, left_out)
@@ -161,7 +163,7 @@ class Planner:
             return False
         need = -(-(start + count) // size) - int(s.blocks[slot])
         while need > worker.blocks.available:
-            if not self._preempt(choice):
+            if self._suffices(need) or not self._preempt(choice):
                 count = min(count, int(s.capacity[slot]) + worker.blocks.available * size - start)
                 need = worker.blocks.available
                 ends = False
@@ -262,6 +264,13 @@ class Planner:
 
     # ------------------------------------------------------------ 2. preemption
 
+    def _suffices(self, blocks: int) -> bool:
+        """Whether so many blocks will be there once the copies to the host are made: nobody else need be preempted."""
+        worker = self.worker
+        enough = bool(worker.host.leaving) and blocks <= worker.blocks.available + worker.host.coming
+        self.preempted |= enough
+        return enough
+
     def _preempt(self, claimant: Choice | None) -> bool:
         """Take the blocks of the newest of the lowest priority, before whom the claimant (None: anyone older) comes.
 
@@ -273,15 +282,21 @@ class Planner:
         choices = [c for c in (s.choice[slot] for slot in held) if c is not None]
         oldest = min((c.key for c in choices if not self._owes(c)), default=None)
         # those planned already keep their blocks for this step, unless nothing more is planned after the claim
+        rows = {row[0] for row in self.draft.rows}.union(self.draft.decodes.slots.tolist() if self.draft.decodes else ())
         planned = {copy.slot for copy in self.draft.copies}
         if claimant is None or claimant.slot >= 0:
-            planned |= {row[0] for row in self.draft.rows}.union(self.draft.decodes.slots.tolist() if self.draft.decodes else ())
+            planned |= rows
         victims = [c for c in choices if c.key != oldest and c.slot not in planned and s.blocks[c.slot] and self._yields(c, claimant)]
         if not victims:
             return False
         self.preempted = True
         self.counters.add("scheduler_preemptions")
-        preempt(self.worker, max(victims, key=lambda c: (self._owes(c), c.key)))
+        victim = max(victims, key=lambda c: (self._owes(c), c.key))
+        swap_at = 0
+        if swaps(self.worker, victim, self.settings.preemption):
+            self.counters.add("scheduler_swaps_out")
+            swap_at = self.worker.step + (2 if victim.slot in rows else 1)
+        preempt(self.worker, victim, swap_at)
         return True
 
     def _owes(self, choice: Choice) -> bool:
@@ -303,9 +318,10 @@ class Planner:
     def _admissions(self) -> None:
         """Waiting choices in order, until one does not fit."""
         worker = self.worker
-        while self.budget > 0:
+        partial = self.settings.max_num_partial_prefills or worker.slots.count
+        while self.budget > 0 and len(worker.prefilling) < partial:
             choice = worker.queue.first(lambda index: self._credit(index) <= 0, self.trial)
-            if choice is None:
+            if choice is None or (choice.swap is not None and not choice.swap.copied):
                 return
             stuck = worker.stuck
             if not worker.slots.free or (
@@ -316,7 +332,7 @@ class Planner:
                 fits = self._admit(choice)
                 worker.stuck = None if fits else (choice, worker.blocks.available)
             if not fits:
-                if not worker.draining and self._may_claim(choice):
+                if not worker.draining and not worker.host.leaving and self._may_claim(choice):
                     self._preempt(choice)
                 return
 
@@ -347,8 +363,11 @@ class Planner:
         slot = self._bind(choice)
         s.names[slot] = list(names)
         self._share(slot, np.array(hits, dtype=np.int32))
-        choice.shared_blocks = len(hits)
         s.computed[slot] = len(hits) * size
+        if choice.swap is not None:
+            self._return(slot, choice.swap.computed, len(hits))
+        else:
+            choice.shared_blocks = len(hits)
         self.counters.add("scheduler_prefix_queries", length)
         self.counters.add("scheduler_prefix_hits", len(hits) * size)
         if request.cached < 0:
@@ -357,3 +376,19 @@ class Planner:
         request.admitted = True
         self._chunk(slot)
         return True
+
+    def _return(self, slot: int, computed: int, hits: int) -> None:
+        """Copy what the slot's choice has in host memory back, behind the `hits` blocks it has found on the device."""
+        worker, s, size = self.worker, self.worker.slots, self.worker.block_size
+        choice = s.choice[slot]
+        assert choice is not None
+        self.counters.add("scheduler_swaps_in")
+        host = worker.host.swap_in(choice, hits, worker.step + 1)
+        choice.shared_blocks = max(choice.shared_blocks, hits)
+        if host:
+            blocks = worker.blocks.take(len(host))
+            self._extend(slot, blocks)
+            self.draft.returns += zip(host, blocks, strict=True)
+            s.computed[slot] = computed
+            if self.caching:
+                self._publish(slot, hits, computed // size)

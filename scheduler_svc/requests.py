@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scheduler_svc.frontends import Frontend
     from scheduler_svc.models import Model
     from scheduler_svc.prefix import Chain
+    from scheduler_svc.swap import Swap
     from scheduler_svc.waiting import Queue
     from scheduler_svc.worker import Worker
 
@@ -50,6 +51,7 @@ class Choice:
         "shared_blocks",
         "slot",
         "state",
+        "swap",
         "tokens",
         "was_running",
         "worker",
@@ -72,6 +74,7 @@ class Choice:
         self.dismissed = False  # ended by its journal (a stop string), which its tokens do not show
         self.no_hits = False  # recompute alone (after a NaN)
         self.shared_blocks = 0  # blocks of its table that it did not fill itself
+        self.swap: Swap | None = None  # where its blocks are, if it was swapped out at `worker`
 
     @property
     def known(self) -> Int32:

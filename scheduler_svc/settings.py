@@ -19,11 +19,14 @@ class SchedulerSettings:
     key_file: str = ""  # secret key, for tcp:// endpoints
     allow_file: str = ""  # which public keys may connect, and as what
     policy: str = "fcfs"
-    depth: int = 2  # plans in flight per worker
+    depth: int = 0  # plans in flight per worker; 0: by measurement
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     enable_prefix_caching: bool = True
     long_prefill_token_threshold: int = 0  # 0: a prefill chunk may fill the step
+    max_num_partial_prefills: int = 0  # prompts under way at once; 0: any number
+    preemption: str = "auto"  # recompute, swap, or whichever is predicted to be cheaper
+    check_when_idle: bool = True  # verify all accounts whenever everything has come to rest
     max_waiting_requests: int = 10_000
     max_waiting_tokens: int = 50_000_000
     hash_key_file: str = ""

@@ -21,9 +21,12 @@ import numpy.typing as npt
 from protocol.columns import Int32, pack
 from protocol.messages import Geometry
 from scheduler_svc.blocks import BlockManager
+from scheduler_svc.costs import Costs
+from scheduler_svc.depth import Depth
 from scheduler_svc.prefix import Chain, Hasher
 from scheduler_svc.requests import Choice, State
 from scheduler_svc.settings import SchedulerSettings
+from scheduler_svc.swap import HostBlocks
 from scheduler_svc.waiting import Queue, Shares
 
 if TYPE_CHECKING:
@@ -93,6 +96,10 @@ class InFlight:
     pending: list[tuple[int, bytes]]  # prompt blocks that this step fills
     row_slots: Index  # every row's, sampling or not
     row_generations: Int32
+    sent: float  # when
+    alone: bool  # nothing else was in flight then
+    prefilled: int = 0  # tokens of rows that are no decodes
+    copied: int = 0  # blocks copied from or to the host
 
 
 @dataclass(slots=True)
@@ -139,6 +146,7 @@ class Worker:
         self.heard = 0.0  # when the progress counter last moved, or a plan became the oldest
         self.counter = (0, 0)
         self.step_seconds = 0.0  # mean device time of recent steps
+        self.costs = Costs()
         self.busy_seconds = 0.0
         self.idle_seconds = 0.0
 
@@ -150,6 +158,8 @@ class Worker:
         self.block_size = geometry.block_size
         self.slots = Slots(geometry, min(geometry.slots, settings.max_num_seqs))
         self.blocks = BlockManager(geometry.blocks)
+        self.host = HostBlocks(geometry.host_blocks, self.blocks)
+        self.depth = Depth(settings.depth)
         self.budget = min(geometry.max_step_tokens, settings.max_num_batched_tokens)
         self.caching = settings.enable_prefix_caching
         self.ready = True
@@ -172,7 +182,7 @@ class Worker:
     @property
     def has_news(self) -> bool:
         """Whether the worker should hear something though there may be no row to run."""
-        return bool(self.frees or self.drops or self.seals or self.withdrawals or self.copies)
+        return bool(self.frees or self.drops or self.seals or self.withdrawals or self.copies or self.host.busy)
 
     def bind(self, choice: Choice, tokens: Int32) -> int:
         """Give a choice a slot with these tokens; its table is empty. A new slot is free: the caller has checked."""
@@ -277,17 +287,24 @@ class Worker:
             self.drops.append(choice.cached_record)
         choice.cached_record = 0
 
-    def took(self, seconds: float, idle: float, now: float) -> None:
-        """A result has come, with its step's device time and the time without work before it."""
+    def took(self, flight: InFlight, seconds: float, idle: float, now: float) -> bool:
+        """A result has come, with its step's device time and the time without work before it. Whether the depth changes."""
         self.heard = now
-        self.step_seconds = seconds if not self.step_seconds else 0.9 * self.step_seconds + 0.1 * seconds
-        self.busy_seconds += seconds
-        self.idle_seconds += idle
+        if seconds:
+            self.step_seconds = seconds if not self.step_seconds else 0.9 * self.step_seconds + 0.1 * seconds
+            self.busy_seconds += seconds
+            self.idle_seconds += idle
+            self.costs.took(seconds, flight.prefilled, flight.copied)
+        if flight.alone:
+            return self.depth.measured(now - flight.sent - seconds, self.costs.decode or self.step_seconds, now)
+        self.depth.took(seconds, idle, now)
+        return False
 
     def check(self) -> None:
         """Verify block accounts, tables and columns. Raises AssertionError."""
         s = self.slots
         references = [copy.source for copy in self.copies]
+        references += [block for swap in self.host.leaving for block in swap.blocks]
         bound = [choice for choice in s.choice if choice is not None]
         assert self.promised == sum(blocks_for(choice.limit, self.block_size) for choice in bound)
         for slot in range(s.count):

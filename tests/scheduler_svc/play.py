@@ -94,9 +94,11 @@ class FakeWorker:
     fingerprint: bytes = b"f"
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     hashes: dict[int, bytes] = field(default_factory=dict)  # sealed
+    host: dict[tuple[int, int], int] = field(default_factory=dict)  # KV in host memory
     nan_tokens: set[int] = field(default_factory=set)
     plans: deque[Plan] = field(default_factory=deque)
     written: int = 0  # tokens computed
+    lag: int = 0  # steps by which copies are acknowledged late
 
     def open(self, now: float, failed_session: int = 0, failed_step: int = 0) -> None:
         hello = Hello("worker", f"w{self.incarnation}", self.incarnation, 1, failed_session=failed_session, failed_step=failed_step)
@@ -149,6 +151,11 @@ class FakeWorker:
         for source, target in zip(unpack(plan.copy_from).tolist(), unpack(plan.copy_to).tolist(), strict=True):
             for offset in range(self.geometry.block_size):
                 self.kv[target, offset] = self.kv.get((source, offset), -1)
+            self.hashes.pop(target, None)
+        for source, target in zip(unpack(plan.in_from).tolist(), unpack(plan.in_to).tolist(), strict=True):
+            assert target in assigned, "a block that is copied back has not been assigned"
+            for offset in range(self.geometry.block_size):
+                self.kv[target, offset] = self.host.get((source, offset), -1)
         outputs = []
         rows = []
         named = (plan.slots, plan.generations, plan.starts, plan.counts, plan.outputs)
@@ -160,6 +167,9 @@ class FakeWorker:
                 outputs.append(rows[-1])
         for row, slot in zip(unpack(plan.fork_rows).tolist(), unpack(plan.fork_slots).tolist(), strict=True):
             outputs.append((slot, rows[row][1], rows[row][2]))
+        for source, target in zip(unpack(plan.out_from).tolist(), unpack(plan.out_to).tolist(), strict=True):
+            for offset in range(self.geometry.block_size):  # as late as a worker may
+                self.host[target, offset] = self.kv.get((source, offset), -1)
         counts, ids, flags = [], [], []
         for slot, position, state in outputs:
             token, flag = self.sample(self.slots[slot], position, state)
@@ -167,7 +177,7 @@ class FakeWorker:
             counts.append(int(token >= 0))
             if token >= 0:
                 ids.append(token)
-        return Result(plan.step, pack(counts), pack(ids), bytes(flags), seconds=0.001)
+        return Result(plan.step, pack(counts), pack(ids), bytes(flags), plan.step - self.lag, seconds=0.001)
 
     def compute(self, bound: Slot, start: int, count: int) -> int:
         tokens = self.records[bound.record][0]
@@ -375,7 +385,7 @@ class Stage:
     def __init__(self, **settings: object) -> None:
         self.now = 100.0
         self.counters = Counters()
-        self.settings = SchedulerSettings(Path("."), **{"times": Times(), **settings})  # type: ignore[arg-type]
+        self.settings = SchedulerSettings(Path("."), **{"times": Times(), "depth": 2, **settings})  # type: ignore[arg-type]
         self.engine = Engine(self.settings, self.counters, lambda session: self.frontends[session].unacked)
         self.engine.hash_key = b"k" * 16
         self.workers: dict[int, FakeWorker] = {}

@@ -21,6 +21,18 @@ MIXES = {
     "wrong guesses": {"blocks": 20, "expected": 1},
     "wrong guesses, no caching": {"blocks": 16, "expected": 1, "enable_prefix_caching": False, "depth": 3},
     "wrong guesses, priorities": {"blocks": 20, "expected": 1, "policy": "priority"},
+    "swaps": {"blocks": 20, "expected": 1, "host_blocks": 24, "preemption": "swap"},
+    "swaps, scarce host blocks, deep": {"blocks": 16, "expected": 1, "host_blocks": 9, "preemption": "swap", "depth": 3, "lag": 1},
+    "swaps, no caching, priorities": {
+        "blocks": 20,
+        "expected": 1,
+        "host_blocks": 30,
+        "preemption": "swap",
+        "enable_prefix_caching": False,
+        "policy": "priority",
+    },
+    "whichever is cheaper, adaptive depth": {"blocks": 18, "expected": 1, "host_blocks": 12, "depth": 0, "max_num_partial_prefills": 1},
+    "two workers that swap": {"workers": 2, "blocks": 18, "slots": 3, "expected": 1, "host_blocks": 12, "preemption": "swap"},
     "two workers": {"workers": 2, "blocks": 20, "slots": 3},
 }
 
@@ -31,8 +43,9 @@ NAN_TOKEN = 59
 class Life:
     def __init__(self, seed: int, mix: dict[str, object]) -> None:
         self.random = random.Random(seed)
-        engine = {k: v for k, v in mix.items() if k in ("enable_prefix_caching", "depth", "policy", "long_prefill_token_threshold")}
-        self.sizes = {k: v for k, v in mix.items() if k in ("blocks", "slots", "max_step_tokens")}
+        names = "enable_prefix_caching depth policy long_prefill_token_threshold preemption max_num_partial_prefills"
+        engine = {k: v for k, v in mix.items() if k in names.split()}
+        self.sizes = {k: v for k, v in mix.items() if k in ("blocks", "host_blocks", "slots", "max_step_tokens", "lag")}
         self.stage = Stage(**engine)
         self.workers: list[FakeWorker] = []
         for i in range(int(mix.get("workers", 1))):  # type: ignore[call-overload]
@@ -155,6 +168,9 @@ def test_every_stream_is_right_and_every_account_agrees(seed: int, mix: str, fau
                 assert stream.failed.code == ("nan" if NAN_TOKEN in unpack(stream.submit.prompt) else "step_failed")
     stats = life.stage.engine.stats()
     assert stats["blocks_used"] == stats["requests_running"] == stats["requests_waiting"] == 0
+    assert stats["host_blocks_free"] == stats["host_blocks"]
+    if "swap" in mix and not faults:
+        assert stats["swaps_out"] >= stats["swaps_in"] > 0
     assert not life.stage.engine.ledger.requests
     for worker in life.workers:
         assert not worker.records, "a record was not dropped"

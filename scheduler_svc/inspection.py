@@ -1,0 +1,111 @@
+"""What others see of an engine: figures for /metrics, and whether its accounts agree."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from scheduler_svc.requests import State
+
+if TYPE_CHECKING:
+    from scheduler_svc.engine import Engine
+
+log = logging.getLogger(__name__)
+
+REST = 1.0  # seconds of rest before the accounts are verified: a check may take longer than an arrival should wait
+
+
+def stats(engine: Engine) -> dict[str, float]:
+    """Gauges and counts for /metrics; blocks and slots are summed over workers."""
+    ready = [worker for worker in engine.workers.values() if worker.ready]
+    busy, idle = sum(w.busy_seconds for w in ready), sum(w.idle_seconds for w in ready)
+    count = engine.counters.get
+    return {
+        "requests_waiting": engine.arrivals.waiting()[0],
+        "requests_running": sum(w.running for w in ready),
+        "requests_finished": engine.ledger.finished,
+        "requests_failed": engine.ledger.failed,
+        "requests_aborted": engine.ledger.aborted,
+        "blocks": sum(w.blocks.count for w in ready),
+        "blocks_free": sum(w.blocks.free for w in ready),
+        "blocks_cached": sum(w.blocks.cached for w in ready),
+        "blocks_used": sum(w.blocks.used for w in ready),
+        "host_blocks": sum(w.host.count for w in ready),
+        "host_blocks_free": sum(len(w.host.free) for w in ready),
+        "depth": max((w.depth.wanted for w in ready), default=0),
+        "plans_in_flight": sum(len(w.in_flight) for w in ready),
+        "workers_ready": len(ready),
+        "workers_loading": engine.loading(),
+        "busy_share": busy / (busy + idle) if busy else 0.0,
+        "preemptions": count("scheduler_preemptions", 0),
+        "swaps_out": count("scheduler_swaps_out", 0),
+        "swaps_in": count("scheduler_swaps_in", 0),
+        "prefix_queries": count("scheduler_prefix_queries", 0),
+        "prefix_hits": count("scheduler_prefix_hits", 0),
+    }
+
+
+def check(engine: Engine) -> None:
+    """Verify that accounts, tables, queues and states agree. Raises AssertionError."""
+    in_flight: dict[int, int] = {}
+    for worker in engine.workers.values():
+        for flight in worker.in_flight:
+            for index, n in flight.credit:
+                in_flight[index] = in_flight.get(index, 0) + n
+            assert sum(n for _, n in flight.credit) == len(flight.slots), "credit does not match the rows in flight"
+        if worker.ready:
+            worker.check()
+    for frontend in engine.frontends.by_index:
+        if frontend is not None:
+            assert frontend.in_flight == in_flight.get(frontend.index, 0), "credit does not match the rows in flight"
+            assert frontend.unsent == sum(request.unsent for request in frontend.requests.values())
+    choices = [choice for request in engine.ledger.requests.values() for choice in request.choices]
+    for worker in engine.workers.values():
+        if worker.ready:
+            worker.host.check([choice.swap for choice in choices if choice.swap is not None and choice.worker is worker])
+    assert all(choice.swap is None or choice.worker in engine.workers.values() for choice in choices)
+    arriving = {id(choice) for choice in engine.arrivals}
+    for request in engine.ledger.requests.values():
+        assert request.frontend.requests.get(request.id) is request
+        assert request.ended == all(choice.state is State.ENDED for choice in request.choices), "a request has not ended with its choices"
+        forking = {id(fork) for choice in request.choices for fork in choice.forks}
+        for choice in request.choices:
+            place = {
+                State.WAITING: choice.queue is not None or id(choice) in arriving,
+                State.FORKING: id(choice) in forking,
+                State.RUNNING: choice.slot >= 0,
+                State.DRAINING: choice.slot >= 0,
+                State.ENDED: choice.queue is None and choice.slot < 0 and not choice.forks,
+            }
+            assert place[choice.state], f"a choice is {choice.state.value}, and nowhere"
+
+
+class IdleCheck:
+    """Verifies an engine once after each busy time. `stirred` is to be set at each plan."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waits = False
+        self.stirred = False
+
+    def at_rest(self, now: float) -> None:
+        """Nothing could be planned: look whether that is because nothing is left to do."""
+        if self._waits or not self.stirred or not self._rests():
+            return
+        self._waits, self.stirred = True, False
+        self._engine.timers.at(now + REST, self._verify)
+
+    def _rests(self) -> bool:
+        engine = self._engine
+        return not engine.arrivals and not any(w.in_flight or (w.ready and (w.running or w.queue)) for w in engine.workers.values())
+
+    def _verify(self, now: float) -> None:
+        self._waits = False
+        if self.stirred or not self._rests():
+            return
+        self._engine.counters.add("scheduler_integrity_checks")
+        try:
+            check(self._engine)
+        except AssertionError:
+            self._engine.counters.add("scheduler_integrity_failures")
+            log.exception("the scheduler's accounts do not agree")
