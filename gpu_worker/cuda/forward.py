@@ -49,12 +49,12 @@ class Forward:
         self.pdl, self.few_attention = pdl and properties.major >= 9, few_attention if hopper else 0
         self.sms = properties.multi_processor_count
         self.arch = arch = f"sm_{properties.major}{properties.minor}" + ("a" if hopper else "")
-        tokens, qkv = g.max_step_tokens, config.q_size + 2 * config.kv_size
+        tokens, qkv = state.max_tokens, config.q_size + 2 * config.kv_size
 
         def buffer(rows: int, width: int) -> torch.Tensor:
             return torch.zeros(rows, width, dtype=dtype, device=device)
 
-        self.h, self.x = buffer(tokens, config.hidden), buffer(max(tokens, g.slots), config.hidden)
+        self.h, self.x = buffer(tokens, config.hidden), buffer(tokens, config.hidden)
         self.qkv, self.attended = buffer(tokens, qkv), buffer(tokens, config.q_size)
         self.gate_up, self.activated = buffer(tokens, 2 * config.intermediate), buffer(tokens, config.intermediate)
         # rows of whole 16 bytes; what lies behind the vocabulary is never sampled

@@ -14,29 +14,36 @@ from gpu_worker.settings import WorkerSettings
 from protocol.tokenizer_files import bundle_hash
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OTHERWISE = "; --attention torch needs none of our kernels"
 
 
 def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     """Load the model onto the card and allocate its cache. Raises LoadError, one line."""
     if not torch.cuda.is_available():
-        raise LoadError("device cuda is asked for, and torch finds no usable GPU or driver")
+        raise LoadError("torch finds no usable GPU or driver (a CPU build of torch finds none); --device cpu serves without one")
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(device) < (8, 0):
-        raise LoadError(f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need")
+        raise LoadError(f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need{OTHERWISE}")
     files = open_model(settings)
     config, dtype = files.config, DTYPES[settings.dtype]
     length = settings.max_model_len or min(4096, config.max_length)
     if length > config.max_length:
         raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
     config.check_length(length)
+    if settings.max_num_seqs > 1024:
+        raise LoadError(f"max_num_seqs {settings.max_num_seqs} is more than the 1024 sequences that a card runs at once")
     if config.head_dim & (config.head_dim - 1) or not 32 <= config.head_dim <= 256:
-        raise LoadError(f"head dimension {config.head_dim} is not supported on the card; 32, 64, 128 and 256 are")
+        raise LoadError(f"head dimension {config.head_dim} is not supported on the card; 32, 64, 128 and 256 are{OTHERWISE}")
     if config.head_dim * dtype.itemsize > 512:
-        raise LoadError(f"head dimension {config.head_dim} is not supported in {settings.dtype} on the card; bfloat16 is")
+        raise LoadError(f"head dimension {config.head_dim} is not supported in {settings.dtype} on the card; bfloat16 is{OTHERWISE}")
     if config.heads // config.kv_heads > 16:
-        raise LoadError(f"{config.heads // config.kv_heads} query heads per key/value head are not supported on the card; up to 16 are")
+        raise LoadError(
+            f"{config.heads // config.kv_heads} query heads per key/value head are not supported on the card; up to 16 are{OTHERWISE}"
+        )
     if config.hidden % 8 or config.intermediate % 8:
-        raise LoadError(f"hidden size {config.hidden} and intermediate size {config.intermediate} must be multiples of 8 on the card")
+        raise LoadError(
+            f"hidden size {config.hidden} and intermediate size {config.intermediate} must be multiples of 8 on the card{OTHERWISE}"
+        )
     try:
         weights = load_weights(files.tensors(device, dtype), config, device, dtype, Shard())
         options = Options(

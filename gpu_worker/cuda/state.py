@@ -73,7 +73,8 @@ class DeviceState:
         self.parameters = words(g.slots + 1, PARAMETERS)
         self.last_token, self.dead = words(g.slots + 1), words(g.slots + 1)
         self.rows, self.outputs = words(g.slots, 8), words(g.slots, 4)
-        self.tokens, self.positions, self.places = (words(g.max_step_tokens) for _ in range(3))
+        self.max_tokens = max(g.max_step_tokens, g.slots)  # a decode step is padded to slots at most
+        self.tokens, self.positions, self.places = (words(self.max_tokens) for _ in range(3))
         self.max_tiles = -(-g.max_step_tokens // tile_tokens) + g.slots
         self.tiles = words(self.max_tiles, 2)
         self.logit_rows = words(g.slots)
@@ -96,8 +97,9 @@ class DeviceState:
             * 4
         )
         self.result_words = 4 + 2 * g.slots
-        self.ring = torch.zeros(entries, self.entry_words, dtype=torch.int32).pin_memory()
-        self.result_ring = torch.zeros(results, self.result_words, dtype=torch.int32).pin_memory()
+        mapped = device.type == "cuda"  # pinned memory is mapped: kernels use the host's address
+        self.ring = torch.zeros((entries, self.entry_words), dtype=torch.int32, pin_memory=mapped)
+        self.result_ring = torch.zeros((results, self.result_words), dtype=torch.int32, pin_memory=mapped)
         self._ring: Int32 = self.ring.numpy()
         self._results: Int32 = self.result_ring.numpy()
         self.position = 0  # entries written
