@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -20,6 +20,7 @@ from frontend.entries import NewRequest
 from frontend.errors import ApiError
 from frontend.fetch import Fetch
 from frontend.journal import Journal
+from frontend.resume import revive
 from frontend.settings import FrontendSettings
 from frontend.streams import Stream
 from frontend.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from frontend.wire import Wire
 from protocol.counters import Counters
 from protocol.endpoints import check_endpoint
 from protocol.keys import client_keys
-from protocol.messages import Hello, ModelInfo
+from protocol.messages import Hello, ModelInfo, Submit
 from protocol.rundir import RunDir
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
 from protocol.tokenizer_files import bundle_hash, read_bundle
@@ -74,7 +75,7 @@ class Client:
         self.settings = settings
         self.incarnation = incarnation
         self.counters = Counters()
-        self.journal = Journal(incarnation, settings.times, self.counters)
+        self.journal = Journal(incarnation, settings.times, self.counters, self._revive)
         self.totals = Totals()
         self._recorder = recorder
         self._endpoints = settings.schedulers or (RunDir(settings.run_dir).frontends,)
@@ -174,6 +175,25 @@ class Client:
         self._pump()
         return stream
 
+    def attach(self, requests: Mapping[bytes, Sequence[int]], tenant: str) -> Stream:
+        """Take over requests of another frontend, with the tokens of each choice that the client has.
+
+        The entries are empty until they are no longer `attaching`. Raises ApiError (409) if one is answered here.
+        """
+        now = self._loop.time()
+        stream = Stream([], self._close, now)
+        self._streams.add(stream)
+        try:
+            for request, told in requests.items():
+                entry = self.journal.attach(request, now, told, tenant)
+                entry.listener = stream
+                stream.entries.append(entry)
+        except ValueError:
+            stream.close()
+            raise ApiError(409, "this frontend still sends that stream", "Last-Event-ID", "stream_open") from None
+        self._pump()
+        return stream
+
     def quiet_streams(self, seconds: float) -> None:
         """Wake, with `quiet`, every stream that nothing has happened on for so long."""
         now = self._loop.time()
@@ -258,6 +278,13 @@ class Client:
                     if self._turned_away != event.reason:
                         log.error("a scheduler refuses this frontend: %s", event.reason)
                     self._turned_away = event.reason
+
+    def _revive(self, submit: Submit) -> NewRequest:
+        info = self.journal.models.get(submit.model)
+        tokenizer = self._tokenizer(info) if info is not None else None
+        if tokenizer is None:
+            raise LookupError(f"the tokenizer of {submit.model} is not here yet")
+        return revive(submit, tokenizer)
 
     def _waiting(self, peers: str) -> None:
         if self._recorder is not None and not self._stopped:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from protocol.columns import pack, unpack
+from protocol.messages import Attach, Failed, SamplingParams, Submit
 from protocol.messages import Choice as WireChoice
-from protocol.messages import Failed, SamplingParams, Submit
 
 
 class Text(Protocol):
@@ -104,6 +104,10 @@ class Choice:
         self.taken = len(self.tokens)
         return fresh
 
+    def skip(self, tokens: int, characters: int) -> None:
+        """The listener has so much already, from another frontend."""
+        self.fresh, self.taken = self.fresh[characters:], tokens
+
     def take_logprobs(self) -> list[TokenLogprobs]:
         """Return the log probabilities of the tokens committed since the last call."""
         fresh, self.fresh_logprobs = self.fresh_logprobs, []
@@ -159,7 +163,7 @@ class Entry:
         self.cached = -1  # prompt tokens found in the prefix cache at the first admission; −1: not yet admitted
         self.error: Failed | None = None
         self.moved = False  # another frontend answers it now
-        self.attaching = False  # asked for with ATTACH, not yet answered
+        self.attaching: Attach | None = None  # asked for with this, not yet answered
         self.listener: object = None  # the shell's: whom to wake
         self.choices: list[Choice] = []
         self.unfinished = 0
@@ -184,7 +188,7 @@ class Entry:
             if not choice.finish_reason:
                 choice.end(reason)
         self.unfinished = 0
-        self.attaching = False
+        self.attaching = None
 
     def submit(self, now: float) -> Submit:
         """The SUBMIT that makes a scheduler go on from here, whether or not it ever met the request."""

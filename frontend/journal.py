@@ -42,7 +42,8 @@ class Journal:
     `out` holds messages for the open session, in order; it is empty while there is none, since a new session begins
     with everything that lives. `touched` holds, by handle, the entries with news for their listeners; the shell
     empties it. `fault` says why the session must be ended, None if it need not.
-    `revive` turns the SUBMIT of another frontend's request into a NewRequest of ours (with a detokenizer).
+    `revive` turns the SUBMIT of another frontend's request into a NewRequest of ours (with a detokenizer); it raises
+    LookupError if it cannot.
     """
 
     def __init__(self, incarnation: int, times: Times, counters: Counters, revive: Callable[[Submit], NewRequest] | None = None) -> None:
@@ -71,11 +72,14 @@ class Journal:
         self._send(entry.submit(now))
         return entry
 
-    def attach(self, request: bytes, now: float) -> Entry:
-        """Ask for a request of another frontend; the entry ends with status 404 if nobody has it."""
+    def attach(self, request: bytes, now: float, told: Sequence[int] = (), tenant: str = "") -> Entry:
+        """Ask for a request of another frontend; the entry ends with status 404 if nobody has it.
+
+        `told`: tokens of each choice that the client has. Raises ValueError if the request is in this journal.
+        """
         entry = self._add(NewRequest(request, "", b"", SamplingParams(0), ()), now)
-        entry.attaching = True
-        self._send(Attach(request, entry.handle))
+        entry.attaching = Attach(request, entry.handle, pack(list(told)), tenant)
+        self._send(entry.attaching)
         return entry
 
     def abort(self, entry: Entry, choices: Sequence[int] | None = None, now: float = 0.0) -> None:
@@ -85,7 +89,7 @@ class Journal:
             choice.end("abort")
         entry.unfinished -= len(going)
         if entry.attaching and choices is None:
-            entry.attaching = False
+            entry.attaching = None
         if going:
             self._send(Abort(entry.request, b"" if choices is None else pack([c.index for c in going])))
             self.touched[entry.handle] = entry
@@ -120,7 +124,7 @@ class Journal:
         self.out.clear()
         named = [entry for entry in self._by_handle.values() if entry.error is None and not entry.moved]
         for entry in named:
-            self.out.append(Attach(entry.request, entry.handle) if entry.attaching else entry.submit(now))
+            self.out.append(entry.attaching or entry.submit(now))
         self.out.append(Resumed(len(named)))
         if self.fetches:
             self.out.append(next(iter(self.fetches.values())).request())
@@ -284,8 +288,13 @@ class Journal:
         if entry is None or not entry.attaching or self._revive is None:
             self.counters.add("journal_unknown")
             return
-        entry.fill(self._revive(submit))
-        entry.attaching = False
+        try:
+            new = self._revive(submit)
+        except LookupError as error:
+            self._failed(Failed(submit.request, 404, "stream_gone", f"the stream cannot be resumed: {error}", "Last-Event-ID"))
+            return
+        entry.fill(new)
+        entry.attaching = None
         entry.owner = submit.owner
         entry.admitted = submit.admitted
         entry.cached = submit.cached

@@ -17,7 +17,7 @@ class Stream:
     """
 
     def __init__(self, entries: Sequence[Entry], close: Callable[[Stream], None], now: float) -> None:
-        self.entries = entries
+        self.entries = list(entries)
         self.gone = False
         self.quiet = False
         self.error: ApiError | None = None

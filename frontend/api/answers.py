@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import msgspec
 
 from frontend.entries import Choice, Entry, TokenLogprobs
 from frontend.errors import ApiError, from_failed
+from frontend.resume import RESUMABLE, Position
 from frontend.sse import DONE, WAITING
 from frontend.streams import Stream
 from frontend.tokenizer import Tokenizer
@@ -52,11 +53,43 @@ class Answer:
         self._names = [entry.request.hex().encode() for entry in stream.entries]
         self._places: dict[int, tuple[int, int]] = {}  # handle → (place of its prompt, index of its first choice)
         self._ended: set[tuple[int, int]] = set()
+        self._begun: set[tuple[int, int]] = set()  # (handle, choice) that a lost frontend has begun
+        self._told: dict[bytes, dict[int, bytes]] = {name: {} for name in self._names}  # the positions that ids name
         self._offsets: dict[tuple[int, int], int] = {}  # characters of the tokens told, for text_offset
         first = 0
         for place, entry in enumerate(stream.entries):
             self._places[entry.handle] = place, first
             first += len(entry.choices)
+        self._listed = 1 < first <= RESUMABLE
+
+    def resume(self, positions: Mapping[bytes, Mapping[int, Position]]) -> None:
+        """Leave out what the client has from another frontend. Raises ApiError for a position beyond what there is."""
+        for place, entry in enumerate(self._stream.entries):
+            for index, position in positions.get(entry.request, {}).items():
+                choice = entry.choices[index] if index < len(entry.choices) else None
+                ended = choice is not None and bool(choice.finish_reason) and position.tokens == len(choice.tokens) + 1
+                if choice is None or position.tokens - ended > len(choice.tokens) or position.characters > choice.characters:
+                    raise ApiError(400, "Last-Event-ID: the stream has not come so far", "Last-Event-ID", "invalid_value")
+                self._begun.add((entry.handle, index))
+                if ended:
+                    self._ended.add((entry.handle, index))
+                choice.skip(position.tokens - ended, position.characters)
+                self._offsets[place, index] = sum(len(self._token(token)) for token in choice.tokens[: choice.taken])
+                self._id(place, index, position.tokens, position.characters)
+
+    def _id(self, place: int, index: int, tokens: int, characters: int) -> bytes:
+        """The id of an event: where the client stands once it has it (`frontend/resume.py`)."""
+        mine = self._names[place]
+        own = b"%b:%d:%d:%d" % (mine, index, tokens, characters)
+        if not self._listed:
+            return own
+        self._told[mine][index] = own
+        ids = [own]
+        for name, told in self._told.items():
+            ids += [position for i, position in told.items() if name != mine or i != index]
+            if not told:
+                ids.append(name)
+        return b",".join(ids)
 
     # ---------------------------------------------------------------- streamed
 
@@ -96,14 +129,13 @@ class Answer:
         for choice in entry.choices:
             length = len(choice.tokens)
             if length > choice.taken:
-                if not choice.taken:
+                if not choice.taken and (entry.handle, choice.index) not in self._begun:
                     self.begin(entry, place, first, choice, out)
                 if self._plain:
                     if choice.fresh:
                         text = _encode(choice.take())
-                        where = (self._names[place], choice.index, length, choice.characters)
                         index = first + choice.index
-                        out.append(b"id: %b:%d:%d:%d\n" % where)
+                        out.append(b"id: %b\n" % self._id(place, choice.index, length, choice.characters))
                         out.append(b"%b%d%b%b%b%b" % (self._head, index, self.text_open, text, self.text_close, self._tail))
                     else:
                         choice.take()
@@ -115,7 +147,7 @@ class Answer:
                 if choice.fresh:  # withheld until the end, and let out by something that was no token
                     self._full_event(place, first, choice, out)
                 end = {"finish_reason": reason, "stop_reason": self.stop_reason(choice)}
-                self._event(place, first, choice, self.delta("") | {"logprobs": None} | end, out)
+                self._event(place, first, choice, self.delta("") | {"logprobs": None} | end, out, 1)
 
     def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         """Append the event that comes before a choice's first token, if this kind of answer has one."""
@@ -135,9 +167,9 @@ class Answer:
         body = self.delta(choice.take()) | {"logprobs": self.logprobs(choice, place), "finish_reason": None} | body
         self._event(place, first, choice, body, out)
 
-    def _event(self, place: int, first: int, choice: Choice, body: dict[str, Any], out: list[bytes]) -> None:
+    def _event(self, place: int, first: int, choice: Choice, body: dict[str, Any], out: list[bytes], end: int = 0) -> None:
         shown = choice.characters - len(choice.fresh)
-        out.append(b"id: %b:%d:%d:%d\n" % (self._names[place], choice.index, choice.taken, shown))
+        out.append(b"id: %b\n" % self._id(place, choice.index, choice.taken + end, shown))
         out.append(b"%b%d,%b%b" % (self._head, first + choice.index, _encode(body)[1:-1], self._tail))
 
     # ---------------------------------------------------------------- whole

@@ -6,11 +6,13 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from frontend.api.answers import ChatAnswer
-from frontend.api.completions import form_of, new_request
+from frontend.api.completions import form_of, header_of, new_request, text_options
 from frontend.api.handling import client_of, read_body, respond, tenant_of
+from frontend.api.resuming import LAST_EVENT, resume
 from frontend.client import Model
 from frontend.entries import NewRequest
 from frontend.errors import ApiError
+from frontend.resume import with_headers
 from frontend.sampling import room
 from frontend.templates import TemplateError
 from frontend.validation import ChatBody, check_chat, check_stream, parse, require
@@ -19,13 +21,17 @@ from frontend.validation import ChatBody, check_chat, check_stream, parse, requi
 async def chat_completions(request: Request) -> ASGIApp:
     """Answer a conversation."""
     client = client_of(request)
+    if LAST_EVENT in request.headers:
+        return await resume(request)
     body = parse(await read_body(request), ChatBody)
     check_chat(body)
     check_stream(body)
     model = client.model(body.model)
     new = await client.offload(lambda: prepare(model, body, tenant_of(request)))
-    stream = client.submit([new])
     form = form_of(client, model, body, bool(body.logprobs), [])
+    if body.stream:
+        [new] = with_headers([new], header_of("chat", form, text_options(body, body.continue_final_message)), [])
+    stream = client.submit([new])
     return await respond(request, stream, ChatAnswer(stream, model.tokenizer, form), bool(body.stream))
 
 

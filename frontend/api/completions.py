@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 
@@ -12,10 +11,11 @@ from starlette.types import ASGIApp
 
 from frontend.api.answers import CompletionAnswer, Form
 from frontend.api.handling import client_of, json_response, read_body, respond, tenant_of, wait_whole
+from frontend.api.resuming import LAST_EVENT, resume
 from frontend.client import Client, Model
-from frontend.detokenizer import TextStream
 from frontend.entries import NewRequest
 from frontend.errors import ApiError, from_failed
+from frontend.resume import Header, TextOptions, with_headers
 from frontend.sampling import checked_ids, resolve, room, seeds_of
 from frontend.validation import (
     MAX_CHOICES,
@@ -37,13 +37,17 @@ COMPLETION_TOKENS = 16  # OpenAI's default
 async def completions(request: Request) -> ASGIApp:
     """Continue one or several prompts."""
     client = client_of(request)
+    if LAST_EVENT in request.headers:
+        return await resume(request)
     body = parse(await read_body(request), CompletionBody)
     check_completion(body)
     check_stream(body)
     model = client.model(body.model)
     new, echoes = await client.offload(lambda: prepare(model, body, tenant_of(request)))
-    stream = client.submit(new)
     form = form_of(client, model, body, body.logprobs is not None, echoes)
+    if body.stream:
+        new = with_headers(new, header_of("completion", form, text_options(body, True)), echoes)
+    stream = client.submit(new)
     return await respond(request, stream, CompletionAnswer(stream, model.tokenizer, form), bool(body.stream))
 
 
@@ -109,31 +113,32 @@ def new_request(
     continues: bool,
 ) -> NewRequest:
     """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text."""
-    stops = stops_of(body.stop)
+    text = text_options(body, continues)
     params = resolve(body, model.info, model.tokenizer, max_tokens, logprobs)
-    open_text = functools.partial(
-        TextStream,
-        model.tokenizer,
-        stops,
-        body.include_stop_str_in_output,
-        body.skip_special_tokens,
-        continues=continues,
-        min_tokens=body.min_tokens,
-    )
     return NewRequest(
         request=os.urandom(16),
         model=model.info.name,
         prompt=pack(ids),
         params=params,
         seeds=seeds_of(body.seed, body.n or 1),
-        open_text=open_text,
-        has_stop_strings=bool(stops),
+        open_text=text.open(model.tokenizer),
+        has_stop_strings=bool(text.stops),
         show_stop_ids=body.include_stop_str_in_output,
         every_step=bool(body.stream),
         priority=body.priority,
         tenant=tenant,
         cache_salt=(body.cache_salt or "").encode(),
     )
+
+
+def text_options(body: Sampling, continues: bool) -> TextOptions:
+    """How the body wants its text made. Raises ApiError."""
+    return TextOptions(stops_of(body.stop), body.include_stop_str_in_output, body.skip_special_tokens, continues, body.min_tokens)
+
+
+def header_of(kind: str, form: Form, text: TextOptions) -> Header:
+    """What another frontend needs to go on with an answer of this form."""
+    return Header(kind, 0, form.model, form.created, form.include_usage, form.return_token_ids, form.logprobs, "", text)
 
 
 def form_of(client: Client, model: Model, body: Sampling, logprobs: bool, echoes: list[str]) -> Form:

@@ -20,7 +20,7 @@ Words
 from __future__ import annotations
 
 from protocol.messages.base import MAX_TOKENS_ANYWHERE, PROTOCOL, PROTOCOL_OLDEST, Defaults, Geometry, Message, ModelInfo, Part
-from protocol.messages.opening import FileChunk, FileRequest, Hello, Join, Models, Phase, Ready, Refused, Stale, Welcome
+from protocol.messages.opening import Drained, FileChunk, FileRequest, Hello, Join, Models, Phase, Ready, Refused, Stale, Welcome
 from protocol.messages.requests import (
     Abort,
     Attach,
@@ -39,7 +39,7 @@ from protocol.messages.requests import (
 from protocol.messages.steps import DEAD, NAN, STOPPED, Admit, Plan, Progress, Result
 
 ToScheduler = Hello | Stale | Join | Phase | Ready | FileRequest | FileChunk | Submit | Abort | Done | Attach | Resumed | Result | Progress
-FromScheduler = Welcome | Refused | Models | FileRequest | FileChunk | Journal | Gone | Moved | Failed | Credit | Tokens | Plan
+FromScheduler = Welcome | Refused | Models | FileRequest | FileChunk | Journal | Gone | Moved | Failed | Credit | Tokens | Plan | Drained
 Any = ToScheduler | FromScheduler
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Credit",
     "Defaults",
     "Done",
+    "Drained",
     "Failed",
     "FileChunk",
     "FileRequest",

@@ -7,7 +7,7 @@ from numpy import int64
 
 from protocol.columns import BadMessage, Int32, rows, within
 
-PROTOCOL = 1  # newest version spoken
+PROTOCOL = 2  # newest version spoken: 2 added DRAINED, and what ATTACH says beyond the id
 PROTOCOL_OLDEST = 1  # oldest version spoken
 
 MAX_TOKENS_ANYWHERE = 1 << 24

@@ -69,10 +69,17 @@ class Join(Message, tag="join", frozen=True):
 
 
 class Phase(Message, tag="phase", frozen=True):
-    """Worker → scheduler: a long phase (loading, compiling, capture, serving) that suspends the progress deadline."""
+    """Worker → scheduler: a long phase (loading, compiling, capture, serving) that suspends the progress deadline.
+
+    "draining" says that the worker wants to leave: it gets nothing new, what it has goes elsewhere, then DRAINED comes.
+    """
 
     name: str
     seconds: float = 0.0  # expected, 0 if unknown
+
+
+class Drained(Message, tag="drained", frozen=True):
+    """Scheduler → worker whose phase is "draining": nothing of what it had is left, it may go. Since protocol 2."""
 
 
 class Ready(Message, tag="ready", frozen=True):

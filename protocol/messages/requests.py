@@ -127,11 +127,14 @@ class Attach(Message, tag="attach", frozen=True):
 
     request: bytes
     handle: int
+    told: bytes = b""  # per choice, the tokens that its client has: log probabilities are wanted from there on
+    tenant: str = ""  # must be the request's own
 
     def check(self, geometry: Geometry | None = None) -> None:
         check_id(self.request)
         if not 0 <= self.handle <= INT32_MAX:
             raise BadMessage("handle", "is out of range")
+        within(self.told, "told", 0, MAX_TOKENS_ANYWHERE)
 
 
 class Resumed(Message, tag="resumed", frozen=True):

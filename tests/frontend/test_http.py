@@ -236,7 +236,7 @@ class TestStreams:
             "[DONE]",
         ]
         ids = [line.split("\n")[0] for line in lines if line.startswith("id: ")]
-        assert ids == [f"id: {name}:0:{place}" for place in ("0:0", "1:1", "2:2", "2:2")]
+        assert ids == [f"id: {name}:0:{place}" for place in ("0:0", "1:1", "2:2", "3:2")]
 
     def test_the_transcript_of_a_completion(self, tmp_path):
         data = events(complete(tmp_path, stream=True, max_tokens=2))
