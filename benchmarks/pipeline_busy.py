@@ -1,6 +1,6 @@
 """How busy the pipeline keeps a device: three real processes, a simulated one, and a link as long as one likes.
 
-    python benchmarks/pipeline_busy.py [--steps 0.5 1 2 5 8] [--round-trips 0 5 20] [--depths 1 2 3 4 6] [--json FILE]
+    python benchmarks/pipeline_busy.py [--steps 0.5 1 2 5 8] [--round-trips 0 5 20] [--depths 1 2 3 4 6 0] [--json FILE]
 
 The scheduler and the worker (simulated runner) are processes of their own; between them lies a TCP proxy that delays
 each way by half the round trip. This process is the frontend: it journals every token of 256 sequences at spread block
@@ -224,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=float, nargs="+", default=[0.5, 1, 2, 5, 8], help="step times, ms")
     parser.add_argument("--round-trips", type=float, nargs="+", default=[0, 5, 20], help="ms; 0 is without a proxy")
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 4, 6], help="plans in flight")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 4, 6, 0], help="plans in flight; 0 adapts")
     parser.add_argument("--seconds", type=float, default=10.0, help="measured, after two of warm-up")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +49,17 @@ class OracleRunner:
     device would. Raises ValueError for another word.
     """
 
-    def __init__(self, settings: WorkerSettings, step_time: float = 0.0, marks: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        step_time: float = 0.0,
+        marks: Mapping[int, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.counter = 0
         self._settings = settings
         self._step_time = step_time
+        self._clock = clock  # for the steps' durations only
         self._marks = dict(marks or {})
         if unknown := set(self._marks.values()) - set(MARKS):
             raise ValueError(f"a token can be marked {', '.join(MARKS)}; not {unknown.pop()!r}")
@@ -83,7 +90,7 @@ class OracleRunner:
 
     def start(self, step: Step) -> None:
         """Run the step. Raises StepError for a token marked so."""
-        began = time.monotonic()
+        began = self._clock()
         if self._step_time:
             time.sleep(self._step_time)
         self.counter += 1
@@ -97,7 +104,7 @@ class OracleRunner:
             self._write(step, tokens, positions, row_of)
             outcome = self._sample(step, tokens)
         outcome.copied = step.plan.step
-        outcome.seconds = time.monotonic() - began
+        outcome.seconds = self._clock() - began
         self._outcomes.append(outcome)
 
     def finish(self, step: Step) -> Outcome:

@@ -248,7 +248,7 @@ class WorkerNode(PeerNode):
     ) -> None:
         super().__init__(name, clock, network, schedulers, incarnation, times)
         # What would end this process is judged before the runner sees it (`_poison`).
-        self.runner = OracleRunner(settings, marks={t: e for t, e in (marks or {}).items() if e in ("raise", "nan")})
+        self.runner = OracleRunner(settings, marks={t: e for t, e in (marks or {}).items() if e in ("raise", "nan")}, clock=lambda: 0.0)
         self._marks = marks or {}
         self._on_crash = on_crash
         self.core = WorkerCore(self.runner.load())
@@ -258,7 +258,8 @@ class WorkerNode(PeerNode):
         self._running: deque[Step] = deque()
         self._busy_until = 0.0
         self._ready_pending = False
-        self._hung = False
+        self._hung = 0  # the step whose computation does not end
+        self._progress_at = inf  # when to say that the running step still moves
         self.turn()
 
     def event(self, event: Event) -> None:
@@ -270,6 +271,7 @@ class WorkerNode(PeerNode):
                     self._say_ready()
             case Closed():
                 self._ready_pending = False
+                self._progress_at = inf
                 if self._hung:  # the process sees that its main thread does not come back, and ends
                     self.clock.after(self._times.progress, lambda: self.run(self._give_up))
                 elif not self._running:
@@ -293,6 +295,8 @@ class WorkerNode(PeerNode):
 
     def _plan(self, plan: Plan) -> None:
         session = self.dialer.session
+        if not self._running:
+            self._progress_at = self.clock.now + self._times.heartbeat
         if self._hung or self._ready_pending:
             return
         effect = self._poison(plan)
@@ -300,7 +304,7 @@ class WorkerNode(PeerNode):
             self._give_up()
             return
         if effect == "hang":
-            self._hung = True
+            self._hung = plan.step
             return
         try:
             step = self.core.apply(plan)
@@ -338,13 +342,23 @@ class WorkerNode(PeerNode):
         result = self.core.result(step, outcome)
         if self.dialer.session == session:
             self.dialer.send(result, self.clock.now)
-            self.dialer.send(Progress(step.plan.step, self.runner.counter), self.clock.now)
+            self._progress_at = self.clock.now + self._times.heartbeat if self._running else inf
         elif not self._running:
             self._reset()
             if self._ready_pending:
                 self._ready_pending = False
                 self._say_ready()
         self.turn()
+
+    def deadline(self) -> float:
+        return self._progress_at
+
+    def turn(self) -> None:
+        if self.clock.now >= self._progress_at:
+            self._progress_at = self.clock.now + self._times.heartbeat
+            if step := self._running[0].plan.step if self._running else self._hung:
+                self.dialer.send(Progress(step, self.runner.counter), self.clock.now)
+        super().turn()
 
     def crash(self) -> None:
         self._running.clear()
