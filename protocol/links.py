@@ -85,7 +85,7 @@ class Sender:
 
     def stuck(self, now: float) -> bool:
         """Whether the window has not moved for the window time."""
-        return bool(self._unacked) and now - self.moved >= self._times.window
+        return bool(self._unacked) and now >= self.moved + self._times.window
 
     def next_time(self) -> float:
         """When `due` or `stuck` has something to say."""
@@ -152,6 +152,7 @@ class Link:
         self.heard = now
         self.sent = -inf
         self._forgiven = 0.0  # seconds, since it was heard
+        self._next: float | None = None  # what `next_time` has found, until something changes
 
     def send(self, body: bytes, weight: int, now: float) -> list[list[bytes]]:
         """Send a message; `weight` is what it counts in `sender.weight` until acknowledged."""
@@ -159,6 +160,7 @@ class Link:
 
     def receive(self, header: Header, body: bytes | None, now: float) -> tuple[list[bytes], list[list[bytes]]]:
         """Take a frame of this session; returns (bodies in order, frames to transmit). Raises BadMessage."""
+        self._next = None
         freed = self.sender.acknowledged(header.acknowledged, now)
         bodies = []
         if body is not None:
@@ -170,6 +172,7 @@ class Link:
 
     def due(self, now: float) -> list[list[bytes]]:
         """Frames to send again."""
+        self._next = None
         return self._frames(self.sender.due(now), now)
 
     def idle_frame(self, now: float) -> list[bytes] | None:
@@ -184,7 +187,7 @@ class Link:
 
     def broken(self, now: float) -> str | None:
         """Why the session is over, if it is."""
-        if now - self.heard >= self._times.silence:
+        if now >= self.heard + self._times.silence:
             return "silent"
         if self.sender.stuck(now):
             return "window stuck"
@@ -198,18 +201,23 @@ class Link:
         """
         late = min(late, self._times.silence - self._forgiven)
         if late > self._times.ack:
+            self._next = None
             self._forgiven += late
             self.heard = min(self.heard + late, now)
             self.sender.moved = min(self.sender.moved + late, now)
 
     def next_time(self) -> float:
         """When this link next needs attention."""
-        return min(self.receiver.ack_at, self.sent + self._times.heartbeat, self.heard + self._times.silence, self.sender.next_time())
+        if self._next is None:
+            times = self._times
+            self._next = min(self.receiver.ack_at, self.sent + times.heartbeat, self.heard + times.silence, self.sender.next_time())
+        return self._next
 
     def _frames(self, messages: list[tuple[int, bytes]], now: float) -> list[list[bytes]]:
         return [self._frame(sequence, body, now) for sequence, body in messages]
 
     def _frame(self, sequence: int, body: bytes | None, now: float) -> list[bytes]:
+        self._next = None
         self.sent = now
         self.receiver.acked()
         header = encode(Header(self.session, sequence, self.receiver.last))

@@ -177,6 +177,8 @@ class Listener:
         for session, peer in list(self.peers.items()):
             if late:
                 peer.link.forgive(late, now)
+            if now < peer.link.next_time():
+                continue
             if reason := peer.link.broken(now):
                 events += self.close(session, reason)
                 continue

@@ -150,17 +150,16 @@ class Dialer:
         if self._link is not None and now > self._expected:
             self._link.forgive(now - self._expected, now)
         events: list[Event] = []
-        if self._link is not None:
+        if self._link is not None and now >= self._link.next_time():
             if reason := self._link.broken(now):
                 events = self._close(reason, now)
             else:
                 self._transmit(self._link.due(now))
                 if frame := self._link.idle_frame(now):
                     self._transmit([frame])
-                line = self._lines[self._endpoint]
-                if now >= line.join_at:
-                    line.join_at = now + self._times.reconnect
-                    self._emit(self._endpoint, 1, Join(self._link.session))
+        if self._link is not None and now >= (line := self._lines[self._endpoint]).join_at:
+            line.join_at = now + self._times.reconnect
+            self._emit(self._endpoint, 1, Join(self._link.session))
         for endpoint, line in enumerate(self._lines):
             if now >= line.hello_at and not (self._link and endpoint == self._endpoint):
                 line.hello_at = now + (self._times.silence if self._link else self._times.reconnect)
