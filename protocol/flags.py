@@ -50,6 +50,7 @@ FLAGS: dict[str, Flag] = {
     "tokenizer": Flag("Folder or .gguf file of the tokenizer.", empty="asked of a worker"),
     "served_model_name": Flag("Name of the model in the API.", empty="the model's own"),
     "shutdown_timeout": Flag("Seconds that streams get to end after SIGTERM.", low=0),
+    "drain_timeout": Flag("Seconds that streams get to end when the frontend is drained or rolled.", low=0),
     "max_body": Flag("Bytes of one HTTP request body.", low=1024),
     # model and worker
     "model": Flag("Model folder, .gguf file or hub id.", empty="the packaged SmolLM2-135M-Instruct"),
@@ -72,6 +73,7 @@ FLAGS: dict[str, Flag] = {
     "policy": Flag("Order of waiting requests.", choices=("fcfs", "priority")),
     "depth": Flag("Plans in flight per worker.", empty="by round trip and step time", low=0, high=64),
     "preemption": Flag("What becomes of a preempted sequence's blocks.", choices=("auto", "recompute", "swap")),
+    "routing": Flag("Which of a model's workers a request goes to.", choices=("prefix", "load", "round-robin")),
     "max_num_partial_prefills": Flag("Prompts that are computed in parts at once.", empty="any number", low=0),
     "check_when_idle": Flag("Verify all block accounts when everything has come to rest."),
     "enable_prefix_caching": Flag("Reuse the blocks of equal prefixes."),

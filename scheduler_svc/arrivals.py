@@ -10,6 +10,7 @@ from scheduler_svc.ledger import Ledger, Timers
 from scheduler_svc.models import Model
 from scheduler_svc.prefix import Chain, Hasher
 from scheduler_svc.requests import Choice, Request, State
+from scheduler_svc.routing import Router
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.worker import Worker
 
@@ -29,6 +30,7 @@ class Arrivals:
         self._timers = timers
         self._models = models
         self.loading = loading
+        self._router = Router(settings.routing)
         self.hasher: Hasher
         self._entries: deque[tuple[Choice, int]] = deque()  # with their tokens
         self._tokens = 0
@@ -83,7 +85,7 @@ class Arrivals:
         return named
 
     def _route(self, choice: Choice, now: float) -> None:
-        worker = choice.request.model.route(choice)
+        worker = self._router.route(choice.request.model.workers, choice)
         if worker is not None:
             worker.queue.add(choice)
             choice.request.held_since = 0.0

@@ -12,7 +12,7 @@ from math import inf
 
 from protocol.counters import Counters
 from protocol.listener import Greeted, Listener, Outdated, PeerClosed, PeerEvent, PeerMessage, Route
-from protocol.messages import PROTOCOL, PROTOCOL_OLDEST, Message, Ready
+from protocol.messages import PROTOCOL, PROTOCOL_OLDEST, Message, Plan, Ready
 from scheduler_svc.engine import Engine
 from scheduler_svc.epochs import Epochs, State
 from scheduler_svc.settings import SchedulerSettings
@@ -93,10 +93,16 @@ class Core:
         self.flush(now)
 
     def flush(self, now: float) -> None:
-        """Hand the engine's messages to their links, and end the sessions it wants ended."""
+        """Hand the engine's messages to their links, plans first, and end the sessions it wants ended."""
         while self.engine.out or self.engine.fence:
+            later = []
             while self.engine.out:
                 session, message, weight = self.engine.out.popleft()
+                if isinstance(message, Plan):  # a worker must not wait while tokens are encoded
+                    self.listener.send(session, message, now)
+                else:
+                    later.append((session, message, weight))
+            for session, message, weight in later:
                 self.listener.send(session, message, now, weight)
             while self.engine.fence:
                 session, reason = self.engine.fence.pop()

@@ -19,6 +19,7 @@ from protocol.messages import (
     Attach,
     Credit,
     Done,
+    Drained,
     Failed,
     FileChunk,
     FileRequest,
@@ -36,6 +37,7 @@ from protocol.messages import (
 from scheduler_svc import inspection
 from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.depth import LEAST
+from scheduler_svc.draining import is_empty, move_away
 from scheduler_svc.files import FileRelay
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.intake import Intake
@@ -180,10 +182,12 @@ class Engine:
                 if (message.step, message.counter) != worker.counter:
                     worker.counter = (message.step, message.counter)
                     worker.heard = now
+            case Phase(name="draining"):
+                self._leaves(worker)
             case Phase():
                 worker.phase = message.name
                 worker.heard = now
-            case Ready() if not worker.ready:
+            case Ready() if not worker.ready and not worker.leaving:
                 self._ready(worker, message, now)
             case FileChunk():
                 self.files.chunk(message)
@@ -198,9 +202,10 @@ class Engine:
         worker.closed = True
         fatal = self.suspects.lost(worker, worker.hung)
         if worker.ready:
-            self.counters.add("scheduler_workers_lost")
-            worker.model.workers.remove(worker)
-            worker.model.lost_at = now
+            self.counters.add("scheduler_workers_drained" if worker.drained else "scheduler_workers_lost")
+            if not worker.leaving:
+                worker.model.workers.remove(worker)
+                worker.model.lost_at = now
             for choice in self._strip(worker):
                 self.arrivals.enqueue(choice, now)
         self._fail_suspects(fatal, now)
@@ -254,6 +259,21 @@ class Engine:
                 model.queue.remove(choice)
                 self.arrivals.enqueue(choice, now)
         self.arrivals.review(now)
+
+    def _leaves(self, worker: Worker) -> None:
+        """The worker wants to go: `schedule` takes from it what it has."""
+        if worker.ready and not worker.leaving:
+            worker.model.workers.remove(worker)
+            self.counters.add("scheduler_workers_leaving")
+        worker.leaving = True
+        self._announce()
+
+    def _drain(self, worker: Worker, now: float) -> None:
+        if worker.ready:
+            move_away(worker, self.arrivals, now)
+        if not worker.drained and (not worker.ready or is_empty(worker)):
+            worker.drained = True
+            self.out.append((worker.session, Drained(), 0))
 
     def _fence(self, worker: Worker, reason: str) -> None:
         worker.fenced = True
@@ -326,6 +346,8 @@ class Engine:
         self.frontends.queued = queued
         made = False
         for worker in self.workers.values():
+            if worker.leaving and not worker.fenced:
+                self._drain(worker, now)
             while worker.ready and not worker.fenced and len(worker.in_flight) < worker.depth.plans and self._plan(worker, now):
                 made = True
         if made:
@@ -335,7 +357,7 @@ class Engine:
         return made
 
     def _plan(self, worker: Worker, now: float) -> bool:
-        if not worker.queue and len(worker.model.workers) > 1 and worker.slots.free:
+        if not worker.queue and len(worker.model.workers) > 1 and not worker.leaving and worker.slots.free:
             self.arrivals.steal(worker)
         group = 0
         if self.suspects.active:

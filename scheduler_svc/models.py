@@ -7,7 +7,7 @@ from collections import deque
 
 from protocol.columns import EMPTY, unpack
 from protocol.messages import ModelInfo, Ready, Submit
-from scheduler_svc.requests import Choice, Request
+from scheduler_svc.requests import Request
 from scheduler_svc.waiting import Queue, Shares
 from scheduler_svc.worker import Worker
 
@@ -89,19 +89,3 @@ class Model:
             return ""
         size = self.ready.geometry.vocab_size
         return f"A token id is outside the model's vocabulary of {size}." if int(unpack(request.prompt).max()) >= size else ""
-
-    def route(self, choice: Choice) -> Worker | None:
-        """The worker to wait at: the longest cached prefix, then the least load. None if no ready one can hold it."""
-        best: tuple[int, int] | None = None
-        chosen = None
-        for worker in self.workers:
-            if choice.limit > worker.capacity:
-                continue
-            hits = 0
-            if len(self.workers) > 1 and worker.block_size in choice.chains and not choice.no_hits:
-                size = worker.block_size
-                hits = size * len(worker.blocks.match(choice.chains[size].names, (choice.length - 1) // size))
-            rank = (-hits, worker.load)
-            if best is None or rank < best:
-                best, chosen = rank, worker
-        return chosen

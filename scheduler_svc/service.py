@@ -6,6 +6,7 @@ import secrets
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import zmq
@@ -105,8 +106,7 @@ class _Loop:
         """Until the service is asked to stop."""
         while not self._service.stopping.is_set():
             wait = min(self.core.next_time(), self._publish_at) - time.monotonic()
-            self._poller.poll(max(0, int(wait * 1000) + 1) if wait > 0 else 0)
-            self._turn()
+            self._turn(dict(self._poller.poll(max(0, int(wait * 1000) + 1) if wait > 0 else 0)))
             self._say_state()
         self._service.state("stopping")
 
@@ -116,16 +116,22 @@ class _Loop:
             socket.disable_monitor()
             watch.close()
 
-    def _turn(self) -> None:
-        self._take(WORKERS, float("inf"))
+    def _turn(self, ready: dict[Any, int]) -> None:
+        """One round: results first, so that plans go out before anything else is looked at."""
+        if self._sockets[WORKERS] in ready:
+            self._take(WORKERS, float("inf"))
         now = time.monotonic()
-        self._look_at_connections(now)
+        if self._authenticator is not None and self._authenticator.socket in ready:
+            self._authenticator.answer()
+        if any(watch in ready for watch in self._monitors):
+            self._look_at_connections(now)
         self.core.turn(now)
         self._transmit()
-        self._take(FRONTENDS, now + ARRIVALS)
-        now = time.monotonic()
-        self.core.turn(now)
-        self._transmit()
+        if self._sockets[FRONTENDS] in ready:
+            self._take(FRONTENDS, now + ARRIVALS)
+            now = time.monotonic()
+            self.core.turn(now)
+            self._transmit()
         if now >= self._publish_at:
             self._publish_at = now + TELEMETRY
             self._publish()
@@ -158,8 +164,6 @@ class _Loop:
             self.core.disconnected(route, time.monotonic())
 
     def _look_at_connections(self, now: float) -> None:
-        if self._authenticator is not None:
-            self._authenticator.answer()
         changes = [news(watch) for watch in self._monitors]
         if refused := sum(change.refused for change in changes):
             self._connections.add("connection_refused", refused)

@@ -123,6 +123,8 @@ class Worker:
         self.closed = False
         self.fenced = False  # its session is about to be ended
         self.hung = False  # for want of progress
+        self.leaving = False  # on purpose: gets nothing new
+        self.drained = False  # has been told that nothing of its own is left
         self.watched = False  # a timer will judge its progress
         self.prefilling: set[int] = set()  # slots in PREFILL
         self.draining: set[int] = set()  # slots in DRAIN
