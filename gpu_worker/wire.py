@@ -134,4 +134,5 @@ class Wire:
         self._poller.unregister(socket)
         self._poller.unregister(watch)
         socket.disable_monitor()
+        watch.close()  # the last wait's findings may still hold it, and an open socket holds up the context's end
         socket.close()
