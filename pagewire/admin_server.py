@@ -79,7 +79,14 @@ async def _serve(service: Service, listening: socket.socket, application: Starle
             await stopping.wait()
 
     config = uvicorn.Config(
-        application, ws="none", lifespan="off", log_config=None, access_log=False, date_header=False, timeout_graceful_shutdown=1
+        application,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        date_header=False,
+        timeout_graceful_shutdown=1,
     )
     server = Server(config)
 

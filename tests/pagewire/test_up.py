@@ -123,6 +123,18 @@ def test_a_stream_gets_its_time_and_then_an_error_when_the_stack_is_told_to_end(
         assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize("delay", [0.3, 0.6, 1.0])
+def test_a_stack_told_to_end_while_it_starts_ends(run_dir: Path, delay: float) -> None:
+    with running([*PAGEWIRE, "up", *ORACLE, "--port", "0", "--admin-port", "0", "--run-dir", str(run_dir)]) as program:
+        eventually(lambda: (run_dir / "up.lock").exists())
+        time.sleep(delay)
+        family = program.family()
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.wait(10) == 0
+        assert gone(family)
+    assert left_in(run_dir) == []
+
+
 def test_after_sigkill_of_up_nothing_is_left_within_six_seconds_even_of_stopped_services(run_dir: Path) -> None:
     with stack(run_dir) as (program, _):
         family = program.family()
