@@ -47,6 +47,7 @@ class Core:
         self.epochs = Epochs(entropy(), seen_epoch, claim, settings.times, now, standby)
         self.engine = self._new_engine()
         self._admit_at = inf
+        self._in_charge = False  # since we became active: there may be sessions and requests
         self._awaited: set[int] = set()  # workers heard while resyncing, not yet ready, by incarnation
 
     @property
@@ -128,6 +129,7 @@ class Core:
         self._keep_key(self._hash_key)
         self._awaited = set(self.epochs.resyncing)
         self._admit_at = now + self._times.resync
+        self._in_charge = True
 
     def _handle(self, events: list[PeerEvent], now: float) -> None:
         for event in events:
@@ -178,8 +180,9 @@ class Core:
 
     def _yield_if_standing_by(self, now: float) -> None:
         """Somebody with a higher epoch is in charge: drop every session and request, in silence."""
-        if self.epochs.state is not State.STANDBY or not self.listener.peers:
+        if self.epochs.state is not State.STANDBY or not self._in_charge:
             return
+        self._in_charge = False
         for session in list(self.listener.peers):
             self.listener.close(session, "standing by")
         self.engine = self._new_engine()

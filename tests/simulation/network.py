@@ -39,6 +39,7 @@ class Connection:
     route: Route
     deliver_to_peer: Callable[[Frames], None]
     open: bool = True
+    usable_at: float = 0.0  # a process that is stopped shakes no hands: until then nothing can be sent
     queue_up: float = 0.0  # when the last frame in each direction arrives: TCP keeps order
     queue_down: float = 0.0
 
@@ -54,12 +55,14 @@ class Network:
     gone: dict[str, Callable[[Route], None]] = field(default_factory=dict)
     connections: list[Connection] = field(default_factory=list)
     held: dict[tuple[str, str], float] = field(default_factory=dict)  # (from, to) → until when nothing passes
+    stopped: dict[str, float] = field(default_factory=dict)  # scheduler → until when its process stands still
     seen: dict[str, int] = field(default_factory=dict)  # what has happened to frames
     _routes: itertools.count[int] = field(default_factory=itertools.count)
 
     def connect(self, peer: str, scheduler: str, channel: int, socket: int, deliver: Callable[[Frames], None]) -> Connection:
         """Open a peer's socket towards a scheduler, whether it runs or not."""
         connection = Connection(peer, scheduler, channel, self._route(socket), deliver)
+        connection.usable_at = self.stopped.get(scheduler, 0.0)
         self.connections.append(connection)
         return connection
 
@@ -85,6 +88,9 @@ class Network:
     def to_scheduler(self, connection: Connection, frames: Frames) -> None:
         """A peer sends."""
         route = connection.route
+        if self.clock.now < connection.usable_at:
+            self._count("unsent")
+            return
         for delay in self._fate(connection.peer, connection.scheduler):
             arrival, connection.queue_up = self._arrival(delay, connection.queue_up)
 

@@ -24,6 +24,19 @@ def test_seeds_keep_every_rule(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        pytest.param("everything", 1, id="a loop late at every turn still judges silence"),
+        pytest.param("everything", 53, id="a scheduler that awaits a worker does not spin"),
+        pytest.param("standby, long pauses", 13, id="whoever is no longer in charge keeps no request"),
+    ],
+)
+def test_a_seed_that_once_failed_passes(name: str, seed: int) -> None:
+    World(seed, MIXES[name]).run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("name", "counted"),
     [
         ("link", ["lost", "duplicated", "reordered", "link_resent", "link_duplicate", "link_reordered"]),

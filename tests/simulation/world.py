@@ -50,6 +50,7 @@ class Mix:
     worker_crashes: int = 0
     scheduler_crashes: int = 0
     pauses: int = 0
+    pause: tuple[float, ...] = (0.3, 1.5, 4.0)  # seconds, one of them
     holds: int = 0
     leaving: float = 0.0  # share of the clients that leave early
     poison: str = ""  # what computing the poison token does to a worker
@@ -76,6 +77,7 @@ MIXES = {
         Mix("nan", poison="nan"),
         Mix("standby", schedulers=2, scheduler_crashes=2),
         Mix("standby, pauses", schedulers=2, pauses=5),
+        Mix("standby, long pauses", schedulers=2, pauses=4, pause=(1.5, 8.0)),
         Mix(
             "everything",
             weather=Weather(loss=0.01, duplication=0.01, reordering=0.02),
@@ -215,9 +217,11 @@ class World:
     def _pause(self) -> None:
         nodes = [*self.schedulers.values(), *self.workers.values(), *self.frontends.values()]
         node = self.rng.choice([n for n in nodes if n.alive])
-        seconds = self.rng.choice((0.3, 1.5, 4.0))
+        seconds = self.rng.choice(self.mix.pause)
         self.tell(f"{node.name} is stopped for {seconds} s")
         node.pause(seconds)
+        if isinstance(node, SchedulerNode):
+            self.network.stopped[node.name] = node.paused_until
 
     def _hold(self) -> None:
         peer = self.rng.choice([*self.workers, *self.frontends])
@@ -343,6 +347,9 @@ class World:
         active = [n for n in self.schedulers.values() if n.alive and n.core.state == "active"]
         if len(active) != 1:
             raise self.broken(f"{len(active)} schedulers are active")
+        for node in self.schedulers.values():
+            if node.alive and node is not active[0] and node.core.engine.ledger.requests:
+                raise self.broken(f"{node.name} keeps {len(node.core.engine.ledger.requests)} requests, and is not in charge")
         stats = active[0].core.engine.stats()
         for name in ("requests_running", "requests_waiting", "blocks_used"):
             if stats[name]:
