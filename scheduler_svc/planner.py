@@ -38,6 +38,7 @@ class Planner:
         self.trial = trial  # suspects that run alone in this step (suspects.py); 0: everyone but suspects
         self.budget = worker.budget
         self.preempted = False  # or somebody waits for blocks that preempted ones are about to give up
+        self.swapping = False  # blocks can leave in this plan; somebody waits for them
         self.draft = Draft()
         self.credit: dict[int, int] = {}  # free tokens per frontend index, as this plan uses them up
 
@@ -49,7 +50,8 @@ class Planner:
         self._prefills()
         if not self.preempted and worker.queue:
             self._admissions()
-        if not (self.draft.rows or self.draft.decodes or ((worker.has_news or self.draft.copies) and not worker.in_flight)):
+        news = self.swapping or ((worker.has_news or self.draft.copies) and not worker.in_flight)
+        if not (self.draft.rows or self.draft.decodes or news):
             worker.copies = self.draft.copies
             return None
         return assemble(worker, self.draft, self.frontends, now)
@@ -296,6 +298,7 @@ class Planner:
         if swaps(self.worker, victim, self.settings.preemption):
             self.counters.add("scheduler_swaps_out")
             swap_at = self.worker.step + (2 if victim.slot in rows else 1)
+            self.swapping = True
         preempt(self.worker, victim, swap_at)
         return True
 
