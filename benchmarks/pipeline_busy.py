@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import zmq
 
 from benchmarks.tcp_proxy import serve
@@ -57,12 +58,15 @@ class Row:
     busy_share: float
     steps: int
     tokens_per_s: float
+    sequences: int
+    cpu_us: dict[str, float]  # per step: of scheduler, worker, and this process as the frontend
 
 
 class Load:
     """The frontend's side: keeps SEQUENCES requests going, with ends spread so that one comes every EVERY steps."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, sequences: int) -> None:
+        self.sequences = sequences
         self.context: Context = zmq.Context()
         self.counters = Counters()
         self.times = Times()
@@ -104,7 +108,7 @@ class Load:
                     raise SystemExit(f"a request failed: {entry.error.reason}")
                 self.tokens += sum(len(choice.tokens) for choice in entry.choices)
                 self.journal.done(entry)
-                self.submit(SEQUENCES * EVERY)
+                self.submit(max(self.sequences, 200) * EVERY)
         self.journal.touched.clear()
         while self.journal.out:
             self.dialer.send(self.journal.out.popleft(), now)
@@ -124,7 +128,7 @@ class Load:
                     raise SystemExit("the session was lost")
 
 
-def measure(step: float, round_trip: float, depth: int, seconds: float) -> Row:
+def measure(step: float, round_trip: float, depth: int, seconds: float, sequences: int) -> Row:
     """Run the three processes once. Times in seconds."""
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="pw-", dir="/tmp"))
@@ -138,27 +142,29 @@ def measure(step: float, round_trip: float, depth: int, seconds: float) -> Row:
             pass
         bind = f"tcp://127.0.0.1:{workers_port}"
         scheduler = ["scheduler_svc", "--bind-workers", bind, "--depth", str(depth), "--max-num-seqs", str(SEQUENCES)]
-        stack.enter_context(_service(run_dir, scheduler))
+        processes = {"frontend": psutil.Process(), "scheduler": psutil.Process(stack.enter_context(_service(run_dir, scheduler)))}
         proxy_port = stack.enter_context(_proxy(workers_port, round_trip / 2)) if round_trip else workers_port
         worker = ["gpu_worker", "--runner", "simulated", "--step-time", str(step), "--scheduler", f"tcp://127.0.0.1:{proxy_port}"]
         # 3,000 tokens for each sequence, prompt included
         worker += ["--num-gpu-blocks", str(SEQUENCES * 190), "--max-model-len", "4096", "--max-num-seqs", str(SEQUENCES)]
-        stack.enter_context(_service(run_dir, worker))
-        load = Load(run_dir.frontends)
+        processes["worker"] = psutil.Process(stack.enter_context(_service(run_dir, worker)))
+        load = Load(run_dir.frontends, sequences)
         stack.callback(load.close)
         deadline = time.monotonic() + 20
         while not load.journal.models:
             if time.monotonic() > deadline:
                 raise SystemExit("the stack did not come up:\n" + _logs(run_dir))
             load.run(0.05)
-        for i in range(SEQUENCES):
-            load.submit(EVERY * (i + 1))
+        for i in range(sequences):
+            load.submit(EVERY * (i + 1) + 200)
         load.run(WARM_UP)
         first = _figures(collector, load)
+        before = {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
         load.run(seconds)
         last = _figures(collector, load)
         busy, idle, steps, tokens = (last[name] - first[name] for name in ("step_seconds", "idle_seconds", "steps", "tokens"))
-        return Row(step * 1000, round_trip * 1000, depth, busy / (busy + idle), int(steps), tokens / (busy + idle))
+        cpu = {name: (sum(process.cpu_times()[:2]) - before[name]) / steps * 1e6 for name, process in processes.items()}
+        return Row(step * 1000, round_trip * 1000, depth, busy / (busy + idle), int(steps), tokens / (busy + idle), sequences, cpu)
 
 
 def _figures(collector: Collector, load: Load) -> dict[str, float]:
@@ -172,12 +178,12 @@ def _figures(collector: Collector, load: Load) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _service(run_dir: RunDir, command: list[str]) -> Iterator[None]:
+def _service(run_dir: RunDir, command: list[str]) -> Iterator[int]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PAGEWIRE_")}
     full = [sys.executable, "-P", "-m", command[0], "--run-dir", str(run_dir.path), *command[1:]]
     process = subprocess.Popen(full, env=env, stderr=subprocess.DEVNULL)
     try:
-        yield
+        yield process.pid
         if process.poll() is not None:
             raise SystemExit(f"{command[0]} ended with {process.returncode}:\n" + _logs(run_dir))
     finally:
@@ -225,16 +231,21 @@ def main() -> None:
     parser.add_argument("--steps", type=float, nargs="+", default=[0.5, 1, 2, 5, 8], help="step times, ms")
     parser.add_argument("--round-trips", type=float, nargs="+", default=[0, 5, 20], help="ms; 0 is without a proxy")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 4, 6, 0], help="plans in flight; 0 adapts")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--seconds", type=float, default=10.0, help="measured, after two of warm-up")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments = parser.parse_args()
     rows = []
-    print(f"{'step ms':>8} {'round trip ms':>14} {'depth':>6} {'busy':>7} {'steps':>7} {'tokens/s':>10}", flush=True)
+    print(
+        f"{'step ms':>8} {'round trip ms':>14} {'depth':>6} {'busy':>7} {'steps':>7} {'tokens/s':>10}  CPU a step, µs: scheduler, worker, frontend",
+        flush=True,
+    )
     for round_trip, step, depth in itertools.product(arguments.round_trips, arguments.steps, arguments.depths):
-        row = measure(step / 1000, round_trip / 1000, depth, arguments.seconds)
+        row = measure(step / 1000, round_trip / 1000, depth, arguments.seconds, arguments.sequences)
         rows.append(row)
         print(
-            f"{row.step_ms:8.1f} {row.round_trip_ms:14.1f} {row.depth:6d} {row.busy_share:7.1%} {row.steps:7d} {row.tokens_per_s:10,.0f}",
+            f"{row.step_ms:8.1f} {row.round_trip_ms:14.1f} {row.depth:6d} {row.busy_share:7.1%} {row.steps:7d} {row.tokens_per_s:10,.0f}"
+            f"  {row.cpu_us['scheduler']:.0f} {row.cpu_us['worker']:.0f} {row.cpu_us['frontend']:.0f}",
             flush=True,
         )
     if arguments.json:

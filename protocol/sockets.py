@@ -82,6 +82,9 @@ def received(socket: Socket, limit: int = 1 << 30) -> Iterator[list[bytes]]:
     with contextlib.suppress(zmq.Again):
         for _ in range(limit):
             yield socket.recv_multipart(zmq.DONTWAIT)
+            # Asking costs 7 µs, a receive that finds nothing 14.
+            if socket.closed or not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return
 
 
 def send(socket: Socket, frames: list[bytes]) -> bool:
