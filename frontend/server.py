@@ -14,9 +14,12 @@ import uvicorn
 import uvloop
 import zmq
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from frontend.api import chat, completions, service
+from frontend.access import ApiKeys, Guard, check_exposure, check_tls
+from frontend.api import chat, completions, openapi, service, tokens
 from frontend.api.handling import HANDLERS
 from frontend.client import Client
 from frontend.errors import ApiError
@@ -31,20 +34,30 @@ KEEP_ALIVE = 15.0  # seconds without an event after which a waiting stream gets 
 BEAT = 1.0  # seconds between two looks at what has become quiet, and two publications of figures
 LAST_WORDS = 0.5  # seconds that clients get to read the error that ends their stream
 CLOSING = 1.5  # seconds that may pass behind that until the process has ended
+ACCEPTED = 0.5  # seconds that an accepted connection gets to send its request to a frontend that drains
 BACKLOG = 2048  # connections not yet accepted
 
 
 def run(settings: FrontendSettings) -> None:
     """Serve until asked to stop. Raises RunDirError, and CannotRun for a port that is taken or an unusable tokenizer."""
+    check_exposure(settings.host, settings.api_key_file, settings.auth)
+    check_tls(settings.ssl_certfile, settings.ssl_keyfile)
     limit = settings.shutdown_timeout + LAST_WORDS + CLOSING
-    with Service("frontend", settings.name, settings.run_dir, settings.log_level, limit) as process:
+    with Service("frontend", settings.name, settings.run_dir, settings.log_level, limit, drains=True) as process:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         uvloop.run(_serve(settings, process))
 
 
 def make_app(client: Client) -> Starlette:
-    """The ASGI application."""
+    """The ASGI application. Raises CannotRun for a file of API keys that cannot be used."""
+    settings = client.settings
+    keys = ApiKeys.read(settings.api_key_file) if settings.api_key_file else None
+    middleware = [Middleware(Guard, keys)]
+    if origins := [origin for origin in settings.cors_origins.replace(",", " ").split() if origin]:
+        # around the guard: a browser asks for permission without a key
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]))
     app = Starlette(
+        middleware=middleware,
         routes=[
             Route("/v1/completions", completions.completions, methods=["POST"]),
             Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
@@ -53,6 +66,12 @@ def make_app(client: Client) -> Starlette:
             Route("/v1/models/{name:path}", service.model),
             Route("/health", service.health),
             Route("/ready", service.ready),
+            Route("/ping", service.health, methods=["GET", "POST"]),
+            Route("/version", service.version),
+            Route("/load", service.load),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            Route("/openapi.json", openapi.openapi),
         ],
         exception_handlers=HANDLERS,
     )
@@ -90,6 +109,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.draining = False
         self._leave = asyncio.Event()
 
     def leave(self) -> None:
@@ -103,6 +123,14 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting; what has been accepted may still be sending its request, and is not turned away."""
+        if self.draining:
+            for server in self.servers:
+                server.close()
+            await asyncio.sleep(ACCEPTED)
+        await super().shutdown(sockets)
 
 
 async def _serve(settings: FrontendSettings, process: Service) -> None:
@@ -124,6 +152,8 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             access_log=False,
             server_header=False,
             date_header=False,
+            ssl_certfile=settings.ssl_certfile or None,
+            ssl_keyfile=settings.ssl_keyfile or None,
             timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS,  # type: ignore[arg-type]  # fractions work
         )
     )
@@ -135,19 +165,31 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         error = ApiError(503, "the server is shutting down", code="shutting_down")
         loop.call_later(settings.shutdown_timeout, client.end_streams, error)
 
+    def drain() -> None:
+        loop.remove_reader(process.drain_fd)
+        process.state("draining")
+        process.log.info("draining: no new requests, %d streams", len(client.journal.entries()))
+        server.config.timeout_graceful_shutdown = settings.drain_timeout + LAST_WORDS  # type: ignore[assignment]
+        server.draining = True
+        server.leave()
+        error = ApiError(503, "this frontend is being replaced", code="shutting_down")
+        loop.call_later(settings.drain_timeout, client.end_streams, error)
+
     try:
         try:
             await client.start()
         except (BundleError, TokenizerError) as error:
             raise CannotRun(f"tokenizer {settings.tokenizer}: {error}") from None
         loop.add_reader(process.stop_fd, stop)
+        loop.add_reader(process.drain_fd, drain)
         beat = loop.create_task(_beat(client, process, publisher))
         serving = loop.create_task(server.serve([listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
         if server.started:
             host, port = listener.getsockname()[:2]
-            print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            scheme = "https" if settings.ssl_certfile else "http"
+            print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await serving
         beat.cancel()
     finally:
@@ -161,7 +203,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
 async def _beat(client: Client, process: Service, publisher: Publisher) -> None:
     """Once a second: tell what state this is, keep waiting clients alive, publish figures."""
     while True:
-        if not process.stopping.is_set():
+        if not (process.stopping.is_set() or process.draining.is_set()):
             process.state("waiting" if client.why_not_ready() else "ready")
         client.quiet_streams(KEEP_ALIVE)
         publisher.publish(client.stats())

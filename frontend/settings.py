@@ -23,7 +23,13 @@ class FrontendSettings:
     tokenizer: str = ""  # a path; empty: asked for over the wire
     served_model_name: str = ""
     shutdown_timeout: float = 3.0
+    drain_timeout: float = 300.0  # of streams after SIGUSR2 (`pagewire drain`, `roll`)
     max_body: int = 16 << 20
+    api_key_file: str = ""  # lines NAME KEY; empty: no keys
+    auth: bool = True  # false: without keys, other hosts may use the API as well
+    cors_origins: str = ""  # origins, with commas between; empty: CORS is off
+    ssl_certfile: str = ""
+    ssl_keyfile: str = ""
     log_level: str = "info"
     telemetry: str = ""  # endpoint; empty: the run directory's
     times: Times = field(default_factory=Times)

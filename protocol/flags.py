@@ -52,6 +52,11 @@ FLAGS: dict[str, Flag] = {
     "shutdown_timeout": Flag("Seconds that streams get to end after SIGTERM.", low=0),
     "drain_timeout": Flag("Seconds that streams get to end when the frontend is drained or rolled.", low=0),
     "max_body": Flag("Bytes of one HTTP request body.", low=1024),
+    "api_key_file": Flag("File with the API keys, one line NAME KEY each.", empty="none"),
+    "auth": Flag("Whether an address that other hosts reach needs API keys."),
+    "cors_origins": Flag("Origins whose pages may use the API, with commas between.", empty="none"),
+    "ssl_certfile": Flag("Certificate chain (PEM): serve HTTPS.", empty="plain HTTP"),
+    "ssl_keyfile": Flag("Private key (PEM) of the certificate.", empty="in the certificate's file"),
     # model and worker
     "model": Flag("Model folder, .gguf file or hub id.", empty="the packaged SmolLM2-135M-Instruct"),
     "runner": Flag("What computes the steps.", choices=("torch", "oracle", "simulated")),

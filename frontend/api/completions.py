@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -136,7 +137,7 @@ def text_options(body: Sampling, continues: bool) -> TextOptions:
     return TextOptions(stops_of(body.stop), body.include_stop_str_in_output, body.skip_special_tokens, continues, body.min_tokens)
 
 
-def header_of(kind: str, form: Form, text: TextOptions) -> Header:
+def header_of(kind: Literal["chat", "completion"], form: Form, text: TextOptions) -> Header:
     """What another frontend needs to go on with an answer of this form."""
     return Header(kind, 0, form.model, form.created, form.include_usage, form.return_token_ids, form.logprobs, "", text)
 

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from frontend.access import KEY_NAME
 from frontend.api.answers import Answer
 from frontend.client import Client
 from frontend.errors import ApiError, from_failed
@@ -50,8 +51,9 @@ async def read_body(request: Request) -> bytes:
 
 
 def tenant_of(request: Request) -> str:
-    """Whose request this is, for the scheduler's fairness."""
-    return request.headers.get("x-tenant", "")[:MAX_TENANT]
+    """Whose request this is, for the scheduler's fairness: the name of its API key, else what it says of itself."""
+    name: str = request.scope.get(KEY_NAME, "")
+    return name or request.headers.get("x-tenant", "")[:MAX_TENANT]
 
 
 async def wait_whole(request: Request, stream: Stream) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version as installed_version
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,6 +22,16 @@ async def ready(request: Request) -> Response:
     """Whether a request would be worked on now; 503 and why, if not."""
     why = client_of(request).why_not_ready()
     return json_response({"status": "not ready", "reason": why}, 503) if why else json_response({"status": "ready"})
+
+
+async def version(request: Request) -> Response:
+    """Which version this is."""
+    return json_response({"version": installed_version("pagewire")})
+
+
+async def load(request: Request) -> Response:
+    """How many requests this process is answering."""
+    return json_response({"server_load": sum(not entry.ended for entry in client_of(request).journal.entries())})
 
 
 async def models(request: Request) -> Response:

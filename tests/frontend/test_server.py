@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,7 @@ class Frontend:
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds, env=environment, cwd=ROOT
         )
         line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line.startswith("listening on http://"):
+        if not line.startswith("listening on http"):
             self.process.kill()
             raise AssertionError(f"no address but {line!r}: {self.process.communicate()[1]}")
         self.url = line.split()[-1]
@@ -197,3 +198,38 @@ def _cpu(pid: int) -> float:
     """Seconds of processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_tls_answers_and_plain_http_does_not(run_dir, scheduled):
+    names = ["-keyout", str(run_dir / "key.pem"), "-out", str(run_dir / "cert.pem"), "-subj", "/CN=localhost", "-days", "1"]
+    san = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names, *san], capture_output=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    frontend = Frontend(run_dir, "--ssl-certfile", str(run_dir / "cert.pem"), "--ssl-keyfile", str(run_dir / "key.pem"))
+    try:
+        assert frontend.url.startswith("https://")
+        trusted = ssl.create_default_context(cafile=str(run_dir / "cert.pem"))
+        assert httpx.get(frontend.url + "/health", verify=trusted).status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(frontend.url + "/health")  # nobody vouches for this certificate
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(frontend.url.replace("https", "http") + "/health")
+    finally:
+        assert frontend.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--host", "0.0.0.0"], "--api-key-file"),
+        (["--api-key-file", "/nonexistent"], "--api-key-file"),
+        (["--ssl-certfile", "/nonexistent"], "--ssl-certfile"),
+    ],
+)
+def test_what_would_be_unsafe_gets_one_line_and_no_server(flags, says, run_dir):
+    command = [sys.executable, "-P", "-m", "frontend", "--run-dir", str(run_dir), "--port", "0", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    assert ended.returncode != 0
+    assert "listening" not in ended.stdout
+    assert says in ended.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in ended.stderr
