@@ -8,7 +8,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.simulation.world import MIXES, run_one
+from tests.simulation.world import MIXES, collect_between_seeds, run_one
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     began, passed, failed = time.monotonic(), 0, 0
     counts: dict[str, int] = {}
-    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), collect_between_seeds) as pool:
         for seed, name, error, happened in pool.map(run_one, seeds, [names[seed % len(names)] for seed in seeds], chunksize=4):
             if error:
                 failed += 1

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import traceback
 from collections import deque
@@ -38,7 +39,7 @@ class Mix:
     """What happens in a run. Counts are of faults; they are spread over the first `seconds`."""
 
     name: str
-    seconds: float = 6.0
+    seconds: float = 4.0
     requests: int = 24
     frontends: int = 2
     workers: int = 2
@@ -340,9 +341,11 @@ class World:
 
     def _settle(self) -> None:
         """Nothing asks for anything any more: blocks and requests must all be given back."""
-        until = self.clock.now + 8.0
-        while self.clock.now < until:
+        until, quiet = self.clock.now + 8.0, self.clock.now + 8.0
+        while self.clock.now < min(until, quiet + 1.0):
             self._step()
+            if quiet > self.clock.now and self._at_rest():
+                quiet = self.clock.now
         self._check()
         active = [n for n in self.schedulers.values() if n.alive and n.core.state == "active"]
         if len(active) != 1:
@@ -354,6 +357,10 @@ class World:
         for name in ("requests_running", "requests_waiting", "blocks_used"):
             if stats[name]:
                 raise self.broken(f"{name} is {stats[name]} at rest")
+
+    def _at_rest(self) -> bool:
+        alive = [node.core for node in self.schedulers.values() if node.alive]
+        return [core.state for core in alive].count("active") == 1 and not any(core.engine.ledger.requests for core in alive)
 
     def happened(self) -> dict[str, int]:
         """What the run has been through: frames' fates, and the services' counters."""
@@ -381,4 +388,12 @@ def run_one(seed: int, name: str) -> tuple[int, str, str, dict[str, int]]:
         world.run()
     except Exception:
         return seed, name, traceback.format_exc(), {}
+    finally:
+        gc.collect()
     return seed, name, "", world.happened()
+
+
+def collect_between_seeds() -> None:
+    """Prepare a process that runs many seeds: garbage is collected between them, not in their midst."""
+    gc.freeze()
+    gc.disable()
