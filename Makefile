@@ -1,5 +1,5 @@
 # make serve [PORT=8000] [ADMIN_PORT=8001] [RUN_DIR=…] [DEVICE=auto|cpu|cuda] [MODEL=…] [WORKERS=1] [ARGS="…"]
-# make test, make test-fast, make simulate SEEDS=N, make lint, make format
+# make test, make test-fast, make simulate SEEDS=N [JOBS=2], make soak MINUTES=N [SEED=N], make lint, make format
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -10,6 +10,9 @@ MODEL ?=
 WORKERS ?= 1
 ARGS ?=
 SEEDS ?= 500
+JOBS ?= 2
+MINUTES ?= 60
+SEED ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -20,7 +23,7 @@ TORCH := 2.13.0
 TORCH_FREE := tests/frontend tests/scheduler_svc
 EXTRAS := frontend,scheduler,worker,transformers,bench,tui,dev
 
-.PHONY: serve test test-fast simulate lint format install
+.PHONY: serve test test-fast simulate soak lint format install
 .DEFAULT_GOAL := serve
 
 serve: $(INSTALLED)
@@ -37,7 +40,10 @@ test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 simulate: $(INSTALLED)
-	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --jobs $(JOBS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
