@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import zmq
 
-from frontend.entries import NewRequest
+from frontend.entries import Entry, NewRequest
 from frontend.errors import ApiError
 from frontend.fetch import Fetch
 from frontend.journal import Journal
@@ -222,8 +222,14 @@ class Client:
             "requests_aborted": self.totals.aborted,
             "prompt_tokens": self.totals.prompt_tokens,
             "generation_tokens": self.totals.generation_tokens,
+            "request_seconds": self.totals.request_seconds,
+            "first_token_seconds": self.totals.first_token_seconds,
+            "first_token_requests": self.totals.first_token_requests,
+            "later_token_seconds": self.totals.later_token_seconds,
+            "later_tokens": self.totals.later_tokens,
             "session_open": float(self.journal.is_open),
             "link_round_trip_seconds": self._dialer.round_trip,
+            "epoch": float(self._dialer.epoch >> 32),
             **self.counters,
         }
 
@@ -241,6 +247,7 @@ class Client:
                 self.totals.failed += 1
             elif entry.ended and not any(choice.finish_reason == "abort" for choice in entry.choices):
                 self.totals.finished += 1
+                self.totals.time(entry, now)
             else:
                 self.totals.aborted += 1
             self.journal.done(entry, now)
@@ -318,6 +325,8 @@ class Client:
         if self.journal.touched:
             touched, self.journal.touched = self.journal.touched, {}
             for entry in touched.values():
+                if not entry.first_news:
+                    entry.first_news = now
                 if isinstance(entry.listener, Stream):
                     entry.listener.touch(entry, now)
         if self.journal.models_changed:
@@ -383,3 +392,17 @@ class Totals:
     aborted: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    request_seconds: float = 0.0  # from submission to the end, of the finished ones
+    first_token_seconds: float = 0.0  # from submission to the first token, of those finished ones that were streamed
+    first_token_requests: int = 0
+    later_token_seconds: float = 0.0  # from the first token to the end of each of their choices
+    later_tokens: int = 0  # and the tokens behind each choice's first
+
+    def time(self, entry: Entry, now: float) -> None:
+        """Count the times of a finished request."""
+        self.request_seconds += now - entry.submitted
+        if entry.new.every_step and entry.first_news:
+            self.first_token_seconds += entry.first_news - entry.submitted
+            self.first_token_requests += 1
+            self.later_token_seconds += (now - entry.first_news) * len(entry.choices)
+            self.later_tokens += sum(max(0, len(choice.tokens) - 1) for choice in entry.choices)

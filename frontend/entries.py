@@ -158,6 +158,7 @@ class Entry:
         self.handle = handle
         self.request = new.request
         self.submitted = now
+        self.first_news = 0.0  # when its listener first had tokens to take; 0: not yet
         self.owner = 0
         self.admitted = False
         self.cached = -1  # prompt tokens found in the prefix cache at the first admission; −1: not yet admitted

@@ -338,6 +338,7 @@ class Network(threading.Thread):
                 "worker_step_seconds": figures.step_seconds,
                 "worker_idle_seconds": figures.idle_seconds,
                 "worker_link_round_trip_seconds": self._dialer.round_trip,
+                "epoch": float(self._dialer.epoch >> 32),
                 "memory_bytes": float(self._process.memory_info().rss),
                 **{f"wire_{name}": float(n) for name, n in self._counters.items()},
             }

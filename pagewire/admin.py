@@ -1,4 +1,4 @@
-"""`pagewire admin`: collects telemetry and serves `/metrics` and `/health`, on loopback."""
+"""`pagewire admin`: collects telemetry and serves the live page, `/metrics`, `/monitor` and `/health`, on loopback."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class AdminSettings:
     name: str = "admin"
     admin_port: int = 8001
     listen_fd: int = -1  # a listening socket handed over by the supervisor; −1: bind 127.0.0.1 and admin_port
+    api: str = ""  # URL of a frontend that the live page's prompts go to; empty: it takes none
     telemetry: str = ""  # endpoint; empty: the run directory's
     log_level: str = "info"
     times: Times = field(default_factory=Times)

@@ -1,28 +1,42 @@
-"""The admin server's process: one event loop that collects telemetry and answers scrapes."""
+"""The admin server's process: one event loop that collects telemetry, answers scrapes and serves the live page."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 import zmq
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pagewire.admin import AdminSettings
+from pagewire.ask import AskError, ask
 from pagewire.metrics import Figures
-from protocol.rundir import Guard, RunDir, RunDirError
+from pagewire.monitor import Monitor
+from pagewire.watch import Watch
+from protocol.rundir import Guard, RunDir, RunDirError, process_start
 from protocol.service import Service
 from protocol.telemetry import Collector
 
 COLLECT_EVERY = 1.0  # seconds; far below what fills the socket's queue
+STARTED_TOGETHER = 1000  # clock ticks, 10 s: a service older than that may have worked before this one listened
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {"index.html": "text/html", "style.css": "text/css", "page.js": "text/javascript"}
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def run(settings: AdminSettings) -> None:
@@ -33,16 +47,25 @@ def run(settings: AdminSettings) -> None:
         stack.enter_context(Guard(endpoint))
         context: zmq.Context[Any] = stack.enter_context(zmq.Context())
         collector = stack.enter_context(contextlib.closing(Collector(endpoint, context)))
+        began = process_start(os.getpid())
         figures = Figures()
+        monitor = Monitor(time.monotonic(), lambda telemetry: process_start(telemetry.pid) < began - STARTED_TOGETHER)
+        watch = Watch(figures, monitor)
 
         def collect() -> None:
+            now = time.monotonic()
             for telemetry in collector.receive():
-                figures.take(telemetry, time.monotonic())
+                figures.take(telemetry, now)
+                monitor.take(telemetry, now)
+            monitor.sample(now)
+            watch.look(service.rundir.services(), now)
 
-        asyncio.run(_serve(service, listening, app(service.rundir, figures), collect))
+        asyncio.run(_serve(service, listening, app(service.rundir, figures, monitor, watch, settings.api), collect))
+        collect()
+        print("summary " + json.dumps({name: round(value, 4) for name, value in monitor.summary(time.monotonic()).items()}), flush=True)
 
 
-def app(rundir: RunDir, figures: Figures) -> Starlette:
+def app(rundir: RunDir, figures: Figures, monitor: Monitor, watch: Watch, api: str) -> Starlette:
     """The ASGI application."""
 
     async def metrics(request: Request) -> Response:
@@ -51,7 +74,43 @@ def app(rundir: RunDir, figures: Figures) -> Starlette:
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    return Starlette(routes=[Route("/metrics", metrics), Route("/health", health)])
+    async def rolling(request: Request) -> Response:
+        return JSONResponse(monitor.figures())
+
+    async def state(request: Request) -> Response:
+        return JSONResponse(watch.picture(time.monotonic()), headers={"Cache-Control": "no-store"})
+
+    async def page(request: Request) -> Response:
+        name = request.url.path.lstrip("/") or "index.html"
+        return Response((PAGE / name).read_bytes(), media_type=PAGE_FILES[name], headers=PAGE_HEADERS)
+
+    async def prompt(request: Request) -> Response:
+        if request.headers.get("content-type") != "application/json":  # what another site's page cannot send unasked
+            return JSONResponse({"error": {"message": "Content-Type must be application/json"}}, 415)
+        if not api:
+            return JSONResponse({"error": {"message": "this admin server knows no API: start it with --api URL"}}, 503)
+        try:
+            body = await request.json()
+            if not isinstance(body, dict):
+                raise ValueError("the body must be an object")
+            status, parts = await ask(api, body, request.headers.get("x-api-key", ""))
+        except ValueError as error:
+            return JSONResponse({"error": {"message": str(error)}}, 400)
+        except AskError as error:
+            return JSONResponse({"error": {"message": str(error)}}, 502)
+        return StreamingResponse(parts, status, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    return Starlette(
+        routes=[
+            Route("/metrics", metrics),
+            Route("/health", health),
+            Route("/monitor", rolling),
+            Route("/state", state),
+            Route("/prompt", prompt, methods=["POST"]),
+            Route("/", page),
+            *(Route(f"/{name}", page) for name in PAGE_FILES),
+        ]
+    )
 
 
 def _listen(settings: AdminSettings) -> socket.socket:

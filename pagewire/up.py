@@ -103,7 +103,11 @@ def up(context: click.Context, values: dict[str, Any]) -> int:
             base = url(api, "https" if values["ssl_certfile"] else "http")
             ready = f"{base} (admin {url(admin)}, run directory {rundir.path})"
             supervisor = Supervisor(
-                specs(context, values, api.fileno(), admin.fileno()), rundir, Probe(rundir, base), ready, values["shutdown_timeout"]
+                specs(context, values, api.fileno(), admin.fileno(), base),
+                rundir,
+                Probe(rundir, base),
+                ready,
+                values["shutdown_timeout"],
             )
             try:
                 return supervisor.run()
@@ -113,12 +117,12 @@ def up(context: click.Context, values: dict[str, Any]) -> int:
         raise Usage(str(error)) from None
 
 
-def specs(context: click.Context, values: dict[str, Any], api: int, admin: int) -> list[Spec]:
-    """The services to start. Workers first: they take longest."""
+def specs(context: click.Context, values: dict[str, Any], api: int, admin: int, base: str = "") -> list[Spec]:
+    """The services to start, behind the API at the URL `base`. Workers first: they take longest."""
     settings = service_settings()
     flags = {role: passed_on(context, settings[role]) for role in settings}
     flags["frontend"] += ("--shutdown-timeout", str(values["shutdown_timeout"]))
-    flags["admin"] = passed_on(context, AdminSettings)
+    flags["admin"] = (*passed_on(context, AdminSettings), *(("--api", base) if base else ()))
     return [
         *(Spec("worker", f"worker-{i}", MODULES["worker"], flags["worker"]) for i in range(values["workers"])),
         Spec("scheduler", "scheduler-0", MODULES["scheduler"], flags["scheduler"]),

@@ -89,6 +89,7 @@ FLAGS: dict[str, Flag] = {
     "hash_key_file": Flag("File with the 16-byte key of block hashes.", empty="in the run directory"),
     # up and admin
     "admin_port": Flag("Port of the admin server, on loopback; 0 takes a free one.", low=0, high=65535),
+    "api": Flag("URL of the API that the live page's prompts go to.", empty="none", own=True),
     "workers": Flag("Workers to start.", low=1, high=64),
     "frontends": Flag("Frontend processes that share the port.", low=1, high=64),
 }

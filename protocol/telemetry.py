@@ -14,13 +14,17 @@ HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
 
 
 class Telemetry(msgspec.Struct, array_like=True, tag="telemetry", frozen=True):
-    """One service's figures at one moment. Counters only grow within an incarnation."""
+    """One service's figures at one moment. Counters only grow within an incarnation.
+
+    `pictures`: by worker, its KV blocks in brief (`picture`); a scheduler's.
+    """
 
     role: str
     name: str
     incarnation: int
     pid: int
     values: dict[str, float]
+    pictures: dict[str, bytes] = {}
 
 
 class Publisher:
@@ -40,10 +44,10 @@ class Publisher:
         self._socket.setsockopt(zmq.RECONNECT_IVL, 1000)  # no collector is a normal state: look for one seldom
         self._socket.connect(endpoint)
 
-    def publish(self, values: dict[str, float]) -> None:
+    def publish(self, values: dict[str, float], pictures: dict[str, bytes] | None = None) -> None:
         """Send the figures, by names of prometheus' alphabet; dropped if nobody listens or the listener is slow."""
         with contextlib.suppress(zmq.Again):
-            self._socket.send(self._encoder.encode(Telemetry(*self._about, values)), zmq.DONTWAIT)
+            self._socket.send(self._encoder.encode(Telemetry(*self._about, values, pictures or {})), zmq.DONTWAIT)
 
     def close(self) -> None:
         """Close the socket."""

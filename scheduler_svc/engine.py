@@ -412,6 +412,10 @@ class Engine:
         """Gauges and counts for /metrics."""
         return inspection.stats(self)
 
+    def pictures(self) -> dict[str, bytes]:
+        """The blocks of each ready worker, in brief."""
+        return inspection.pictures(self)
+
     def check(self) -> None:
         """Verify that accounts, tables, queues and states agree. Raises AssertionError."""
         inspection.check(self)

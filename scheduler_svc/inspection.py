@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CELLS = 1024  # of a worker's picture, at most
 REST = 1.0  # seconds of rest before the accounts are verified: a check may take longer than an arrival should wait
 
 
@@ -43,6 +44,23 @@ def stats(engine: Engine) -> dict[str, float]:
         "prefix_queries": count("scheduler_prefix_queries", 0),
         "prefix_hits": count("scheduler_prefix_hits", 0),
     }
+
+
+def pictures(engine: Engine) -> dict[str, bytes]:
+    """By ready worker: how many blocks a cell stands for (4 bytes, little-endian), then a byte per cell.
+
+    0 free, 1 cached, 2 used, 3 used by several. A cell shows the first of its blocks, so that the cost has a bound.
+    """
+    drawn = {}
+    for worker in engine.workers.values():
+        if worker.ready:
+            blocks = worker.blocks
+            stride = -(-blocks.count // CELLS)
+            cells = (
+                min(n, 2) + 1 if n else name is not None for n, name in zip(blocks.refs[::stride], blocks.hash_of[::stride], strict=True)
+            )
+            drawn[worker.name] = stride.to_bytes(4, "little") + bytes(cells)
+    return drawn
 
 
 def check(engine: Engine) -> None:

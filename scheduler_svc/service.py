@@ -190,7 +190,8 @@ class _Loop:
         counts = (*self.core.counters.items(), *self._connections.items())
         values = {**self.core.engine.stats(), **{f"wire_{name}": float(n) for name, n in counts}}
         values["memory_bytes"] = float(self._process.memory_info().rss)
-        self._publisher.publish(values)
+        values["epoch"] = float(self.core.epochs.epoch >> 32)
+        self._publisher.publish(values, self.core.engine.pictures())
 
 
 def _keys(settings: SchedulerSettings) -> ServerKeys | None:

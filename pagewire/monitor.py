@@ -1,0 +1,96 @@
+"""The performance monitor: what the stack did in the last minute, and since it started, from what the services publish."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+
+from protocol.telemetry import Telemetry
+
+WINDOW = 60.0  # seconds that `figures` looks back
+SILENCE = 3.0  # seconds between two messages of a worker that count as its life; behind more it was gone
+COUNTED = {  # by role, what is added up over incarnations
+    "frontend": (
+        *("requests_finished", "requests_failed", "requests_aborted", "generation_tokens", "prompt_tokens", "request_seconds"),
+        *("first_token_seconds", "first_token_requests", "later_token_seconds", "later_tokens"),
+    ),
+    "scheduler": ("prefix_queries", "prefix_hits", "preemptions"),
+    "worker": ("worker_tokens", "worker_step_seconds", "worker_idle_seconds", "worker_steps"),
+}
+
+
+class Monitor:
+    """Adds up counters of all services, whoever dies meanwhile.
+
+    `began_before(telemetry)`: whether a service that is heard for the first time had worked before this monitor's time,
+    which is not counted then.
+    """
+
+    def __init__(self, now: float, began_before: Callable[[Telemetry], bool] = lambda telemetry: False) -> None:
+        self._began = now
+        self._began_before = began_before
+        self._seen: dict[str, tuple[int, float, Mapping[str, float]]] = {}  # by name: incarnation, when, counters
+        self._totals: Counter[str] = Counter()
+        self._samples: deque[tuple[float, Counter[str]]] = deque([(now, Counter())])
+        self._gauges: dict[str, dict[str, float]] = {}  # by scheduler
+
+    def take(self, telemetry: Telemetry, now: float) -> None:
+        """Count what a service did since its last message."""
+        name, values = telemetry.name, telemetry.values
+        incarnation, heard, before = self._seen.get(name, (0, now, {}))
+        if incarnation != telemetry.incarnation:
+            before = values if not incarnation and self._began_before(telemetry) else {}
+            heard = now
+        for key in COUNTED.get(telemetry.role, ()):
+            self._totals[key] += values.get(key, 0.0) - before.get(key, 0.0)  # type: ignore[assignment]  # of floats
+        if telemetry.role == "worker":
+            self._totals["worker_seconds"] += min(now - heard, SILENCE)  # type: ignore[assignment]
+        elif telemetry.role == "scheduler":
+            self._gauges[name] = {key: values.get(key, 0.0) for key in ("blocks", "blocks_used")}
+        self._seen[name] = (telemetry.incarnation, now, values)
+
+    def sample(self, now: float) -> None:
+        """Note where the counters stand; called about once a second."""
+        self._samples.append((now, Counter(self._totals)))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
+            self._samples.popleft()
+
+    def figures(self, window: float = WINDOW) -> dict[str, float]:
+        """The last `window` seconds: tokens per second, seconds, shares of 1. 0 stands for what did not happen.
+
+        throughput: tokens sampled per second; latency: mean seconds of the requests that finished; gpu_utilization:
+        share of the workers' time in which their device computed; memory_usage: share of the KV blocks in use, now;
+        cache_hit_rate: share of the prompt tokens looked up that were found.
+        """
+        end, last = self._samples[-1]
+        begin, first = next(((at, counts) for at, counts in self._samples if at >= end - window), self._samples[-1])
+        did = Counter(last)
+        did.subtract(first)
+        blocks = sum(gauges["blocks"] for gauges in self._gauges.values())
+        return {
+            "throughput": _share(did["worker_tokens"], end - begin),
+            "latency": _share(did["request_seconds"], did["requests_finished"]),
+            "gpu_utilization": min(1.0, _share(did["worker_step_seconds"], did["worker_seconds"])),
+            "memory_usage": _share(sum(gauges["blocks_used"] for gauges in self._gauges.values()), blocks),
+            "cache_hit_rate": _share(did["prefix_hits"], did["prefix_queries"]),
+            "time_to_first_token": _share(did["first_token_seconds"], did["first_token_requests"]),
+            "time_per_output_token": _share(did["later_token_seconds"], did["later_tokens"]),
+            "busy_share": _share(did["worker_step_seconds"], did["worker_step_seconds"] + did["worker_idle_seconds"]),
+            "requests_per_second": _share(did["requests_finished"], end - begin),
+            "window_seconds": end - begin,
+        }
+
+    def summary(self, now: float) -> dict[str, float]:
+        """The whole time since the start, in the units of `figures`; requests however they ended."""
+        did, seconds = self._totals, now - self._began
+        return {
+            "avg_throughput": _share(did["worker_tokens"], seconds),
+            "avg_latency": _share(did["request_seconds"], did["requests_finished"]),
+            "avg_gpu_utilization": min(1.0, _share(did["worker_step_seconds"], did["worker_seconds"])),
+            "total_requests": did["requests_finished"] + did["requests_failed"] + did["requests_aborted"],
+            "total_time": seconds,
+        }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0

@@ -1,0 +1,92 @@
+"""The live page in a real browser, before a stack whose worker dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.stack import Stack, eventually
+from tests.pagewire.browser import Browser, browser, missing
+
+ROW = "tr[data-name='worker-0']"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("page"))
+    try:
+        stack.up("--runner", "simulated", "--step-time", "0.01", "--num-gpu-blocks", "300")
+        yield stack
+    finally:
+        stack.close()
+
+
+@pytest.fixture
+def window(tmp_path: Path) -> Iterator[Browser]:
+    if name := missing():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{name} is not installed, and CI tests the page")
+        pytest.skip(f"{name} is not installed")
+    with browser(tmp_path) as window:
+        yield window
+
+
+@pytest.mark.slow
+def test_a_person_sees_a_prompt_stream_and_a_worker_die_and_return(stack: Stack, window: Browser) -> None:
+    window.open(stack.admin)
+    eventually(lambda: window.run("return document.querySelectorAll('#services tr').length") >= 4)
+    eventually(lambda: "ready" in window.text(f"{ROW} .state"))
+    assert {window.text(f"#services tr:nth-child({i}) td") for i in (1, 2, 3, 4)} == {"frontend-0", "scheduler-0", "worker-0", "admin"}
+
+    window.run("document.querySelector('#prompt').value = arguments[0]", "One upon another, " * 8)
+    window.run("document.querySelector('#send').click()")
+    eventually(lambda: "64 tokens" in window.text("#timing"))
+    assert "first token" in window.text("#timing")
+    assert len(window.text("#answer")) > 0
+    assert window.run("return document.querySelectorAll('#latencies rect').length") > 10
+    eventually(lambda: window.text("#finished") == "1")
+    eventually(lambda: "cached" in window.text("#blocks figcaption") and " 0 cached" not in window.text("#blocks figcaption"))
+    assert window.text("#ttft") != "–"
+
+    stack.kill("worker")
+    eventually(lambda: window.run("return document.querySelector(arguments[0])?.className", ROW) == "gone")
+    eventually(
+        lambda: window.run("return document.querySelector(arguments[0])?.className", ROW) == "" and window.text(f"{ROW} .state") == "ready"
+    )
+    assert "worker-0" in window.text("#events")
+    assert window.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone_and_follows_dark_and_light(stack: Stack, window: Browser) -> None:
+    window.media("dark", 390, 844)
+    window.open(stack.admin)
+    eventually(lambda: window.run("return document.querySelectorAll('#services tr').length") >= 4)
+    assert window.run("return document.documentElement.scrollWidth") <= 390
+    dark = window.run("return getComputedStyle(document.body).backgroundColor")
+    window.media("light", 390, 844)
+    assert window.run("return getComputedStyle(document.body).backgroundColor") != dark
+
+
+@pytest.mark.slow
+def test_the_page_loads_nothing_from_elsewhere_and_runs_no_inline_script(stack: Stack) -> None:
+    page = httpx.get(stack.admin)
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for name in ("/", "/page.js", "/style.css"):
+        text = httpx.get(stack.admin + name).text.replace("http://www.w3.org/2000/svg", "")
+        assert "http://" not in text
+        assert "https://" not in text
+
+
+@pytest.mark.slow
+def test_a_prompt_that_another_site_could_send_is_refused_and_errors_come_through(stack: Stack) -> None:
+    body = '{"prompt": "x", "max_tokens": 1}'
+    assert httpx.post(f"{stack.admin}/prompt", content=body, headers={"Content-Type": "text/plain"}).status_code == 415
+    assert httpx.post(f"{stack.admin}/prompt", content="[", headers={"Content-Type": "application/json"}).status_code == 400
+    wrong = httpx.post(f"{stack.admin}/prompt", json={"prompt": "x", "max_tokens": -1})
+    assert wrong.status_code == 400
+    assert "max_tokens" in wrong.json()["error"]["message"]
