@@ -46,6 +46,8 @@ class Planner:
         """Make the plan and enter it among those in flight. None if there is nothing to do."""
         worker = self.worker
         self.draft.copies, worker.copies = worker.copies, []
+        if worker.queue and not worker.slots.free:
+            self._claim(worker.queue.first(self._passed_over, self.trial))
         self._decodes()
         self._prefills()
         if not self.preempted and worker.queue:
@@ -323,7 +325,7 @@ class Planner:
         worker = self.worker
         partial = self.settings.max_num_partial_prefills or worker.slots.count
         while self.budget > 0 and len(worker.prefilling) < partial:
-            choice = worker.queue.first(lambda index: self._credit(index) <= 0, self.trial)
+            choice = worker.queue.first(self._passed_over, self.trial)
             if choice is None or (choice.swap is not None and not choice.swap.copied):
                 return
             stuck = worker.stuck
@@ -335,9 +337,17 @@ class Planner:
                 fits = self._admit(choice)
                 worker.stuck = None if fits else (choice, worker.blocks.available)
             if not fits:
-                if not worker.draining and not worker.host.leaving and self._may_claim(choice):
-                    self._preempt(choice)
+                self._claim(choice)
                 return
+
+    def _passed_over(self, index: int) -> bool:
+        """Whether nobody of this frontend is admitted: it is out of credit."""
+        return self._credit(index) <= 0
+
+    def _claim(self, choice: Choice | None) -> None:
+        """Push somebody out for a waiting choice that has no room, unless one is on its way out already."""
+        if choice is not None and not self.worker.draining and not self.worker.host.leaving and self._may_claim(choice):
+            self._preempt(choice)
 
     def _may_claim(self, choice: Choice) -> bool:
         """Whether somebody runs whom this waiting choice may push out: a quick look before the search."""
