@@ -32,10 +32,11 @@ class Proxied:
         running.worker("worker-1")
         running.frontend("frontend-1")
         running.ready(2)
+        running.fresh()
         self.asked = 0  # requests so far
 
     def sessions_closed(self, name: str) -> float:
-        self.running.fresh()
+        """As last published: at the start, or when everything was at rest."""
         return self.running.figure(name, "session_closed" if name.startswith("frontend") else "wire_session_closed")
 
     def load(self) -> Load:

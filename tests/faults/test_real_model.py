@@ -22,7 +22,7 @@ def chats() -> list[dict[str, Any]]:
     return [
         {
             "messages": [{"role": "user", "content": f"Write {2 + i % 3} sentences about {TOPICS[i % len(TOPICS)]}."}],
-            "max_tokens": 64,
+            "max_tokens": 36,
             "temperature": (0, 0.8)[i % 2],
             "seed": i,
             "ignore_eos": True,

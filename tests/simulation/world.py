@@ -56,6 +56,8 @@ class Mix:
     leaving: float = 0.0  # share of the clients that leave early
     poison: str = ""  # what computing the poison token does to a worker
     forks: float = 0.2  # share of requests with n > 1
+    prefixes: int = 3  # different ones, which requests share
+    prefix: tuple[int, ...] = (0, 0, 9, 20)  # tokens that a request has of one
 
 
 MIXES = {
@@ -238,7 +240,7 @@ class World:
     def _submit(self, i: int) -> None:
         rng = self.rng
         poisoned = bool(self.mix.poison) and i % 8 == 3
-        prefix = [97 + i % 3] * rng.choice((0, 0, 9, 20))
+        prefix = [97 + i % self.mix.prefixes] * rng.choice(self.mix.prefix)
         prompt = prefix + [rng.randrange(97, 123) for _ in range(rng.randrange(1, 30))]
         if poisoned:
             prompt[rng.randrange(len(prompt))] = POISON
