@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from frontend.wire import Wire
 from protocol.counters import Counters
 from protocol.endpoints import check_endpoint
 from protocol.keys import client_keys
-from protocol.messages import Hello, ModelInfo, Submit
+from protocol.messages import Hello, ModelInfo, Submit, Tokens
 from protocol.rundir import RunDir
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
 from protocol.tokenizer_files import bundle_hash, read_bundle
+from protocol.trace import Trace
 
 log = logging.getLogger("frontend")
 
@@ -77,6 +79,7 @@ class Client:
         self.counters = Counters()
         self.journal = Journal(incarnation, settings.times, self.counters, self._revive)
         self.totals = Totals()
+        self.trace = Trace()  # a process puts its publisher's here
         self._recorder = recorder
         self._endpoints = settings.schedulers or (RunDir(settings.run_dir).frontends,)
         self._keys = client_keys(settings.key_file, settings.server_key)
@@ -163,7 +166,11 @@ class Client:
 
     async def offload(self, work: Callable[[], T]) -> T:
         """Run tokenizing or template work in a thread, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        begun = time.monotonic()
+        done = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        if self.trace.on:
+            self.trace.note("tokenize", "tokenize", begun, time.monotonic())
+        return done
 
     def submit(self, requests: Sequence[NewRequest]) -> Stream:
         """Submit requests that are answered together. Their stream must be closed in the end (`Stream.close`)."""
@@ -251,6 +258,10 @@ class Client:
             else:
                 self.totals.aborted += 1
             self.journal.done(entry, now)
+            if self.trace.on:
+                self.trace.note("requests", "request", entry.submitted, now, entry.request.hex())
+                if entry.first_news:
+                    self.trace.note("requests", "first token", entry.first_news, entry.first_news, entry.request.hex())
         self._pump()
 
     def _received(self, endpoint: int, frames: list[bytes]) -> None:
@@ -267,7 +278,10 @@ class Client:
         for event in events:
             match event:
                 case Received():
+                    begun = time.monotonic()
                     self.journal.message(event.message, now)
+                    if self.trace.on and isinstance(event.message, Tokens):
+                        self.trace.note("detokenize", "detokenize", begun, time.monotonic())
                     if self.journal.fault is not None and self._dialer.session:
                         self._handle(self._dialer.fail(0, now, self.journal.fault), now)
                         return

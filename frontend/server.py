@@ -35,6 +35,7 @@ BEAT = 1.0  # seconds between two looks at what has become quiet, and two public
 LAST_WORDS = 0.5  # seconds that clients get to read the error that ends their stream
 CLOSING = 1.5  # seconds that may pass behind that until the process has ended
 ACCEPTED = 0.5  # seconds that an accepted connection gets to send its request to a frontend that drains
+JOINING = 3.0  # seconds after which a frontend of a shared port accepts though it is not ready: perhaps nobody else does
 BACKLOG = 2048  # connections not yet accepted
 
 
@@ -142,6 +143,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
     publisher = Publisher(
         settings.telemetry or process.rundir.telemetry, "frontend", settings.name, process.incarnation, os.getpid(), context
     )
+    client.trace = publisher.trace
     server = _Server(
         uvicorn.Config(
             make_app(client),
@@ -183,6 +185,8 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         loop.add_reader(process.stop_fd, stop)
         loop.add_reader(process.drain_fd, drain)
         beat = loop.create_task(_beat(client, process, publisher))
+        if settings.listen_fd >= 0:
+            await _ready_to_accept(client, process)
         serving = loop.create_task(server.serve([listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
@@ -192,12 +196,21 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await serving
         beat.cancel()
+        publisher.publish(client.stats())
     finally:
         await client.stop()
         publisher.close()
         recorder.close()
         context.term()
         listener.close()
+
+
+async def _ready_to_accept(client: Client, process: Service) -> None:
+    """Behind a shared port, leave connections to those who can serve them, as long as that may be expected to be others."""
+    for _ in range(int(JOINING / 0.02)):
+        if not client.why_not_ready() or process.stopping.is_set() or process.draining.is_set():
+            return
+        await asyncio.sleep(0.02)
 
 
 async def _beat(client: Client, process: Service, publisher: Publisher) -> None:

@@ -254,6 +254,9 @@ class Network(threading.Thread):
                 if self._planned == self._answered:
                     self._progress_at = time.monotonic() + self._settings.times.heartbeat
                 self._planned = message.step
+                if self.trace.on:
+                    now = time.monotonic()
+                    self.trace.note("network", "receive", now, now, f"{self.session}:{message.step}")
                 self.inbox.put(PlanArrived(self.session, message))
             case FileRequest():
                 self._dialer.send(file_chunk(self._description, message), time.monotonic())

@@ -23,12 +23,15 @@ from pagewire.admin import AdminSettings
 from pagewire.ask import AskError, ask
 from pagewire.metrics import Figures
 from pagewire.monitor import Monitor
+from pagewire.trace import chrome, services
 from pagewire.watch import Watch
 from protocol.rundir import Guard, RunDir, RunDirError, process_start
 from protocol.service import Service
 from protocol.telemetry import Collector
 
 COLLECT_EVERY = 1.0  # seconds; far below what fills the socket's queue
+NOTICED = 1.5  # seconds after which every service has seen whether somebody traces, and published what it noted
+LONGEST_TRACE = 60.0  # seconds
 STARTED_TOGETHER = 1000  # clock ticks, 10 s: a service older than that may have worked before this one listened
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"index.html": "text/html", "style.css": "text/css", "page.js": "text/javascript"}
@@ -60,12 +63,38 @@ def run(settings: AdminSettings) -> None:
             monitor.sample(now)
             watch.look(service.rundir.services(), now)
 
-        asyncio.run(_serve(service, listening, app(service.rundir, figures, monitor, watch, settings.api), collect))
+        recorder = Recorder(collector, collect)
+        asyncio.run(_serve(service, listening, app(service.rundir, figures, monitor, watch, recorder, settings.api), collect))
         collect()
         print("summary " + json.dumps({name: round(value, 4) for name, value in monitor.summary(time.monotonic()).items()}), flush=True)
 
 
-def app(rundir: RunDir, figures: Figures, monitor: Monitor, watch: Watch, api: str) -> Starlette:
+class Recorder:
+    """Switches the services' spans on for some seconds, for one reader at a time."""
+
+    def __init__(self, collector: Collector, collect: Callable[[], None]) -> None:
+        self._collector = collector
+        self._collect = collect
+        self.busy = False
+
+    async def record(self, seconds: float) -> dict[str, Any]:
+        """Chrome's trace of the next `seconds`, once every service has noticed."""
+        self.busy = True
+        self._collector.trace(True)
+        try:
+            await asyncio.sleep(NOTICED)
+            begin = time.monotonic()
+            await asyncio.sleep(seconds)
+            end = time.monotonic()
+            await asyncio.sleep(NOTICED)
+            self._collect()
+            return chrome(services(self._collector.spans), begin, end)
+        finally:
+            self._collector.trace(False)
+            self.busy = False
+
+
+def app(rundir: RunDir, figures: Figures, monitor: Monitor, watch: Watch, recorder: Recorder, api: str) -> Starlette:
     """The ASGI application."""
 
     async def metrics(request: Request) -> Response:
@@ -79,6 +108,17 @@ def app(rundir: RunDir, figures: Figures, monitor: Monitor, watch: Watch, api: s
 
     async def state(request: Request) -> Response:
         return JSONResponse(watch.picture(time.monotonic()), headers={"Cache-Control": "no-store"})
+
+    async def trace(request: Request) -> Response:
+        try:
+            seconds = float(request.query_params.get("seconds", "5"))
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds <= LONGEST_TRACE:
+            return JSONResponse({"error": {"message": f"seconds must be a number up to {LONGEST_TRACE:g}"}}, 400)
+        if recorder.busy:
+            return JSONResponse({"error": {"message": "somebody records a trace already"}}, 409)
+        return JSONResponse(await recorder.record(seconds))
 
     async def page(request: Request) -> Response:
         name = request.url.path.lstrip("/") or "index.html"
@@ -106,6 +146,7 @@ def app(rundir: RunDir, figures: Figures, monitor: Monitor, watch: Watch, api: s
             Route("/health", health),
             Route("/monitor", rolling),
             Route("/state", state),
+            Route("/trace", trace),
             Route("/prompt", prompt, methods=["POST"]),
             Route("/", page),
             *(Route(f"/{name}", page) for name in PAGE_FILES),

@@ -9,6 +9,7 @@ import msgspec
 import zmq
 
 from protocol.endpoints import check_local
+from protocol.trace import TOPIC, Spans, Trace
 
 HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
 
@@ -35,19 +36,29 @@ class Publisher:
 
     def __init__(self, endpoint: str, role: str, name: str, incarnation: int, pid: int, context: zmq.Context[Any]) -> None:
         check_local(endpoint, "--telemetry")
+        self.trace = Trace()
         self._about = (role, name, incarnation, pid)
         self._encoder = msgspec.msgpack.Encoder()
         # An asyncio context would make an asyncio socket, whose `send` is a coroutine.
-        self._socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.PUB)
+        # XPUB tells whether somebody wants spans.
+        self._socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 1000)  # no collector is a normal state: look for one seldom
         self._socket.connect(endpoint)
 
     def publish(self, values: dict[str, float], pictures: dict[str, bytes] | None = None) -> None:
-        """Send the figures, by names of prometheus' alphabet; dropped if nobody listens or the listener is slow."""
+        """Send the figures, by names of prometheus' alphabet, and what was traced; dropped if nobody listens or reads."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                subscription = self._socket.recv(zmq.DONTWAIT)
+                if subscription[1:] == TOPIC:
+                    self.trace.on = subscription[0] == 1
         with contextlib.suppress(zmq.Again):
             self._socket.send(self._encoder.encode(Telemetry(*self._about, values, pictures or {})), zmq.DONTWAIT)
+            while spans := self.trace.take():
+                lost, self.trace.lost = self.trace.lost, 0
+                self._socket.send(TOPIC + self._encoder.encode(Spans(*self._about, spans, lost)), zmq.DONTWAIT)
 
     def close(self) -> None:
         """Close the socket."""
@@ -63,6 +74,8 @@ class Collector:
     def __init__(self, endpoint: str, context: zmq.Context[Any]) -> None:
         check_local(endpoint, "--telemetry")
         self._decoder = msgspec.msgpack.Decoder(Telemetry)
+        self._span_decoder = msgspec.msgpack.Decoder(Spans)
+        self.spans: list[Spans] = []  # received while `trace` is on
         self.socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.SUB)
         self.socket.setsockopt(zmq.RCVHWM, 1000)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -71,13 +84,22 @@ class Collector:
         self.socket.bind(endpoint)
         self.refused = 0  # messages that were no telemetry
 
+    def trace(self, on: bool) -> None:
+        """Let all services publish spans from their next message on, or no longer."""
+        self.spans = []
+        self.socket.setsockopt(zmq.SUBSCRIBE if on else zmq.UNSUBSCRIBE, TOPIC)
+
     def receive(self) -> list[Telemetry]:
         """What has arrived since the last call, oldest first."""
         received = []
         with contextlib.suppress(zmq.Again):
             while True:
                 try:
-                    received.append(self._decoder.decode(self.socket.recv(zmq.DONTWAIT)))
+                    message = self.socket.recv(zmq.DONTWAIT)
+                    if message.startswith(TOPIC):
+                        self.spans.append(self._span_decoder.decode(message[len(TOPIC) :]))
+                    else:
+                        received.append(self._decoder.decode(message))
                 except (msgspec.DecodeError, RecursionError):
                     self.refused += 1
         return received

@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from math import inf
+from typing import NamedTuple
 
+from protocol.columns import unpack
 from protocol.counters import Counters
 from protocol.listener import Greeted, Listener, Outdated, PeerClosed, PeerEvent, PeerMessage, Route
-from protocol.messages import PROTOCOL, PROTOCOL_OLDEST, Message, Plan, Ready
+from protocol.messages import PROTOCOL, PROTOCOL_OLDEST, Message, Plan, Ready, Result
 from scheduler_svc.engine import Engine
 from scheduler_svc.epochs import Epochs, State
 from scheduler_svc.settings import SchedulerSettings
+
+
+class Did(NamedTuple):
+    """What a call has done, for the timeline: a plan made, a result taken, a request brought to run."""
+
+    name: str
+    lane: str
+    key: str  # "session:step", or the request's id
+    since: float = inf  # when it began, if that was before the call
 
 
 class Core:
@@ -47,6 +58,7 @@ class Core:
         self.epochs = Epochs(entropy(), seen_epoch, claim, settings.times, now, standby)
         self.engine = self._new_engine()
         self._admit_at = inf
+        self.done: list[Did] | None = None  # for the timeline, while somebody traces: the owner takes it after each call
         self._in_charge = False  # since we became active: there may be sessions and requests
         self._awaited: set[int] = set()  # workers heard while resyncing, not yet ready, by incarnation
 
@@ -100,6 +112,8 @@ class Core:
             while self.engine.out:
                 session, message, weight = self.engine.out.popleft()
                 if isinstance(message, Plan):  # a worker must not wait while tokens are encoded
+                    if self.done is not None:
+                        self._note_plan(self.done, session, message)
                     self.listener.send(session, message, now)
                 else:
                     later.append((session, message, weight))
@@ -174,9 +188,22 @@ class Core:
         if peer.role == "frontend":
             self.engine.frontend_message(session, message, now)
             return
+        if self.done is not None and isinstance(message, Result):
+            self.done.append(Did("result", f"results of {peer.hello.name}", f"{session}:{message.step}"))
         self.engine.worker_message(session, message, now)
         if isinstance(message, Ready):
             self._awaited.discard(peer.hello.incarnation)
+
+    def _note_plan(self, done: list[Did], session: int, plan: Plan) -> None:
+        """A plan has been made; those that it runs for the first time have been waiting since their arrival."""
+        worker = self.engine.workers.get(session)
+        if worker is None:
+            return
+        done.append(Did("plan", f"plans for {worker.name}", f"{session}:{plan.step}"))
+        for slot in unpack(plan.bind_slots).tolist():
+            choice = worker.slots.choice[slot]
+            if choice is not None and not len(choice.tokens):
+                done.append(Did("queue", "queue", choice.request.id.hex(), choice.request.arrival))
 
     def _yield_if_standing_by(self, now: float) -> None:
         """Somebody with a higher epoch is in charge: drop every session and request, in silence."""

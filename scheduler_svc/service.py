@@ -20,7 +20,7 @@ from protocol.service import CannotRun, Service
 from protocol.sockets import Context, Socket, monitor, news, received, router, send
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
-from scheduler_svc.core import Core
+from scheduler_svc.core import Core, Did
 from scheduler_svc.settings import SchedulerSettings
 
 ARRIVALS = 0.001  # seconds spent on frontends' messages between two plans
@@ -119,19 +119,21 @@ class _Loop:
     def _turn(self, ready: dict[Any, int]) -> None:
         """One round: results first, so that plans go out before anything else is looked at."""
         if self._sockets[WORKERS] in ready:
+            begun = time.monotonic()
             self._take(WORKERS, float("inf"))
+            self._trace(begun)
         now = time.monotonic()
         if self._authenticator is not None and self._authenticator.socket in ready:
             self._authenticator.answer()
         if any(watch in ready for watch in self._monitors):
             self._look_at_connections(now)
         self.core.turn(now)
-        self._transmit()
+        self._transmit_turn(now)
         if self._sockets[FRONTENDS] in ready:
             self._take(FRONTENDS, now + ARRIVALS)
             now = time.monotonic()
             self.core.turn(now)
-            self._transmit()
+            self._transmit_turn(now)
         if now >= self._publish_at:
             self._publish_at = now + TELEMETRY
             self._publish()
@@ -144,6 +146,25 @@ class _Loop:
             self.core.receive((which, route), frames, now)
             if now >= until:
                 return
+
+    def _transmit_turn(self, begun: float) -> None:
+        """Transmit what a turn that began then has made."""
+        did = self._trace(begun)
+        begun = time.monotonic()
+        self._transmit()
+        for name, lane, key, _ in did:
+            if name == "plan":
+                self._publisher.trace.note(lane, "send", begun, time.monotonic(), key)
+
+    def _trace(self, begun: float) -> list[Did]:
+        """Note for the timeline what the core has done since `begun`; returns it."""
+        if not self.core.done:
+            return []
+        did, self.core.done = self.core.done, []
+        ended = time.monotonic()
+        for name, lane, key, since in did:
+            self._publisher.trace.note(lane, name, min(since, begun), begun if since < begun else ended, key)
+        return did
 
     def _transmit(self) -> None:
         out = self.core.out
@@ -192,6 +213,8 @@ class _Loop:
         values["memory_bytes"] = float(self._process.memory_info().rss)
         values["epoch"] = float(self.core.epochs.epoch >> 32)
         self._publisher.publish(values, self.core.engine.pictures())
+        if self._publisher.trace.on != (self.core.done is not None):
+            self.core.done = [] if self._publisher.trace.on else None
 
 
 def _keys(settings: SchedulerSettings) -> ServerKeys | None:

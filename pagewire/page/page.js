@@ -37,7 +37,7 @@ function showFigures({ now, minute, totals }) {
     preempted: whole(totals.preemptions),
     finished: whole(totals.requests_finished),
     hits: totals.prefix_queries ? percent(totals.prefix_hits / totals.prefix_queries) : "–",
-    plans: `${whole(totals.plans_in_flight)} of ${whole(totals.depth)}`,
+    plans: `${whole(totals.plans_in_flight)}, depth ${whole(totals.depth)}`,
     busy: now.busy_share ? percent(now.busy_share) : "–",
     utilization: percent(now.gpu_utilization),
     memory: percent(now.memory_usage),

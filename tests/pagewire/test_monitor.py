@@ -1,0 +1,110 @@
+"""The rolling monitor and the summary, against counters that are known."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pagewire.monitor import WINDOW, Monitor
+from protocol.telemetry import Telemetry
+from tests.e2e.stack import Stack, eventually
+
+
+def worker(incarnation: int, tokens: float, busy: float) -> Telemetry:
+    return Telemetry("worker", "worker-0", incarnation, 1, {"worker_tokens": tokens, "worker_step_seconds": busy})
+
+
+def frontend(finished: float, seconds: float, failed: float = 0.0) -> Telemetry:
+    return Telemetry("frontend", "frontend-0", 1, 1, {"requests_finished": finished, "request_seconds": seconds, "requests_failed": failed})
+
+
+def scheduler(queries: float, hits: float, used: float) -> Telemetry:
+    return Telemetry(
+        "scheduler", "scheduler-0", 1, 1, {"prefix_queries": queries, "prefix_hits": hits, "blocks": 100.0, "blocks_used": used}
+    )
+
+
+def test_figures_are_those_of_the_window_and_the_summary_those_of_the_whole_time() -> None:
+    monitor = Monitor(0.0)
+    for second in range(1, 201):
+        fast = max(0, second - 100)
+        monitor.take(worker(1, 10.0 * second + 90.0 * fast, 0.5 * second), float(second))
+        monitor.take(frontend(float(second), 2.0 * second + 2.0 * fast), float(second))
+        monitor.take(scheduler(100.0 * second, 25.0 * second, 30.0), float(second))
+        monitor.sample(float(second))
+    figures = monitor.figures()
+    assert figures["window_seconds"] == WINDOW
+    assert figures["throughput"] == pytest.approx(100.0)
+    assert figures["latency"] == pytest.approx(4.0)
+    assert figures["gpu_utilization"] == pytest.approx(0.5)
+    assert figures["memory_usage"] == pytest.approx(0.3)
+    assert figures["cache_hit_rate"] == pytest.approx(0.25)
+    summary = monitor.summary(200.0)
+    assert summary["avg_throughput"] == pytest.approx(55.0)
+    assert summary["avg_latency"] == pytest.approx(3.0)
+    assert summary["total_requests"] == 200
+    assert summary["total_time"] == 200.0
+
+
+def test_a_worker_that_is_replaced_loses_no_counts_and_its_absence_is_not_idleness() -> None:
+    monitor = Monitor(0.0)
+    for second in range(1, 11):
+        monitor.take(worker(1, 10.0 * second, 1.0 * second), float(second))
+    for second in range(50, 60):
+        monitor.take(worker(2, 10.0 * (second - 49), 1.0 * (second - 49)), float(second))
+    monitor.sample(60.0)
+    assert monitor.figures()["throughput"] == pytest.approx(200 / 60)
+    assert monitor.figures()["gpu_utilization"] == 1.0
+
+
+def test_what_a_service_did_before_the_monitor_began_is_not_counted() -> None:
+    monitor = Monitor(0.0, lambda telemetry: True)
+    monitor.take(worker(1, 1000.0, 100.0), 1.0)
+    monitor.take(worker(1, 1010.0, 100.5), 2.0)
+    monitor.sample(2.0)
+    assert monitor.figures()["throughput"] == pytest.approx(5.0)
+
+
+def test_nothing_having_happened_is_no_error() -> None:
+    monitor = Monitor(5.0)
+    assert set(monitor.figures().values()) == {0.0}
+    assert set(monitor.summary(5.0).values()) == {0.0}
+
+
+@pytest.mark.slow
+def test_the_hit_rate_of_a_repeated_prompt_is_that_of_the_schedulers_counters_and_the_end_sums_up(tmp_path: Path) -> None:
+    stack = Stack(tmp_path)
+    try:
+        up = stack.up("--runner", "oracle")
+        body = {"prompt": "the same prompt, asked again and again, " * 4, "max_tokens": 8, "ignore_eos": True, "stream": True}
+        for _ in range(4):
+            httpx.post(f"{stack.url}/v1/completions", json=body, timeout=30).raise_for_status()
+
+        def counted() -> dict[str, float] | None:
+            figures = stack.metrics()
+            found = {name: figures.get(f'pagewire_scheduler_prefix_{name}{{name="scheduler-0"}}', 0.0) for name in ("hits", "queries")}
+            return found if found["queries"] == 4 * len(body["prompt"]) else None  # type: ignore[arg-type]
+
+        counts = eventually(counted)
+        seen = eventually(lambda: figures if (figures := httpx.get(f"{stack.admin}/monitor").json())["latency"] else None)
+        assert counts["hits"] > 0
+        assert seen["cache_hit_rate"] == pytest.approx(counts["hits"] / counts["queries"])
+        assert seen["throughput"] > 0
+        assert {"throughput", "latency", "gpu_utilization", "memory_usage", "cache_hit_rate"} <= set(seen)
+        httpx.post(f"{stack.url}/v1/completions", json=body, timeout=30).raise_for_status()  # just before the end
+        up.popen.send_signal(signal.SIGTERM)
+        assert up.popen.wait(20) == 0
+        found = re.search(r"^summary (\{.*\})$", up.output(), re.MULTILINE)
+        assert found is not None, up.output()
+        summary = json.loads(found[1])
+        assert summary["total_requests"] == 5
+        assert summary["avg_latency"] > 0
+        assert summary["total_time"] > 0
+        assert set(summary) == {"avg_throughput", "avg_latency", "avg_gpu_utilization", "total_requests", "total_time"}
+    finally:
+        stack.close()
