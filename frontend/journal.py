@@ -10,6 +10,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from msgspec.structs import replace
+
 from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
 from frontend.fetch import Fetch
 from protocol.columns import pack, unpack, unpack_floats
@@ -145,7 +147,9 @@ class Journal:
             case Tokens():
                 self._tokens(message)
             case Models():
-                self.models = {info.name: info for info in message.models}
+                # A scheduler that has just begun knows none until its workers have come: what was served will be again.
+                gone = [replace(info, workers_ready=0, workers_loading=0) for info in self.models.values()]
+                self.models = {info.name: info for info in message.models or gone}
                 self.models_changed = True
             case Failed():
                 self._failed(message)

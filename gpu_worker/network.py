@@ -29,13 +29,14 @@ from gpu_worker.wire import CHANNELS, Wire
 from protocol.counters import Counters
 from protocol.endpoints import check_endpoint
 from protocol.keys import client_keys
-from protocol.messages import FileRequest, Hello, Message, Phase, Plan, Progress, Result
+from protocol.messages import Drained, FileRequest, Hello, Message, Phase, Plan, Progress, Ready, Result
 from protocol.service import EXIT_FAILED, Service
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
 from protocol.sockets import Context
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
 
+DRAINING_SINCE = 2  # the protocol's version
 TELEMETRY = 1.0  # seconds between two publications
 HUNG = 5  # × the progress time: a step that stood still so long after its session has ended ends the process
 
@@ -107,6 +108,8 @@ class Network(threading.Thread):
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
         self._stop_seen = False
+        self._ready = False  # READY has been said in this session
+        self._protocol = 0
         self._refusal = ""
         self._planned = self._answered = 0  # newest plan and newest result of the session
         self._progress_at = inf
@@ -174,7 +177,7 @@ class Network(threading.Thread):
         self._publisher = Publisher(telemetry, "worker", self._settings.name, self._service.incarnation, os.getpid(), context)
         stack.callback(self._publisher.close)
         self._process = psutil.Process()
-        watched = (self._wake_fd, self._service.stop_fd)
+        watched = (self._wake_fd, self._service.stop_fd, self._service.drain_fd)
         self._wire = Wire(context, self._endpoints, watched, tap, self._service.flight, self._counters, self._keys)
         stack.callback(self._wire.close)
         self._say_state()
@@ -190,6 +193,9 @@ class Network(threading.Thread):
             self._wire.unwatch(self._service.stop_fd)
             self._service.state("stopping")
             self.inbox.put(Stop())
+        if self._wire.is_ready(self._service.drain_fd):
+            self._wire.unwatch(self._service.drain_fd)
+            self._leave()
         while self._calls:
             self._calls.popleft()()
         for endpoint, channel, frames in self._wire.arrived():
@@ -228,6 +234,7 @@ class Network(threading.Thread):
                     self._take(message)
                 case Opened(welcome):
                     self.session = welcome.session
+                    self._protocol = welcome.protocol
                     self._planned = self._answered = 0
                     self._refusal = ""
                     if self._description is None:
@@ -237,7 +244,10 @@ class Network(threading.Thread):
                     self.inbox.put(SessionOpened(welcome.session, welcome.hash_key))
                 case Closed(session, reason):
                     self.session = 0
+                    self._ready = False
                     self._progress_at = inf
+                    if self._service.draining.is_set():
+                        self._service.request_stop()  # what it had has gone with the session
                     self._watch_step(time.monotonic())
                     if not self._stop_seen:
                         self._service.fenced(reason)
@@ -254,10 +264,10 @@ class Network(threading.Thread):
                 if self._planned == self._answered:
                     self._progress_at = time.monotonic() + self._settings.times.heartbeat
                 self._planned = message.step
-                if self.trace.on:
-                    now = time.monotonic()
-                    self.trace.note("network", "receive", now, now, f"{self.session}:{message.step}")
                 self.inbox.put(PlanArrived(self.session, message))
+            case Drained():
+                self._service.log.info("drained")
+                self._service.request_stop()
             case FileRequest():
                 self._dialer.send(file_chunk(self._description, message), time.monotonic())
             case _:
@@ -269,7 +279,11 @@ class Network(threading.Thread):
             return
         now = time.monotonic()
         self._dialer.send(message, now)
-        if isinstance(message, Result):
+        if isinstance(message, Ready):
+            self._ready = True
+            if self._service.draining.is_set():
+                self._leave()
+        elif isinstance(message, Result):
             self._answered = message.step
             self._progress_at = now + self._settings.times.heartbeat if self._planned > message.step else inf
             self._count(message)
@@ -292,6 +306,15 @@ class Network(threading.Thread):
         signal.raise_signal(signal.SIGUSR1)  # all stacks, into the log
         os._exit(EXIT_FAILED)
 
+    def _leave(self) -> None:
+        """Ask the scheduler to take away what it has given; without one that understands, or anything given, just go."""
+        if not self._ready or self._protocol < DRAINING_SINCE:
+            self._service.request_stop()
+            return
+        self._service.log.info("draining")
+        self._service.state("draining")
+        self._dialer.send(Phase("draining"), time.monotonic())
+
     def _settled(self) -> None:
         self._hung_at = inf
 
@@ -311,7 +334,7 @@ class Network(threading.Thread):
     # ------------------------------------------------------------ what others see
 
     def _say_state(self) -> None:
-        if self._stop_seen:
+        if self._stop_seen or self._service.draining.is_set():
             return
         if self._description is None:
             self._service.state("loading")

@@ -30,7 +30,7 @@ SWITCH_INTERVAL = 0.0001  # seconds; at Python's 5 ms the output thread waited t
 
 def run(settings: WorkerSettings) -> None:
     """Run a worker until it is asked to stop. Raises CannotRun, RunDirError."""
-    with Service("worker", settings.name, settings.run_dir, settings.log_level) as service:
+    with Service("worker", settings.name, settings.run_dir, settings.log_level, drains=True) as service:
         sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             runner = make_runner(settings, os.environ)

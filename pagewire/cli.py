@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import click
 
 from protocol.options import CONTEXT, options, run_dir_option, start
 from protocol.rundir import RunDir, RunDirError
+from protocol.times import Times
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
-TOOLS = {"bench": "pagewire.bench.command", "plan": "pagewire.plan.command"}
+TOOLS = {"bench": "pagewire.bench.command", "plan": "pagewire.plan.command", "trace": "pagewire.trace"}
 TEXTS = {
     "up": "Start all services and keep them running.",
     "serve": "The same as `up`, with the model named.",
@@ -111,6 +113,50 @@ def tap(name: str, run_dir: Path, content: bool, count: int | None) -> None:
 
 
 @main.command()
+@click.argument("name")
+@run_dir_option
+@click.option(
+    "--timeout", type=click.FloatRange(0), default=Times().drain, show_default=True, help="Seconds until it is stopped all the same."
+)
+def drain(name: str, run_dir: Path, timeout: float) -> None:
+    """Let a worker or frontend hand over what it does, and leave.
+
+    A worker's requests go on at others of its model. `pagewire up` does not start it again.
+    """
+    from pagewire.replace import drain as run
+
+    with _usage():
+        sys.exit(0 if run(RunDir(run_dir), name, timeout, click.echo) else 1)
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+@run_dir_option
+@click.option("--drain-timeout", type=click.FloatRange(0), default=Times().drain, show_default=True, help="Seconds for each to hand over.")
+@click.option("--ready-timeout", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds for each new one to get ready.")
+def roll(names: tuple[str, ...], run_dir: Path, drain_timeout: float, ready_timeout: float) -> None:
+    """Replace the services of `pagewire up` one at a time, while they serve.
+
+    NAMES are services that `pagewire ps` lists; all of them by default. A new worker needs room beside the old one.
+    """
+    from pagewire.replace import roll as run
+
+    with _usage():
+        run(RunDir(run_dir), names, drain_timeout, ready_timeout, click.echo)
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """What a run directory objects to, as one line."""
+    from protocol.options import Usage
+
+    try:
+        yield
+    except RunDirError as error:
+        raise Usage(str(error)) from None
+
+
+@main.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--frontend", "frontends", multiple=True, metavar="NAME", help="A frontend that gets a key; may be repeated.")
 @click.option("--worker", "workers", multiple=True, metavar="NAME", help="A worker that gets a key; may be repeated.")
@@ -120,14 +166,10 @@ def keys(folder: Path, frontends: tuple[str, ...], workers: tuple[str, ...]) -> 
     The first call makes the scheduler's key pair; each call makes one for every client named, and lets it in.
     """
     from pagewire.keys import make_keys, parse_clients
-    from protocol.options import Usage
 
-    try:
-        lines = make_keys(folder, parse_clients(frontends, workers))
-    except RunDirError as error:
-        raise Usage(str(error)) from None
-    for text in lines:
-        click.echo(text)
+    with _usage():
+        for text in make_keys(folder, parse_clients(frontends, workers)):
+            click.echo(text)
 
 
 if __name__ == "__main__":

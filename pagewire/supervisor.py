@@ -7,6 +7,8 @@ connection, and sleeps until a signal, a death or the next restart.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import os
 import select
 import signal
@@ -17,10 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+from pagewire.control import Control
 from pagewire.guardian import Guardian
 from pagewire.restart import LONG_LIFE, Restarts
 from protocol.rundir import RunDir
-from protocol.service import PARENT
+from protocol.service import DRAIN_SIGNAL, PARENT
 
 READY = ("ready", "waiting")  # states of a service that has started well
 STOP_MARGIN = 1.3  # seconds from the streams' end to SIGKILL
@@ -50,6 +53,8 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     start_at: float | None = 0.0  # when to start it; None: it runs, or never again
+    retired: bool = False  # it leaves on purpose, and is not started again
+    renewed: bool = False  # it was told to stop, and is started again at once
 
 
 class Supervisor:
@@ -81,7 +86,11 @@ class Supervisor:
         """
         begun = time.monotonic()
         answering = False
-        with self._signal_pipe() as wakeups, contextlib.closing(Guardian()) as self._guardian:
+        with (
+            self._signal_pipe() as wakeups,
+            contextlib.closing(Guardian()) as self._guardian,
+            contextlib.closing(Control(self._rundir, self._command)) as self._control,
+        ):
             try:
                 while not self._stopping and not self._failure:
                     self._start_due()
@@ -119,6 +128,33 @@ class Supervisor:
                 )
                 self._guardian.watch(child.process.pid)
 
+    # ------------------------------------------------------------ planned replacement
+
+    def _command(self, command: str, name: str) -> dict[str, str]:
+        """What `pagewire drain` and `roll` ask for. Raises ValueError."""
+        child = next((child for child in self._children if child.spec.name == name and not child.retired), None)
+        if child is None:
+            raise ValueError(f"this supervisor has no service {name!r}")
+        match command:
+            case "twin":
+                taken = {child.spec.name for child in self._children}
+                fresh = next(n for i in itertools.count() if (n := f"{child.spec.role}-{i}") not in taken)
+                self._children.append(_Child(dataclasses.replace(child.spec, name=fresh)))
+                return {"name": fresh}
+            case "retire":
+                child.retired = True
+                if child.process is None:
+                    self._children.remove(child)
+                else:
+                    child.process.send_signal(DRAIN_SIGNAL)
+            case "restart":
+                child.renewed = True
+                if child.process is not None:
+                    child.process.terminate()
+            case _:
+                raise ValueError(f"there is no command {command!r}")
+        return {}
+
     def _until_next_start(self) -> float | None:
         due = [child.start_at for child in self._children if child.start_at is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -127,11 +163,20 @@ class Supervisor:
 
     def _bury(self) -> None:
         """Notice deaths, and settle what follows."""
-        for child in self._children:
+        for child in list(self._children):
             if child.process is not None and (code := child.process.poll()) is not None:
                 pid = child.process.pid
                 self._end_group(child.process)
                 child.process = None
+                if child.retired or child.renewed:
+                    self._rundir.forget(child.spec.name, pid)
+                if child.retired:
+                    self._children.remove(child)
+                    self._say(f"pagewire up: {child.spec.name} (pid {pid}) has left")
+                    continue
+                if child.renewed:
+                    child.renewed, child.start_at = False, 0.0
+                    continue
                 lived = time.monotonic() - child.started
                 delay = child.restarts.died(code, lived, self._was_ready(child.spec.name, pid, code, lived))
                 self._rundir.forget(child.spec.name, pid)
@@ -208,9 +253,11 @@ class Supervisor:
             self._hurry = True
 
     def _sleep(self, wakeups: int, seconds: float | None) -> None:
-        ready, _, _ = select.select([wakeups], [], [], seconds)
-        if ready:
+        ready, _, _ = select.select([wakeups, self._control.socket.fileno()], [], [], seconds)
+        if wakeups in ready:
             os.read(wakeups, 4096)
+        if self._control.socket.fileno() in ready:
+            self._control.answer()
 
 
 def _how(code: int) -> str:

@@ -17,7 +17,7 @@ from protocol.codec import decode, decode_header, encode
 from protocol.columns import BadMessage
 from protocol.counters import Counters
 from protocol.links import Link
-from protocol.messages import Geometry, Hello, Join, Message, Ready, Refused, Stale, Welcome
+from protocol.messages import PROTOCOL, Geometry, Hello, Join, Message, Ready, Refused, Stale, Welcome
 from protocol.sessions import UNSEQUENCED
 from protocol.times import Times
 
@@ -94,7 +94,7 @@ class Listener:
         """Open a session for a peer; returns its id, and the end of the session this incarnation had, if any."""
         events = self._supersede(greeted.hello, now)
         session = self.entropy()
-        welcome = Welcome(greeted.hello.attempt, session, epoch, hash_key, credit)
+        welcome = Welcome(greeted.hello.attempt, session, epoch, hash_key, credit, min(greeted.hello.protocol, PROTOCOL))
         self.peers[session] = Peer(greeted.hello, welcome, greeted.route, Link(session, self.times, self.counters, now))
         self._by_route[greeted.route] = session
         self.out.append((greeted.route, [UNSEQUENCED, encode(welcome)]))

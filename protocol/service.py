@@ -36,6 +36,7 @@ STOP_LIMIT = 5.0  # seconds from the request to stop to SIGKILL
 PARENT = "PAGEWIRE_PARENT"  # environment: pid of the supervisor whose death ends this process
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+DRAIN_SIGNAL = signal.SIGUSR2  # hand over what runs here, then end
 
 EXIT_FAILED = 1  # the service died; starting it again may help
 EXIT_REFUSED = 78  # it cannot run as configured (EX_CONFIG); starting it again will not help
@@ -55,16 +56,23 @@ class Service:
     Attributes
         stopping: set when SIGTERM, SIGINT or SIGHUP asked the service to stop.
         stop_fd: a file descriptor that is readable from then on, for pollers and event loops.
+        drain_fd: readable once SIGUSR2 has asked it to drain, that is to end when what it does is done or elsewhere. For
+            a service that has no such thing (`drains` is false) that is a request to stop.
         rundir, incarnation, log, flight: the run directory, the random number of this start, the logger, the recorder.
     """
 
-    def __init__(self, role: str, name: str, run_dir: Path, log_level: str = "info", stop_limit: float = STOP_LIMIT) -> None:
+    def __init__(
+        self, role: str, name: str, run_dir: Path, log_level: str = "info", stop_limit: float = STOP_LIMIT, *, drains: bool = False
+    ) -> None:
         self.role = role
         self.name = name
         self.incarnation = new_incarnation()
         self.stopping = threading.Event()
         self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.draining = threading.Event()
+        self.drain_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.log = logging.getLogger(role)
+        self._drains = drains
         self._log_level = log_level
         self._stop_limit = stop_limit
         self._waiting = ""
@@ -119,6 +127,14 @@ class Service:
             os.eventfd_write(self.stop_fd, 1)
             threading.Thread(target=self._end_in_time, name="stop-limit", daemon=True).start()
 
+    def request_drain(self) -> None:
+        """Ask the service to drain, as SIGUSR2 does. May be called from any thread, and repeated."""
+        if not self._drains:
+            self.request_stop()
+        elif not self.draining.is_set():
+            self.draining.set()
+            os.eventfd_write(self.drain_fd, 1)
+
     def _catch_signals(self) -> None:
         """Notice signals in a thread as well: the main thread may be deep in a library and run no Python for long."""
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -126,16 +142,23 @@ class Service:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup keeps its promise
                 signal.signal(number, self._on_signal)
+        signal.signal(DRAIN_SIGNAL, self._on_signal)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._await_signals, args=(reader,), name="signals", daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.request_stop()
+        self._heed(number)
+
+    def _heed(self, number: int) -> None:
+        if number == DRAIN_SIGNAL:
+            self.request_drain()
+        else:
+            self.request_stop()
 
     def _await_signals(self, reader: int) -> None:
         while data := os.read(reader, 64):
-            if not STOP_SIGNALS.isdisjoint(data):
-                self.request_stop()
+            for number in {*STOP_SIGNALS, DRAIN_SIGNAL} & set(data):
+                self._heed(number)
 
     def _end_in_time(self) -> None:
         time.sleep(self._stop_limit)

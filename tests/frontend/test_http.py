@@ -455,12 +455,20 @@ class TestService:
 
     def test_before_a_model_is_known_requests_get_503(self, tmp_path):
         async def scenario(http: httpx.AsyncClient, client: LocalClient) -> httpx.Response:
-            client.journal.message(Models([]), 0.0)
+            client.journal.models.clear()
             return await http.post("/v1/completions", json={"prompt": "x"})
 
         response = serve(scenario, tmp_path)
         assert error(response, 503, None)["code"] == "not_ready"
         assert response.headers["retry-after"] == "1"
+
+    def test_a_new_scheduler_that_knows_no_model_yet_turns_nobody_away(self, tmp_path):
+        async def scenario(http: httpx.AsyncClient, client: LocalClient) -> httpx.Response:
+            client.journal.message(Models([]), 0.0)
+            assert [info.workers_ready for info in client.models()] == [0]
+            return await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+
+        assert serve(scenario, tmp_path).status_code == 200
 
     def test_requests_wait_out_a_lost_scheduler(self, tmp_path):
         async def scenario(http: httpx.AsyncClient, client: LocalClient) -> httpx.Response:
@@ -524,7 +532,7 @@ BAD = [
     ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids"),
     ({"prompt": "x", "bad_words": [" "]}, "bad_words"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
-    ({"prompt": "x", "best_of": 2}, "best_of"),
+    ({"prompt": "x", "n": 3, "best_of": 2}, "best_of"),
     ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
     ({"prompt": "x", "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"prompt": "x", "stream_options": {"include_everything": True}}, "stream_options.include_everything"),

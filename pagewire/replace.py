@@ -1,0 +1,100 @@
+"""`pagewire drain` and `pagewire roll`: services that leave on purpose, one at a time, while the others serve."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+from pagewire.control import ask
+from protocol.rundir import RunDir, RunDirError, ServiceRecord
+from protocol.service import DRAIN_SIGNAL
+
+LOOK = 0.05  # seconds between two looks at the run directory
+STOPS = 10.0  # seconds that a service gets to end once it has been told to stop
+DRAINS = ("frontend", "worker")  # roles that hand over what they do
+ORDER = ("worker", "frontend", "scheduler", "admin")  # in which `roll` goes
+
+
+def drain(rundir: RunDir, name: str, timeout: float, say: Callable[[str], None]) -> bool:
+    """Let a service hand over what it does, and end; whether it did so in time. Raises RunDirError.
+
+    A service of `pagewire up` is not started again. After the timeout it is told to stop: what it still had goes on
+    elsewhere as after a loss.
+    """
+    record = _find(rundir, name)
+    if record.role not in DRAINS:
+        raise RunDirError(f"{name} is a {record.role}: there is nothing to hand over; `pagewire roll {name}` restarts it")
+    if ask(rundir, "retire", name) is None:
+        _signal(record, DRAIN_SIGNAL)
+    if _until(lambda: not record.alive, timeout):
+        say(f"{name} (pid {record.pid}) has left")
+        return True
+    _signal(record, signal.SIGTERM)
+    say(f"{name} (pid {record.pid}) still had work after {timeout:g} s: stopped; its requests go on elsewhere")
+    _until(lambda: not record.alive, STOPS)
+    return False
+
+
+def roll(rundir: RunDir, names: Sequence[str], drain_timeout: float, ready_timeout: float, say: Callable[[str], None]) -> None:
+    """Replace services of `pagewire up` one at a time, all of them unless some are named. Raises RunDirError.
+
+    A worker or frontend is replaced by a new one, which must be ready before the old one is drained. A scheduler or
+    admin server is restarted: what it holds comes back from the others.
+    """
+    records = [_find(rundir, name) for name in names] or rundir.services()
+    for record in sorted(records, key=lambda record: (ORDER.index(record.role), record.name)):
+        began = time.monotonic()
+        if record.role not in DRAINS:
+            _ask(rundir, "restart", record.name)
+            fresh = record.name
+            _await_ready(rundir, fresh, record.pid, ready_timeout)
+        else:
+            fresh = _ask(rundir, "twin", record.name)["name"]
+            try:
+                _await_ready(rundir, fresh, record.pid, ready_timeout)
+            except RunDirError:
+                _ask(rundir, "retire", fresh)
+                raise
+            drain(rundir, record.name, drain_timeout, lambda _: None)
+        new = _find(rundir, fresh)
+        say(f"{record.role} {record.name} (pid {record.pid}) → {fresh} (pid {new.pid}) in {time.monotonic() - began:.1f} s")
+
+
+def _await_ready(rundir: RunDir, name: str, old: int, timeout: float) -> None:
+    def ready() -> bool:
+        record = rundir.last_record(name)
+        return record is not None and record.alive and record.pid != old and record.state == "ready"
+
+    if not _until(ready, timeout):
+        raise RunDirError(f"{name} is not ready after {timeout:g} s: what it was to replace stays; see {rundir.logs / name}.log")
+
+
+def _find(rundir: RunDir, name: str) -> ServiceRecord:
+    services = rundir.services()
+    found = next((record for record in services if record.name == name), None)
+    if found is None:
+        raise RunDirError(f"no service {name!r} runs in {rundir.path}; there are: {', '.join(s.name for s in services) or 'none'}")
+    return found
+
+
+def _ask(rundir: RunDir, command: str, name: str) -> dict[str, str]:
+    reply = ask(rundir, command, name)
+    if reply is None:
+        raise RunDirError(f"no `pagewire up` runs in {rundir.path}: start a new service by hand, then `pagewire drain` the old one")
+    return reply
+
+
+def _signal(record: ServiceRecord, number: int) -> None:
+    if record.alive:
+        os.kill(record.pid, number)
+
+
+def _until(what: Callable[[], bool], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not what():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LOOK)
+    return True
