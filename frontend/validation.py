@@ -158,8 +158,9 @@ def check_chat(body: ChatBody) -> None:
 def check_completion(body: CompletionBody) -> None:
     """Refuse by name what completions do not do yet. Raises ApiError."""
     require(not body.suffix, "suffix", "is not supported", "unsupported_parameter")
-    n = body.n or 1
-    require(body.best_of in (None, n), "best_of", "a value other than n is not supported", "unsupported_parameter")
+    if body.best_of is not None:
+        require(body.best_of >= (body.n or 1), "best_of", "is less than n")
+        require(not body.stream or body.best_of == (body.n or 1), "best_of", "cannot be told before the end: stream must be false")
     require(not (body.echo and body.logprobs is not None), "echo", "is not supported together with logprobs", "unsupported_parameter")
 
 

@@ -29,6 +29,7 @@ class Form:
     include_usage: bool = False
     return_token_ids: bool = False
     logprobs: bool = False
+    best: int = 0  # choices shown of each prompt, the best by cumulative logprob; 0: all, in their order
     echoes: Sequence[str] = ()  # completions with `echo`: the text of each prompt
 
 
@@ -183,9 +184,14 @@ class Answer:
             if entry.moved:
                 raise ApiError(503, "another frontend answers this request now", code="moved")
             place, first = self._places[entry.handle]
-            for choice in entry.choices:
+            best = self._form.best
+            for nth, choice in enumerate(ranked(entry, best) if best else entry.choices):
                 text = choice.take()
-                body = {"index": first + choice.index} | self.body(text, place) | {"logprobs": self.logprobs(choice, place)}
+                body = (
+                    {"index": place * best + nth if best else first + nth}
+                    | self.body(text, place)
+                    | {"logprobs": self.logprobs(choice, place)}
+                )
                 body |= {"finish_reason": choice.finish_reason, "stop_reason": self.stop_reason(choice)}
                 if self._form.return_token_ids:
                     body |= {"token_ids": choice.tokens, "prompt_token_ids": unpack(entry.new.prompt).tolist()}
@@ -215,6 +221,18 @@ class Answer:
 
     def _token(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode(errors="replace")
+
+
+def ranked(entry: Entry, count: int) -> list[Choice]:
+    """The `count` choices of an ended request whose tokens have the largest sum of log probabilities, best first.
+
+    Their log probabilities must not have been taken yet.
+    """
+
+    def cumulative(choice: Choice) -> float:
+        return sum(item.values[0] for item in choice.fresh_logprobs)
+
+    return sorted(entry.choices, key=cumulative, reverse=True)[:count]
 
 
 class ChatAnswer(Answer):

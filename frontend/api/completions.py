@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import Literal
 
 from starlette.requests import Request
@@ -46,6 +47,8 @@ async def completions(request: Request) -> ASGIApp:
     model = client.model(body.model)
     new, echoes = await client.offload(lambda: prepare(model, body, tenant_of(request)))
     form = form_of(client, model, body, body.logprobs is not None, echoes)
+    if body.best_of is not None:
+        form = replace(form, best=body.n or 1)
     if body.stream:
         new = with_headers(new, header_of("completion", form, text_options(body, True)), echoes)
     stream = client.submit(new)
@@ -82,12 +85,14 @@ async def generate(request: Request) -> Response:
 def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRequest], list[str]]:
     """The requests of a body, one per prompt, and the text to echo of each. Runs in a thread. Raises ApiError."""
     prompts = encode(model, body)
-    require(len(prompts) * (body.n or 1) <= MAX_CHOICES, "n", f"makes more than {MAX_CHOICES} choices of {len(prompts)} prompts")
+    require(
+        len(prompts) * (body.best_of or body.n or 1) <= MAX_CHOICES, "n", f"makes more than {MAX_CHOICES} choices of {len(prompts)} prompts"
+    )
     logprobs = -1 if body.logprobs is None else body.logprobs
     new = []
     for ids in prompts:
         max_tokens = room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt")
-        new.append(new_request(model, body, ids, max_tokens, logprobs, tenant, True))
+        new.append(new_request(model, body, ids, max_tokens, logprobs, tenant, True, body.best_of))
     return new, [model.tokenizer.decode(ids) for ids in prompts] if body.echo else []
 
 
@@ -112,8 +117,14 @@ def new_request(
     logprobs: int,
     tenant: str,
     continues: bool,
+    best_of: int | None = None,
 ) -> NewRequest:
-    """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text."""
+    """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text.
+
+    `best_of`: so many choices are made, of which the best `n` will be shown.
+    """
+    if best_of is not None:
+        logprobs = max(logprobs, 0)  # they are ranked by them
     text = text_options(body, continues)
     params = resolve(body, model.info, model.tokenizer, max_tokens, logprobs)
     return NewRequest(
@@ -121,7 +132,7 @@ def new_request(
         model=model.info.name,
         prompt=pack(ids),
         params=params,
-        seeds=seeds_of(body.seed, body.n or 1),
+        seeds=seeds_of(body.seed, best_of or body.n or 1),
         open_text=text.open(model.tokenizer),
         has_stop_strings=bool(text.stops),
         show_stop_ids=body.include_stop_str_in_output,

@@ -1,0 +1,140 @@
+"""What the offline API takes and gives: sampling parameters, prompts, outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from frontend.api import chat, completions
+from frontend.api.answers import ranked
+from frontend.client import Model
+from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
+from frontend.errors import ApiError
+from frontend.sampling import checked_ids, room
+from frontend.validation import ChatBody, CompletionBody, check_chat, check_completion, parse
+from protocol.columns import unpack
+
+Prompt = str | Sequence[int]
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
+    """How outputs are sampled; names and meaning are those of the HTTP API. None: the model's own default.
+
+    Raises ValueError, naming the field, once they are used.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One output of a request. `logprobs` holds one entry a token if they were asked for."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None  # "stop", "length"; None while it goes on
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass
+class RequestOutput:
+    """A request and all its outputs so far."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    cached_tokens: int = 0
+    prompt: str | None = None
+
+
+def request_of(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool) -> NewRequest:
+    """The request that a prompt makes. Raises ValueError, naming the field."""
+    fields = _fields(params)
+    try:
+        body = parse(msgspec.json.encode({**fields, "prompt": "", "stream": every_step}), CompletionBody)
+        if every_step and body.best_of not in (None, body.n):
+            raise ApiError(400, "best_of: cannot be told before the end; use LLM.generate", "best_of")
+        check_completion(msgspec.structs.replace(body, stream=None))
+        ids = model.tokenizer.encode_batch([prompt])[0] if isinstance(prompt, str) else checked_ids(prompt, "prompt", model.info.vocab_size)
+        if not ids:
+            raise ApiError(400, "prompt: is empty", "prompt")
+        max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
+        logprobs = -1 if body.logprobs is None else body.logprobs
+        return completions.new_request(model, body, ids, max_tokens, logprobs, "", True, body.best_of)
+    except ApiError as error:
+        raise ValueError(error.message) from None
+
+
+def chat_of(model: Model, messages: list[dict[str, Any]], params: SamplingParams, options: dict[str, Any]) -> NewRequest:
+    """The request that a conversation makes. Raises ValueError, naming the field."""
+    fields = _fields(params)
+    logprobs, best_of = fields.pop("logprobs", None), fields.pop("best_of", None)
+    if logprobs is not None:
+        fields |= {"logprobs": True, "top_logprobs": logprobs}
+    try:
+        if best_of is not None:
+            raise ApiError(400, "best_of: a conversation has none", "best_of")
+        body = parse(msgspec.json.encode({**fields, **options, "messages": messages}), ChatBody)
+        check_chat(body)
+        return chat.prepare(model, body, "")
+    except ApiError as error:
+        raise ValueError(error.message) from None
+
+
+def output_of(entry: Entry, params: SamplingParams, texts: dict[int, str], prompt: str | None, eos: frozenset[int]) -> RequestOutput:
+    """What an entry has come to; takes the choices' news.
+
+    `texts` keeps each choice's text between calls; `eos`: ids that are no reason to name.
+    """
+    for choice in entry.choices:
+        texts[choice.index] = texts.get(choice.index, "") + choice.take()
+    shown = ranked(entry, params.n) if entry.ended and params.best_of is not None else entry.choices
+    return RequestOutput(
+        request_id=entry.request.hex(),
+        prompt_token_ids=unpack(entry.new.prompt).tolist(),
+        outputs=[_output(i, choice, texts[choice.index], params.logprobs is not None, eos) for i, choice in enumerate(shown)],
+        finished=entry.ended,
+        cached_tokens=max(entry.cached, 0),
+        prompt=prompt,
+    )
+
+
+def _output(index: int, choice: Choice, text: str, logprobs: bool, eos: frozenset[int]) -> CompletionOutput:
+    reason = choice.finish_reason or None
+    stop_reason = None if choice.stop_reason in eos else choice.stop_reason
+    return CompletionOutput(index, text, list(choice.tokens), reason, stop_reason, list(choice.fresh_logprobs) if logprobs else [])
+
+
+def _fields(params: SamplingParams) -> dict[str, Any]:
+    fields = {name: value for name, value in msgspec.structs.asdict(params).items() if value is not None}
+    if params.logit_bias is not None:
+        fields["logit_bias"] = {str(token): value for token, value in params.logit_bias.items()}
+    return fields

@@ -1,0 +1,170 @@
+"""The offline API over real services with the oracle runner: outputs, steps, streams, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, RequestFailed, SamplingParams, ServiceDied
+from tests.e2e.stack import eventually, oracle_texts, stack
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+PROGRAM = "import sys, time; from pagewire import LLM; llm = LLM(runner='oracle'); print('up', flush=True); time.sleep(600)"
+
+
+def owed(prompt: str, **fields: object) -> list[tuple[str, str]]:
+    return [(text, reason) for text, reason, _ in oracle_texts({"prompt": prompt, **fields})]
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[set[int]]:
+    """What ran before the test, by pid; nothing more may run behind it."""
+    before = {p.pid for p in children()}
+    yield before
+    assert {p.pid for p in children()} <= before
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(runner="oracle", max_num_seqs=8) as made:
+        yield made
+
+
+def test_every_prompt_gets_its_own_output_in_order(llm):
+    prompts = [f"prompt {i}" for i in range(20)]
+    outputs = llm.generate(prompts, [SamplingParams(max_tokens=30 + i, seed=i, ignore_eos=True) for i in range(20)])
+    assert [output.prompt for output in outputs] == prompts
+    for i, output in enumerate(outputs):
+        [(text, reason)] = owed(prompts[i], max_tokens=30 + i, seed=i, ignore_eos=True)
+        assert (output.outputs[0].text, output.outputs[0].finish_reason) == (text, reason)
+        assert len(output.outputs[0].token_ids) == 30 + i
+
+
+def test_n_outputs_are_the_servers(llm):
+    [output] = llm.generate("several", SamplingParams(max_tokens=12, seed=3, n=3))
+    assert [(one.text, one.finish_reason) for one in output.outputs] == owed("several", max_tokens=12, seed=3, n=3)
+
+
+def test_best_of_shows_the_best_by_cumulative_logprob(llm):
+    params = SamplingParams(max_tokens=10, seed=5, n=4, logprobs=0, ignore_eos=True)
+    [every] = llm.generate("best", params)
+    sums = {one.text: sum(item.values[0] for item in one.logprobs) for one in every.outputs}
+    [best] = llm.generate("best", SamplingParams(max_tokens=10, seed=5, n=2, best_of=4, ignore_eos=True))
+    assert [one.text for one in best.outputs] == sorted(sums, key=lambda text: sums[text], reverse=True)[:2]
+    assert len(set(sums.values())) > 1
+
+
+def test_token_ids_are_a_prompt_too(llm):
+    params = SamplingParams(max_tokens=9, seed=1)
+    [by_text], [by_ids] = llm.generate("hi", params), llm.generate([104, 105], params)
+    assert by_text.outputs[0].text == by_ids.outputs[0].text
+
+
+def test_a_conversation_is_rendered_by_the_models_template(llm):
+    [output] = llm.chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=9, seed=1))
+    prompt = bytes(output.prompt_token_ids).decode()
+    assert prompt.startswith("user: hi")
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == owed(prompt, max_tokens=9, seed=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"top_p": 2.0}, "top_p"),
+        ({"max_tokens": 100_000}, "context"),
+        ({"n": 0}, "n: "),
+        ({"stop": [""]}, "stop"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"logit_bias": {999: 1.0}}, "logit_bias"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_by_name(llm, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        llm.generate("x", SamplingParams(**wrong))
+
+
+def test_no_prompts_give_no_outputs(llm):
+    assert llm.generate([]) == []
+
+
+def test_the_steps_of_an_engine_add_up_to_the_outputs():
+    with LLMEngine(runner="oracle") as engine:
+        ids = [engine.add_request(f"step {i}", SamplingParams(max_tokens=15, seed=i), f"r{i}" if i else None) for i in range(4)]
+        assert ids == ["request-0", "r1", "r2", "r3"]
+        with pytest.raises(ValueError, match="in use"):
+            engine.add_request("again", request_id="r1")
+        texts, tokens, reasons = dict.fromkeys(ids, ""), dict.fromkeys(ids, 0), {}
+        while engine.has_unfinished_requests():
+            for step in engine.step():
+                assert step.request_id not in reasons, "a step behind the end"
+                texts[step.request_id] += step.text
+                tokens[step.request_id] += len(step.tokens)
+                if step.finish_reason:
+                    reasons[step.request_id] = step.finish_reason
+        assert engine.step() == []
+        for i, id in enumerate(ids):
+            assert [(texts[id], reasons[id])] == owed(f"step {i}", max_tokens=15, seed=i)
+
+
+def test_an_async_engine_streams_and_joins_a_running_stack():
+    async def ask(run_dir: Path) -> list[str]:
+        async with AsyncLLMEngine(run_dir=run_dir) as engine:
+            seen = [o.outputs[0].text async for o in engine.generate("join", SamplingParams(max_tokens=20, seed=2, ignore_eos=True))]
+            async for _ in engine.generate("left", SamplingParams(max_tokens=4000, ignore_eos=True)):
+                break  # aborted by leaving
+            return seen
+
+    with stack() as made:
+        made.up("--runner", "oracle")
+        seen = asyncio.run(ask(made.run_dir))
+        assert len(seen) > 3
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+        assert seen[-1] == owed("join", max_tokens=20, seed=2, ignore_eos=True)[0][0]
+        assert made.service("worker").pid, "the services that were joined go on"
+
+
+def test_a_setting_that_no_service_has_is_a_type_error():
+    with pytest.raises(TypeError, match="max_seqs"):
+        LLM(runner="oracle", max_seqs=3)
+
+
+def test_a_worker_that_cannot_start_is_told_with_its_last_words():
+    with pytest.raises(ServiceDied, match="worker-0 ended"):
+        LLM("/no/such/model")
+
+
+def test_a_worker_that_dies_ends_the_call_with_an_error(nothing_is_left):
+    with LLM(runner="oracle", step_time=0.0) as llm:
+        worker = next(p for p in children() if p.pid not in nothing_is_left and "gpu_worker" in " ".join(p.cmdline()))
+        worker.send_signal(signal.SIGKILL)
+        worker.wait(10)
+        with pytest.raises((ServiceDied, RequestFailed)):
+            llm.generate("x", SamplingParams(max_tokens=4))
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_services_end_with_their_program_however_it_ends(sig):
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=os.environ
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == "up\n"
+    services = psutil.Process(program.pid).children(recursive=True)
+    assert len(services) >= 2
+    program.send_signal(sig)
+    program.wait(20)
+    program.stdout.close()
+    eventually(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in services), 15)
