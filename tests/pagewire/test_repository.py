@@ -97,7 +97,8 @@ def test_make_test_lints_types_and_runs_every_test() -> None:
         assert wanted in commands
     torch_free = re.findall(r"-p tests\.no_torch (.*)", commands)[0].split()
     assert all(f"--ignore={folder}" in commands for folder in torch_free)
-    assert make("simulate", "SEEDS=7").split()[-2:] == ["--seeds", "7"]
+    assert make("simulate", "SEEDS=7", "JOBS=1").split()[-4:] == ["--seeds", "7", "--jobs", "1"]
+    assert make("soak", "MINUTES=2", "SEED=5").split()[-4:] == ["--minutes", "2", "--seed", "5"]
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:
