@@ -143,6 +143,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
     publisher = Publisher(
         settings.telemetry or process.rundir.telemetry, "frontend", settings.name, process.incarnation, os.getpid(), context
     )
+    client.trace = publisher.trace
     server = _Server(
         uvicorn.Config(
             make_app(client),
@@ -195,6 +196,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await serving
         beat.cancel()
+        publisher.publish(client.stats())
     finally:
         await client.stop()
         publisher.close()

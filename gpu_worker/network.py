@@ -176,6 +176,7 @@ class Network(threading.Thread):
         telemetry = self._settings.telemetry or rundir.telemetry
         self._publisher = Publisher(telemetry, "worker", self._settings.name, self._service.incarnation, os.getpid(), context)
         stack.callback(self._publisher.close)
+        self.trace = self._publisher.trace
         self._process = psutil.Process()
         watched = (self._wake_fd, self._service.stop_fd, self._service.drain_fd)
         self._wire = Wire(context, self._endpoints, watched, tap, self._service.flight, self._counters, self._keys)
@@ -264,7 +265,11 @@ class Network(threading.Thread):
                 if self._planned == self._answered:
                     self._progress_at = time.monotonic() + self._settings.times.heartbeat
                 self._planned = message.step
+                if self.trace.on:
+                    now = time.monotonic()
+                    self.trace.note("network", "receive", now, now, f"{self.session}:{message.step}")
                 self.inbox.put(PlanArrived(self.session, message))
+                time.sleep(0)  # lets go of the interpreter: the main thread begins the step while this one acknowledges
             case Drained():
                 self._service.log.info("drained")
                 self._service.request_stop()
@@ -279,6 +284,8 @@ class Network(threading.Thread):
             return
         now = time.monotonic()
         self._dialer.send(message, now)
+        if self.trace.on and isinstance(message, Result):
+            self.trace.note("network", "answer", now, time.monotonic(), f"{session}:{message.step}")
         if isinstance(message, Ready):
             self._ready = True
             if self._service.draining.is_set():

@@ -13,6 +13,7 @@ import gc
 import os
 import sys
 import threading
+import time
 from queue import SimpleQueue
 
 from gpu_worker.core import WorkerCore
@@ -103,8 +104,13 @@ class _Output(threading.Thread):
 
     def _finish(self, session: int, step: Step) -> None:
         outcome = self.runner.finish(step)
+        ended = time.monotonic()
         self.switch.finished(step, outcome)
         result = self.core.result(step, outcome)
+        if (trace := self.network.trace).on:
+            key = f"{session}:{step.plan.step}"
+            trace.note("device", "forward", ended - outcome.seconds, ended, key)
+            trace.note("output", "sample", ended, time.monotonic(), key)
         self.switch.reached("result_unsent")
         self.network.send(session, result)
 
@@ -143,6 +149,7 @@ class _Loop:
 
     def _step(self, plan: Plan) -> None:
         self._switch.reached("plan_received")
+        begun = time.monotonic()
         try:
             step = self._core.apply(plan)
             self._runner.start(step)
@@ -154,6 +161,8 @@ class _Loop:
             self._network.fail(self._session, plan.step, f"step {plan.step} raised {type(error).__name__}: {error}")
             self._session = 0
             return
+        if self._network.trace.on:
+            self._network.trace.note("main", "start", begun, time.monotonic(), f"{self._session}:{plan.step}")
         self._switch.started(step)
         self._output.finish(self._session, step)
 
