@@ -116,8 +116,9 @@ def measure(seqs: int, steps: int) -> dict[str, float]:
 
 
 def with_sockets(seqs: int, steps: int) -> float:
-    """CPU of the whole process per step, in microseconds, when every frame crosses a pair of ipc sockets; the peers'
-    ends live in this process too, so it is an upper bound."""
+    """CPU of the whole process per step, in microseconds, when every frame crosses a pair of sockets.
+
+    They are inproc, so the kernel's part is missing: a lower bound."""
     loop = Loop(seqs, steps + 200)
     context = zmq.Context()
     near, far = context.socket(zmq.PAIR), context.socket(zmq.PAIR)

@@ -26,6 +26,7 @@ class BlockManager:
         self.by_hash: dict[bytes, int] = {}
         self.cached = 0
         self.used = 0
+        self.taken = 0  # blocks given out to be written, ever
         # entry `count` is the list's sentinel: _after[count] is the head, _before[count] the tail
         self._after = [*range(1, count + 1), 0]
         self._before = [count, *range(count)]
@@ -63,6 +64,7 @@ class BlockManager:
         after[end] = block
         self._before[block] = end
         self.used += n
+        self.taken += n
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:

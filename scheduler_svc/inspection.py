@@ -34,6 +34,7 @@ def stats(engine: Engine) -> dict[str, float]:
         "host_blocks": sum(w.host.count for w in ready),
         "host_blocks_free": sum(len(w.host.free) for w in ready),
         "depth": max((w.depth.wanted for w in ready), default=0),
+        "blocks_taken": sum(w.blocks.taken for w in ready),
         "plans_in_flight": sum(len(w.in_flight) for w in ready),
         "workers_ready": len(ready),
         "workers_loading": engine.loading(),
