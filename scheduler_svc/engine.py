@@ -130,9 +130,18 @@ class Engine:
         if frontend is None:
             self.counters.add("scheduler_unknown_session")
             return
+        try:
+            self._take(frontend, message, now)
+        except Exception:
+            self.counters.add("scheduler_faults")
+            log.exception("a message of frontend %s could not be taken", frontend.name)
+            if isinstance(message, Submit | Abort | Done | Attach):
+                self._end_by_fault(frontend, message.request, now)
+
+    def _take(self, frontend: Frontend, message: Message, now: float) -> None:
         match message:
             case Submit():
-                self._submit(frontend, message, now)
+                self.intake.submit(frontend, message, now)
             case Abort():
                 self.intake.abort(frontend, message, now)
             case Done():
@@ -142,23 +151,18 @@ class Engine:
             case Resumed():
                 self.intake.resumed(frontend, message, now)
             case FileRequest():
-                self.files.request(session, message, list(self.workers.values()))
+                self.files.request(frontend.session, message, list(self.workers.values()))
             case _:
                 self.counters.add("scheduler_unexpected_message")
 
-    def _submit(self, frontend: Frontend, message: Submit, now: float) -> None:
+    def _end_by_fault(self, frontend: Frontend, id: bytes, now: float) -> None:
         """A fault of ours in handling one request ends that request, not the service."""
-        try:
-            self.intake.submit(frontend, message, now)
-        except Exception:
-            self.counters.add("scheduler_faults")
-            log.exception("request %s could not be taken", message.request.hex())
-            failed = Failed(message.request, 500, "internal_error", "The scheduler failed at this request.")
-            request = self.ledger.requests.get(message.request)
-            if request is None:
-                self.ledger.send(frontend, failed)
-            else:
-                self.ledger.fail(request, now, failed.status, failed.code, failed.reason)
+        failed = Failed(id, 500, "internal_error", "The scheduler failed at this request.")
+        request = self.ledger.requests.get(id)
+        if request is None:
+            self.ledger.send(frontend, failed)
+        else:
+            self.ledger.fail(request, now, failed.status, failed.code, failed.reason)
 
     # ------------------------------------------------------------ workers
 

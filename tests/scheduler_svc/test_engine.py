@@ -655,3 +655,27 @@ def test_a_journal_handed_over_names_the_choices_that_a_stop_string_ended() -> N
     assert [choice.ended for choice in taken_over.submit.choices] == [True, False]
     assert taken_over.complete
     assert len(taken_over.known[1]) == 20
+
+
+@pytest.mark.parametrize("handler", ["submit", "abort", "attach"])
+def test_a_fault_of_ours_ends_the_request_it_came_with_and_no_other(handler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    stage.worker()
+    frontend = stage.frontend()
+    neighbour = frontend.submit(PROMPT, stage.now)
+    victim = frontend.submit(PROMPT[:5], stage.now) if handler != "submit" else None
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(stage.engine.intake, handler, broken)
+    if victim is None:
+        victim = frontend.submit(PROMPT[:5], stage.now)
+    else:
+        frontend.send({"abort": Abort, "attach": lambda id: Attach(id, 9)}[handler](victim.submit.request), stage.now)
+    monkeypatch.undo()
+    stage.run()
+    assert victim.failed is not None
+    assert (victim.failed.status, victim.failed.code) == (500, "internal_error")
+    assert neighbour.complete
+    assert stage.counters["scheduler_faults"] == 1
