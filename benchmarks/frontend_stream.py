@@ -1,0 +1,108 @@
+"""Streamed chunks per second of one and of two frontend processes, and their CPU time per chunk.
+
+    python -m benchmarks.frontend_stream [--streams 64] [--tokens 1000] [--step-time 0.01]
+
+A scheduler and a simulated worker run behind; clients in processes of their own read raw sockets and count `data:` events,
+of which each brings one token (their number is printed beside the tokens of the usage: a frontend that falls behind joins
+the tokens of several steps in one event, and then a chunk costs more than it should). On a machine with few cores all
+of them share those, so chunks/s is what is left to the frontend: CPU per chunk says what one core could do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+GOAL = 15_000  # chunks/s of one process
+PROMPT = "stream"
+
+
+def read(port: int, streams: int, tokens: int, done: multiprocessing.Queue[tuple[int, int]]) -> None:
+    """Open so many streams, read all to their ends; put (data events with text, tokens by usage)."""
+    import selectors
+
+    body = {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    text = json.dumps(body | {"allowed_token_ids": None}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
+    selector = selectors.DefaultSelector()
+    tails: dict[socket.socket, bytes] = {}
+    for _ in range(streams):
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(head.encode() + text)
+        connection.setblocking(False)
+        selector.register(connection, selectors.EVENT_READ)
+        tails[connection] = b""
+    events = told = 0
+    while tails:
+        for key, _ in selector.select():
+            connection: socket.socket = key.fileobj  # type: ignore[assignment]
+            data = tails[connection] + connection.recv(1 << 18)
+            cut = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+            whole, tails[connection] = data[:cut], data[cut:]
+            events += whole.count(b'"finish_reason":null')
+            at = whole.find(b'"completion_tokens":')
+            if at >= 0:
+                told += int(whole[at + 20 : at + 32].split(b",")[0])
+            if b"data: [DONE]" in whole:
+                selector.unregister(connection)
+                connection.close()
+                del tails[connection]
+    done.put((events, told))
+
+
+def measure(frontends: int, streams: int, tokens: int, step: float) -> tuple[int, int, float, float]:
+    """(events, tokens, wall seconds, CPU seconds of all frontends) of one run."""
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:
+        flags = ["--runner", "simulated", "--step-time", str(step), "--max-num-seqs", str(streams), "--frontends", str(frontends)]
+        command = [sys.executable, "-P", "-m", "pagewire", "up", "--port", "0", "--admin-port", "0", "--run-dir", folder + "/run", *flags]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as up:
+            try:
+                assert up.stdout is not None
+                line = next(line for line in up.stdout if "ready:" in line)
+                port = int(line.split("http://127.0.0.1:")[1].split(" ")[0])
+                services = []
+                while len(services) < frontends or any(record["state"] != "ready" for record in services):
+                    time.sleep(0.1)
+                    services = [json.loads(file.read_text()) for file in Path(folder, "run/services").glob("frontend-*.json")]
+                processes = [psutil.Process(record["pid"]) for record in services]
+                done: multiprocessing.Queue[tuple[int, int]] = multiprocessing.Queue()
+                before = [sum(service.cpu_times()[:2]) for service in processes]
+                began = time.monotonic()
+                clients = [multiprocessing.Process(target=read, args=(port, streams // 2, tokens, done)) for _ in range(2)]
+                for client in clients:
+                    client.start()
+                counts = [done.get(timeout=300) for _ in clients]
+                wall = time.monotonic() - began
+                cpu = sum(sum(service.cpu_times()[:2]) for service in processes) - sum(before)
+                return sum(events for events, _ in counts), sum(told for _, told in counts), wall, cpu
+            finally:
+                up.terminate()
+                up.wait(20)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--step-time", type=float, default=0.01, help="seconds between a stream's tokens; too few and chunks are joined")
+    options = parser.parse_args()
+    print(f"{psutil.cpu_count()} cores, {options.streams} streams of {options.tokens} tokens, steps of {options.step_time * 1e3:g} ms")
+    print(f"{'frontends':>9} {'tokens':>9} {'events':>9} {'chunks/s':>9} {'CPU µs/chunk':>13} {'one core: chunks/s':>19} {'goal':>7}")
+    for frontends in (1, 2):
+        events, told, wall, cpu = measure(frontends, options.streams, options.tokens, options.step_time)
+        per = cpu / max(events, 1)
+        print(f"{frontends:>9} {told:>9} {events:>9} {events / wall:>9,.0f} {per * 1e6:>13.1f} {1 / per:>19,.0f} {GOAL:>7,}")
+
+
+if __name__ == "__main__":
+    main()
