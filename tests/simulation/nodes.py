@@ -19,7 +19,7 @@ from gpu_worker.settings import WorkerSettings
 from protocol.columns import unpack
 from protocol.counters import Counters
 from protocol.listener import FRONTENDS, WORKERS, Route
-from protocol.messages import FileRequest, Hello, Plan, Progress
+from protocol.messages import FileRequest, Hello, Plan, Progress, Submit
 from protocol.sessions import Closed, Dialer, Event, Opened, Received
 from protocol.times import Times
 from scheduler_svc.core import Core
@@ -379,7 +379,7 @@ class FrontendNode(PeerNode):
         touched: Callable[[FrontendNode, Entry], None],
     ) -> None:
         super().__init__(name, clock, network, schedulers, incarnation, times)
-        self.journal = Journal(incarnation, times, self.counters)
+        self.journal = Journal(incarnation, times, self.counters, _revive)
         self._touched = touched
         self.turn()
 
@@ -393,6 +393,11 @@ class FrontendNode(PeerNode):
                 self.journal.message(message, self.clock.now)
                 if self.journal.fault is not None:
                     self.take(self.dialer.fail(0, self.clock.now, self.journal.fault))
+
+    def attach(self, request: bytes, told: list[int]) -> Entry:
+        entry = self.journal.attach(request, self.clock.now, told)
+        self.turn()
+        return entry
 
     def submit(self, new: NewRequest) -> Entry:
         entry = self.journal.submit(new, self.clock.now)
@@ -416,3 +421,7 @@ class FrontendNode(PeerNode):
         while self.journal.out:
             self.dialer.send(self.journal.out.popleft(), self.clock.now)
         super().transmit()
+
+
+def _revive(submit: Submit) -> NewRequest:
+    return NewRequest(submit.request, submit.model, submit.prompt, submit.params, [choice.seed for choice in submit.choices])

@@ -50,6 +50,7 @@ class Mix:
     step_time: tuple[float, float] = (0.002, 0.01)
     worker_crashes: int = 0
     scheduler_crashes: int = 0
+    frontend_crashes: int = 0
     pauses: int = 0
     pause: tuple[float, ...] = (0.3, 1.5, 4.0)  # seconds, one of them
     holds: int = 0
@@ -72,6 +73,8 @@ MIXES = {
         Mix("workers crash", worker_crashes=4),
         Mix("only worker crashes", worker_crashes=3, workers=1),
         Mix("scheduler crashes", scheduler_crashes=3),
+        Mix("frontends crash", frontend_crashes=4, frontends=3),
+        Mix("frontends crash, link", frontend_crashes=3, weather=Weather(loss=0.01, duplication=0.01, reordering=0.02), worker_crashes=1),
         Mix("pauses", pauses=4),
         Mix("cuts", holds=5),
         Mix("poison raises", poison="raise"),
@@ -105,9 +108,10 @@ class Client:
     poisoned: bool
     leaves_at: float
     entry: Entry
-    frontend: str
+    frontend: FrontendNode
     ended: int = 0
     left: bool = False
+    told: list[int] = field(default_factory=list)  # tokens of each choice that a dead frontend has told it
 
 
 class World:
@@ -124,6 +128,7 @@ class World:
         self.store: dict[str, object] = {}
         self.clients: list[Client] = []
         self._incarnations = 0
+        self.resumed = 0  # streams that went on at another frontend
         self.names = [f"scheduler-{i}" for i in range(mix.schedulers)]
         self.schedulers: dict[str, SchedulerNode] = {}
         self.workers: dict[str, WorkerNode] = {}
@@ -133,8 +138,7 @@ class World:
         for i in range(mix.workers):
             self.start_worker(f"worker-{i}")
         for i in range(mix.frontends):
-            name = f"frontend-{i}"
-            self.frontends[name] = FrontendNode(name, self.clock, self.network, self.names, self._incarnation(), self.times, self._touched)
+            self.start_frontend(f"frontend-{i}")
         self._arrange()
 
     # ------------------------------------------------------------ services
@@ -179,6 +183,10 @@ class World:
             self._worker_died,
         )
 
+    def start_frontend(self, name: str) -> None:
+        self.tell(f"{name} starts")
+        self.frontends[name] = FrontendNode(name, self.clock, self.network, self.names, self._incarnation(), self.times, self._touched)
+
     def _worker_died(self, node: WorkerNode) -> None:
         self.tell(f"{node.name} dies")
         node.crash()
@@ -202,6 +210,8 @@ class World:
             self.clock.at(rng.uniform(1.5, mix.seconds), self._crash_worker)
         for _ in range(mix.scheduler_crashes):
             self.clock.at(rng.uniform(1.5, mix.seconds), self._crash_scheduler)
+        for _ in range(mix.frontend_crashes):
+            self.clock.at(rng.uniform(1.0, mix.seconds), self._crash_frontend)
         for _ in range(mix.pauses):
             self.clock.at(rng.uniform(1.0, mix.seconds), self._pause)
         for _ in range(mix.holds):
@@ -216,6 +226,32 @@ class World:
         name = self.rng.choice(self.names)
         if self.schedulers[name].alive:
             self._scheduler_died(name)
+
+    def _crash_frontend(self) -> None:
+        alive = [node for node in self.frontends.values() if node.alive]
+        if len(alive) < 2:
+            return
+        node = self.rng.choice(alive)
+        self.tell(f"{node.name} dies")
+        node.crash()
+        self.clock.after(self.rng.uniform(0.1, 2.0), lambda: self.start_frontend(node.name))
+        for client in self.clients:
+            if client.frontend is node and not client.ended:
+                self.clock.after(self.rng.uniform(0.0, 1.0), lambda client=client: self._come_back(client))  # type: ignore[misc]
+
+    def _come_back(self, client: Client) -> None:
+        """A client whose frontend died asks another one: for the rest, or, having seen nothing, for all of it."""
+        if client.ended:
+            return
+        node = client.frontend = self.rng.choice([node for node in self.frontends.values() if node.alive])
+        if client.entry.choices:  # else that frontend died before it had the answer to its ATTACH
+            client.told = [max(len(choice.tokens), told) for choice, told in zip(client.entry.choices, client.told, strict=True)]
+        if any(client.told):
+            self.resumed += 1
+            client.entry = node.attach(client.new.request, client.told)
+        else:
+            client.new = replace(client.new, request=self.rng.getrandbits(128).to_bytes(16, "little"))
+            client.entry = node.submit(client.new)
 
     def _pause(self) -> None:
         nodes = [*self.schedulers.values(), *self.workers.values(), *self.frontends.values()]
@@ -260,14 +296,14 @@ class World:
             for seed in seeds
         ]
         leaves_at = self.clock.now + rng.uniform(0.0, 1.0) if rng.random() < self.mix.leaving else float("inf")
-        node = rng.choice(list(self.frontends.values()))
+        node = rng.choice([node for node in self.frontends.values() if node.alive])
 
         def submit() -> None:
             entry = node.submit(new)
-            client = Client(new, streams, poisoned, leaves_at, entry, node.name)
+            client = Client(new, streams, poisoned, leaves_at, entry, node, told=[0] * n)
             self.clients.append(client)
             if leaves_at < float("inf"):
-                self.clock.at(leaves_at, lambda: node.run(lambda: self._leave(node, client)))
+                self.clock.at(leaves_at, lambda: client.frontend.run(lambda: self._leave(client.frontend, client)))
 
         node.run(submit)
 
@@ -280,9 +316,12 @@ class World:
 
     def _touched(self, node: FrontendNode, entry: Entry) -> None:
         client = next((c for c in self.clients if c.entry is entry), None)
-        if client is None:
+        if client is None or entry.attaching:
             return
-        for choice, stream in zip(entry.choices, client.streams, strict=True):
+        for choice, told in zip(entry.choices, client.told, strict=bool(entry.choices)):
+            if len(choice.tokens) < told:
+                raise self.broken(f"choice {choice.index} of {entry.request.hex()[:8]} has {len(choice.tokens)} tokens, {told} were told")
+        for choice, stream in zip(entry.choices, client.streams, strict=bool(entry.choices)):
             if choice.tokens != stream[: len(choice.tokens)]:
                 raise self.broken(f"choice {choice.index} of {entry.request.hex()[:8]}: {choice.tokens} is no beginning of {stream}")
         if entry.ended:
@@ -366,7 +405,7 @@ class World:
 
     def happened(self) -> dict[str, int]:
         """What the run has been through: frames' fates, and the services' counters."""
-        counts = dict(self.network.seen)
+        counts = {**self.network.seen, "resumed": self.resumed}
         for node in (*self.schedulers.values(), *self.workers.values(), *self.frontends.values()):
             counters = node.core.counters if isinstance(node, SchedulerNode) else node.counters
             for name, n in counters.items():
