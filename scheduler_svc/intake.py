@@ -18,7 +18,7 @@ from scheduler_svc.requests import Choice, Request, State
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.waiting import Shares
 
-RETRY_AFTER = 1.0  # seconds, told with a refusal for a full queue
+RETRY_AFTER = 1.0, 60.0  # seconds: bounds of what is told with a refusal for a full queue
 
 
 class Intake:
@@ -98,7 +98,9 @@ class Intake:
             settings = self._settings
             if requests >= settings.max_waiting_requests or tokens_waiting + len(message.prompt) // 4 > settings.max_waiting_tokens:
                 self._counters.add("scheduler_refused_full")
-                return Failed(message.request, 429, "queue_full", "Too many requests are waiting.", retry_after=RETRY_AFTER)
+                wait = model.wait(requests) if model is not None else 0.0
+                retry_after = min(max(wait, RETRY_AFTER[0]), RETRY_AFTER[1])
+                return Failed(message.request, 429, "queue_full", "Too many requests are waiting.", retry_after=retry_after)
         return None
 
     def _resume(self, frontend: Frontend, request: Request, message: Submit, now: float) -> None:

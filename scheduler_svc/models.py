@@ -83,6 +83,11 @@ class Model:
         """Whether the largest worker seen could hold one choice of the request to its end."""
         return len(request.prompt) + request.params.max_tokens <= self.longest
 
+    def wait(self, waiting: int) -> float:
+        """Seconds until so many choices that wait have found a slot: each frees one after its expected output."""
+        rate = sum(worker.slots.count / worker.step_seconds for worker in self.workers if worker.step_seconds)
+        return waiting * self.outputs.expected / rate if rate else 0.0
+
     def objection(self, request: Submit) -> str:
         """Why the model cannot read a prompt, or nothing. Known only once a worker has announced the vocabulary."""
         if self.ready is None:

@@ -166,6 +166,9 @@ def test_ten_times_the_capacity_is_refused_at_once_and_admitted_streams_keep_the
     refused = [request for request in crowd.requests if request.failed is not None]
     assert all(request.failed is not None and request.failed.status == 429 and request.failed.retry_after > 0 for request in refused)
     assert len(admitted) >= 25 * 19
+    waited = max(request.ttft for request in admitted)
+    told = refused[-1].failed.retry_after
+    assert 1.0 <= told <= 2 * waited + 1.0, "as long as those who wait have to"
     assert all(request.tokens == 16 for request in admitted)
     assert np.percentile([r.tpot for r in admitted], 99) <= 1.1 * np.percentile([r.tpot for r in calm.requests], 99)
     assert most <= 8 + 16 + 8, "what has been refused is not kept"
