@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 
+import psutil
 import uvicorn
 import uvloop
 import zmq
@@ -215,11 +216,12 @@ async def _ready_to_accept(client: Client, process: Service) -> None:
 
 async def _beat(client: Client, process: Service, publisher: Publisher) -> None:
     """Once a second: tell what state this is, keep waiting clients alive, publish figures."""
+    memory = psutil.Process().memory_info
     while True:
         if not (process.stopping.is_set() or process.draining.is_set()):
             process.state("waiting" if client.why_not_ready() else "ready")
         client.quiet_streams(KEEP_ALIVE)
-        publisher.publish(client.stats())
+        publisher.publish({**client.stats(), "memory_bytes": float(memory().rss)})
         await asyncio.sleep(BEAT)
 
 
