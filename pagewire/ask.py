@@ -20,8 +20,8 @@ class AskError(Exception):
 async def ask(api: str, body: dict[str, Any], key: str) -> tuple[int, AsyncIterator[bytes]]:
     """POST a completion to the API at the URL `api`. Returns the status and the body's parts. Raises AskError.
 
-    HTTP/1.0, so that the answer ends with its connection and needs no unpacking. The API is this host's own: with
-    TLS, its certificate names another host and is not verified.
+    The API is this host's own: with TLS, its certificate names another host and is not verified. An answer that breaks
+    off ends early, which a reader sees by the missing `[DONE]`.
     """
     where = urlsplit(api)
     context = None
@@ -30,7 +30,8 @@ async def ask(api: str, body: dict[str, Any], key: str) -> tuple[int, AsyncItera
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     content = json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.0", f"Host: {where.netloc}", "Content-Type: application/json", f"Content-Length: {len(content)}"]
+    lines = [f"POST {path} HTTP/1.1", f"Host: {where.netloc}", "Connection: close", "Content-Type: application/json"]
+    lines.append(f"Content-Length: {len(content)}")
     if key:
         if not key.isascii() or not key.isprintable():
             raise AskError("the key holds characters that no key has")
@@ -52,9 +53,18 @@ async def ask(api: str, body: dict[str, Any], key: str) -> tuple[int, AsyncItera
         raise
 
     async def parts() -> AsyncIterator[bytes]:
+        chunked = b"\r\ntransfer-encoding: chunked\r\n" in head.lower()
         try:
-            while part := await reader.read(LONGEST):
+            # RFC 9112 §7.1: each chunk is its size in hexadecimal digits, a line end, the bytes and a line end
+            while size := int((await reader.readline()).split(b";")[0], 16) if chunked else LONGEST:
+                part = await reader.readexactly(size) if chunked else await reader.read(size)
+                if not part:
+                    break
                 yield part
+                if chunked:
+                    await reader.readline()
+        except (OSError, asyncio.IncompleteReadError, ValueError):
+            return
         finally:
             writer.close()
 

@@ -90,3 +90,30 @@ def test_a_prompt_that_another_site_could_send_is_refused_and_errors_come_throug
     wrong = httpx.post(f"{stack.admin}/prompt", json={"prompt": "x", "max_tokens": -1})
     assert wrong.status_code == 400
     assert "max_tokens" in wrong.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_the_key_typed_in_the_page_reaches_the_api_and_no_other_is_taken(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("somebody a-key-that-is-long-enough-to-be-one\n")
+    keys.chmod(0o600)
+    stack = Stack(tmp_path)
+    try:
+        stack.up("--runner", "oracle", "--api-key-file", str(keys))
+        body = {"prompt": "x", "max_tokens": 3, "stream": True, "ignore_eos": True}
+        assert httpx.post(f"{stack.admin}/prompt", json=body).status_code == 401
+        assert httpx.post(f"{stack.admin}/prompt", json=body, headers={"X-API-Key": "another"}).status_code == 401
+        answer = httpx.post(f"{stack.admin}/prompt", json=body, headers={"X-API-Key": "a-key-that-is-long-enough-to-be-one"})
+        assert answer.status_code == 200
+        assert answer.text.rstrip().endswith("data: [DONE]")
+    finally:
+        stack.close()
+
+
+@pytest.mark.slow
+def test_a_prompt_whose_reader_leaves_is_stopped(stack: Stack) -> None:
+    body = {"prompt": "x", "max_tokens": 3000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{stack.admin}/prompt", json=body, timeout=30) as answer:
+        next(answer.iter_bytes())
+    eventually(lambda: httpx.get(f"{stack.admin}/state").json()["totals"]["requests_running"] == 0, 10)
+    eventually(lambda: stack.metrics().get('pagewire_requests{name="frontend-0",status="aborted"}') == 1.0)
