@@ -237,7 +237,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     print(
-        f"{'step ms':>8} {'round trip ms':>14} {'depth':>6} {'busy':>7} {'steps':>7} {'tokens/s':>10}  CPU a step, µs: scheduler, worker, frontend",
+        f"{'step ms':>8} {'round trip ms':>14} {'depth':>6} {'busy':>7} {'steps':>7} {'tokens/s':>10}"
+        "  CPU a step, µs: scheduler, worker, frontend",
         flush=True,
     )
     for round_trip, step, depth in itertools.product(arguments.round_trips, arguments.steps, arguments.depths):
