@@ -20,7 +20,13 @@ from protocol.rundir import RunDir, RunDirError
 from protocol.times import Times
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
-TOOLS = {"bench": "pagewire.bench.command", "plan": "pagewire.plan.command", "trace": "pagewire.trace"}
+TOOLS = {
+    "chat": "pagewire.chat",
+    "top": "pagewire.top",
+    "trace": "pagewire.trace",
+    "bench": "pagewire.bench.command",
+    "plan": "pagewire.plan.command",
+}
 TEXTS = {
     "up": "Start all services and keep them running.",
     "serve": "The same as `up`, with the model named.",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -290,18 +291,28 @@ def _measure(target: Target, requests: list[Request], options: dict[str, Any], c
 
 def _run(target: Target, requests: list[Request], options: dict[str, Any], concurrency: int, label: str) -> list[Record]:
     """Measure once, with a progress bar if somebody looks."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     total = sum(1 + len(request.then) for request in requests)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=total)
+    with _bar(label, total) as advance:
         try:
-            return measure(target, requests, options["processes"], concurrency, lambda ended: progress.advance(task, ended))
+            return measure(target, requests, options["processes"], concurrency, advance)
         except ClientDied as error:
             raise click.ClickException(str(error)) from None
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, if that is a terminal and rich is there; yields what moves it."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda ended: None
+        return
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda ended: progress.advance(task, ended)
 
 
 def _save(options: dict[str, Any], runs: list[tuple[list[Record], dict[str, Any]]], more: dict[str, Any]) -> None:

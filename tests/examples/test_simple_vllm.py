@@ -32,6 +32,19 @@ def test_it_stands_alone() -> None:
         assert not re.search(r"^\s*(?:from|import) (?:frontend|scheduler_svc|gpu_worker|protocol|pagewire)\b", file.read_text(), re.M), file
 
 
+def test_the_guided_text_names_files_and_tests_that_exist() -> None:
+    root, text = FOLDER.parents[1], (FOLDER.parents[1] / "docs" / "learn" / "README.md").read_text()
+    named = set(re.findall(r"`((?:frontend|scheduler_svc|gpu_worker|protocol|pagewire)/[\w/.]*)`", text))
+    assert len(named) > 8
+    for path in named:
+        assert (root / path).exists(), path
+    for path in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (root / "docs" / "learn" / path).exists(), path
+    tests = (FOLDER / "test_simple_engine.py").read_text()
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(300)

@@ -1,0 +1,206 @@
+"""`pagewire top`: services, speed, queue and blocks in the terminal, from the admin server's /metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import select
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from protocol.options import CONTEXT
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Labels = frozenset[tuple[str, str]]
+BLOCKS = (("used", "red"), ("cached", "yellow"), ("free", "green"))
+BAR = 30  # characters of a bar of blocks
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What /metrics said at one moment: the value of each metric's labels."""
+
+    at: float = 0.0
+    values: Mapping[str, Mapping[Labels, float]] = field(default_factory=dict)
+
+    def of(self, metric: str, **labels: str) -> float:
+        """The sum over all that have these labels; 0 if there are none."""
+        wanted = frozenset(labels.items())
+        return sum(value for key, value in self.values.get(f"pagewire_{metric}", {}).items() if wanted <= key)
+
+    def labels(self, metric: str, label: str) -> list[str]:
+        """All values of a label, sorted."""
+        keys = self.values.get(f"pagewire_{metric}", {})
+        return sorted({value for key in keys for name, value in key if name == label})
+
+
+def parse(text: str, at: float) -> Snapshot:
+    """A snapshot of Prometheus' text. Raises ValueError for anything else."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    values: dict[str, dict[Labels, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values.setdefault(sample.name.removesuffix("_total"), {})[frozenset(sample.labels.items())] = sample.value
+    return Snapshot(at, values)
+
+
+def rate(now: Snapshot, before: Snapshot, metric: str) -> float:
+    """How much a counter grew per second; 0 if a service began anew."""
+    seconds = now.at - before.at
+    return max(0.0, now.of(metric) - before.of(metric)) / seconds if seconds > 0 and before.values else 0.0
+
+
+def busy(now: Snapshot, before: Snapshot, worker: str) -> float:
+    """The share of the last interval's steps in a worker's time; 0 without a step."""
+    step, idle = (now.of(name, name=worker) - before.of(name, name=worker) for name in ("worker_step_seconds", "worker_idle_seconds"))
+    return step / (step + idle) if step > 0 and idle >= 0 else 0.0
+
+
+def screen(now: Snapshot, before: Snapshot, where: str, problem: str = "") -> RenderableType:
+    """The whole picture. problem: why there is no newer one."""
+    from rich.console import Group
+    from rich.text import Text
+
+    title = Text.assemble(("pagewire top", "bold"), f"  {where}  ", time.strftime("%H:%M:%S"), ("   q leaves", "dim"))
+    if problem:
+        title.append(f"\n{problem}", "bold red")
+    if not now.values:
+        return title
+    blocks = list(_blocks(now))
+    return Group(title, Text(), _speed(now, before), Text(), _services(now, before), Text(), Text("blocks", "bold"), *blocks)
+
+
+def _speed(now: Snapshot, before: Snapshot) -> RenderableType:
+    from rich.table import Table
+
+    hits, queries = now.of("scheduler_prefix_hits"), now.of("scheduler_prefix_queries")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("tok/s out", "tok/s in", "waiting", "running", "finished", "failed", "preempted", "hit rate"):
+        table.add_column(name, justify="right", no_wrap=True)
+    requests = (f"{now.of('requests', status=status):,.0f}" for status in ("waiting", "running", "finished", "failed"))
+    table.add_row(
+        f"[bold]{rate(now, before, 'frontend_generation_tokens'):,.0f}[/]",
+        f"{rate(now, before, 'frontend_prompt_tokens'):,.0f}",
+        *requests,
+        f"{now.of('scheduler_preemptions'):,.0f}",
+        f"{hits / queries:.0%}" if queries else "–",
+    )
+    return table
+
+
+def _services(now: Snapshot, before: Snapshot) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("service", "role", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("memory", "trip", "busy", "plans", "steps/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key in sorted(now.values.get("pagewire_service", {}), key=sorted):
+        labels = dict(key)
+        name, role, state = labels["name"], labels["role"], labels["state"]
+        memory = now.of(f"{role}_memory_bytes", name=name)
+        trip = now.of(f"{role}_link_round_trip_seconds", name=name)
+        row = [f"{memory / 2**20:,.0f} MiB" if memory else "", f"{trip * 1e3:.1f} ms" if trip else "", "", "", ""]
+        if role == "worker":
+            steps = now.of("worker_steps", name=name) - before.of("worker_steps", name=name)
+            per_second = max(0.0, steps) / max(now.at - before.at, 1e-9) if before.values else 0.0
+            row[2:] = [f"{busy(now, before, name):.0%}", f"{now.of('worker_plans_in_flight', name=name):.0f}", f"{per_second:,.0f}"]
+        table.add_row(name, role, Text(state, "green" if state == "ready" else "yellow"), *row)
+    return table
+
+
+def _blocks(now: Snapshot) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    for name in now.labels("blocks", "name"):
+        counts = [now.of("blocks", name=name, state=state) for state, _ in BLOCKS]
+        total = sum(counts) or 1
+        line = Text(f"{name}  ", overflow="ellipsis", no_wrap=True)
+        shown = 0
+        for i, ((_, colour), count) in enumerate(zip(BLOCKS, counts, strict=True)):
+            width = BAR - shown if i == len(BLOCKS) - 1 else min(BAR - shown, -int(-count * BAR // total))
+            shown += width
+            line.append("█" * width, colour)
+        line.append("  " + " ".join(f"{count:,.0f} {state}" for (state, _), count in zip(BLOCKS, counts, strict=True)))
+        yield line
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--admin", default="http://127.0.0.1:8001", show_default=True, envvar="PAGEWIRE_ADMIN_URL", help="The admin server.")
+@click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option("--once", is_flag=True, help="Print the picture after two looks and leave; no terminal is needed.")
+def main(admin: str, interval: float, once: bool) -> None:
+    """Watch a running stack in the terminal."""
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        raise click.ClickException("`pagewire top` needs rich: install pagewire[tui]") from None
+    console = Console()
+    before = _look(admin)
+    if once:
+        time.sleep(interval)
+        console.print(screen(_look(admin), before, admin))
+        return
+    if not (sys.stdin.isatty() and console.is_terminal):
+        raise click.ClickException("no terminal; `--once` prints the picture")
+    now, problem = before, ""
+    with _keys() as pressed, Live(screen(now, Snapshot(), admin), console=console, screen=True, auto_refresh=False) as live:
+        live.refresh()
+        while not pressed(interval):
+            try:
+                newer = _look(admin)
+                before, now, problem = now, newer, ""
+            except click.ClickException as error:
+                problem = error.message
+            live.update(screen(now, before, admin, problem), refresh=True)
+
+
+def _look(admin: str) -> Snapshot:
+    address = admin.rstrip("/") + "/metrics"
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return parse(answer.read().decode(), time.monotonic())
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(f"cannot reach {address}: {getattr(error, 'reason', error)}; is `pagewire up` running?") from None
+    except ValueError as error:
+        raise click.ClickException(f"{address} gives no metrics: {error}") from None
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Any]:
+    """A function that waits some seconds and says whether the user wants to leave: q, Ctrl-C or Ctrl-D."""
+    import termios
+    import tty
+
+    fd = sys.stdin.fileno()
+    kept = termios.tcgetattr(fd)
+    tty.setcbreak(fd)
+
+    def pressed(seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if select.select([fd], [], [], left)[0]:
+                keys = os.read(fd, 64)
+                if not keys or any(key in b"qQ\x03\x04" for key in keys):
+                    return True
+        return False
+
+    try:
+        yield pressed
+    except KeyboardInterrupt:
+        pass
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, kept)
