@@ -188,11 +188,11 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         beat = loop.create_task(_beat(client, process, publisher))
         if settings.listen_fd >= 0:
             await _ready_to_accept(client, process)
+        host, port = listener.getsockname()[:2]  # before it is served: told to stop at once, the server closes it
         serving = loop.create_task(server.serve([listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
         if server.started:
-            host, port = listener.getsockname()[:2]
             scheme = "https" if settings.ssl_certfile else "http"
             print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await serving

@@ -79,6 +79,7 @@ def running(command: list[str], env: dict[str, str] | None = None) -> Iterator[P
         for process in seen.values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(seen.values(), timeout=5)  # a dying one may still write where the test cleans up
         with contextlib.suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)
         program.process.wait()
