@@ -414,7 +414,7 @@ def test_an_endpoint_that_is_none_is_refused_in_one_line(start):
     process = start(more={"schedulers": ["carrier-pigeon://coop"]})
     _, stderr = process.communicate(timeout=20)
     assert process.returncode not in (0, None)
-    assert b"cannot connect to the scheduler at carrier-pigeon://coop" in stderr
+    assert b"--scheduler carrier-pigeon://coop: an endpoint is ipc://PATH or tcp://ADDRESS:PORT" in stderr
 
 
 def test_of_two_schedulers_the_one_with_the_higher_epoch_is_served(start, rundir, tmp_path):
