@@ -28,7 +28,10 @@ UNSAFE_CALLS = {"eval", "exec", "recv_pyobj", "send_pyobj"}
 
 def make(*arguments: str) -> str:
     """What make would run, the environment being set up."""
-    return subprocess.check_output(["make", "-n", "-o", ".venv/.installed", *arguments], cwd=ROOT, text=True, timeout=20)
+    # The tests may run under make themselves: its flags and level are not this one's.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", *arguments]
+    return subprocess.check_output(command, cwd=ROOT, text=True, timeout=20, env=env)
 
 
 def test_nothing_is_ever_unpickled_or_evaluated() -> None:
