@@ -113,6 +113,7 @@ def up(context: click.Context, values: dict[str, Any]) -> int:
                 return supervisor.run()
             finally:
                 rundir.clean()
+                rundir.tidy()
     except RunDirError as error:
         raise Usage(str(error)) from None
 

@@ -268,7 +268,6 @@ class RunDir:
                 lock = path.with_name(path.name + ".lock")
                 with contextlib.suppress(Busy), Lock(lock):
                     path.unlink(missing_ok=True)
-        self.tidy()
 
     def tidy(self) -> None:
         """Remove the folder of the sockets if it lies apart and is empty."""

@@ -55,7 +55,22 @@ def test_a_directory_open_to_others_gets_its_sockets_elsewhere(short: Path) -> N
     rundir = RunDir(short / "open")
     assert rundir.sockets != rundir.path
     assert mode(rundir.sockets) == 0o700
+    rundir.tidy()
+    assert not rundir.sockets.exists()
+
+
+def test_cleaning_keeps_the_folder_in_which_sockets_are_about_to_be_made(short: Path) -> None:
+    rundir = RunDir(short / ("x" * 80))
+    (rundir.sockets / "workers.sock").touch()
     rundir.clean()
+    assert list(rundir.sockets.glob("*.sock")) == []
+    (rundir.sockets / "up.sock").touch()
+    rundir.tidy()
+    assert rundir.sockets.exists()  # somebody's socket is in it
+    (rundir.sockets / "up.sock").unlink()
+    for lock in rundir.sockets.glob("*.lock"):
+        lock.unlink()
+    rundir.tidy()
     assert not rundir.sockets.exists()
 
 
