@@ -11,7 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from frontend.access import KEY_NAME
+from frontend.access import ENDING, KEY_NAME
+from frontend.accounts import CLIENT_GONE
 from frontend.api.answers import Answer
 from frontend.client import Client
 from frontend.errors import ApiError, from_failed
@@ -93,28 +94,34 @@ async def respond(request: Request, stream: Stream, answer: Answer, streaming: b
     return EventStream(stream, watch, answer.events())
 
 
-def api_error(request: Request, error: Exception) -> Response:
+# Exception handlers are coroutines: Starlette would run functions in a thread, which a refusal has no time for.
+
+
+async def api_error(request: Request, error: Exception) -> Response:
     """Exception handler: ApiError."""
     assert isinstance(error, ApiError)
+    request.scope[ENDING] = error.code or error.type
     headers = {"retry-after": str(max(1, round(error.retry_after)))} if error.retry_after else None
     return json_response(error.body(), error.status, headers)
 
 
-def http_error(request: Request, error: Exception) -> Response:
+async def http_error(request: Request, error: Exception) -> Response:
     """Exception handler: unknown paths and methods."""
     assert isinstance(error, HTTPException)
+    request.scope[ENDING] = _CODES.get(error.status_code, str(error.status_code))
     where = f"{request.method} {request.url.path}"
     messages = {404: f"there is no {request.url.path}", 405: f"{where}: this method is not allowed here"}
     body = ApiError(error.status_code, messages.get(error.status_code, error.detail), code=_CODES.get(error.status_code, "")).body()
     return json_response(body, error.status_code, dict(error.headers or {}))
 
 
-def disconnected(request: Request, error: Exception) -> Response:
+async def disconnected(request: Request, error: Exception) -> Response:
     """Exception handler: nobody is there to read the answer."""
+    request.scope[ENDING] = CLIENT_GONE
     return Response(status_code=499)
 
 
-def internal_error(request: Request, error: Exception) -> Response:
+async def internal_error(request: Request, error: Exception) -> Response:
     """Exception handler: a defect of ours. The stack goes to the log, not to the client."""
     return json_response(ApiError(500, "internal error", code="internal_error").body(), 500)
 
