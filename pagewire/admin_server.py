@@ -25,6 +25,7 @@ from pagewire.metrics import Figures
 from pagewire.monitor import Monitor
 from pagewire.trace import chrome, services
 from pagewire.watch import Watch
+from protocol.endpoints import http_url
 from protocol.rundir import Guard, RunDir, RunDirError, process_start
 from protocol.service import Service
 from protocol.telemetry import Collector
@@ -161,7 +162,7 @@ def _listen(settings: AdminSettings) -> socket.socket:
         listening = socket.create_server(("127.0.0.1", settings.admin_port), backlog=128)
     except OSError as error:
         raise RunDirError(f"cannot listen on 127.0.0.1:{settings.admin_port}: {error.strerror}; name another with --admin-port") from None
-    print(f"admin on http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
+    print(f"admin on {http_url(listening)}", flush=True)
     return listening
 
 
@@ -201,6 +202,7 @@ async def _serve(service: Service, listening: socket.socket, application: Starle
 
     asyncio.get_running_loop().add_reader(service.stop_fd, stop)
     collector = asyncio.create_task(collecting())
+    service.serves(http_url(listening))
     service.state("ready")
     await server.serve([listening])
     collector.cancel()

@@ -10,11 +10,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
-from protocol.options import CONTEXT
+from pagewire.finding import api_option, find_api
+from protocol.options import CONTEXT, run_dir_option
 
 HELP = (
     "/new forgets the conversation, /system TEXT begins a new one with that system prompt, /quit or Ctrl-D leaves; Ctrl-C stops an answer."
@@ -105,15 +107,19 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, envvar="PAGEWIRE_URL", help="Where the server's /v1 is.")
+@api_option
+@run_dir_option
 @click.option("--api-key", default="", envvar="OPENAI_API_KEY", help="Sent as a bearer token.")
 @click.option("--model", default="", show_default="the server's first", help="Name of the model.")
 @click.option("--system", default="", help="System prompt.")
 @click.option("--temperature", type=click.FloatRange(0), help="Of sampling.  [default: the model's]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Of each answer.  [default: what the context holds]")
 @click.option("--stats", is_flag=True, help="After each answer, its tokens, seconds and speed.")
-def main(url: str, api_key: str, model: str, system: str, temperature: float | None, max_tokens: int | None, stats: bool) -> None:
+def main(
+    url: str, run_dir: Path, api_key: str, model: str, system: str, temperature: float | None, max_tokens: int | None, stats: bool
+) -> None:
     """Talk with a model in the terminal."""
+    url = find_api(url, run_dir)
     options = {"model": model or _first_model(url, api_key), "temperature": temperature, "max_tokens": max_tokens}
     talk = Conversation(url, api_key, system, {name: value for name, value in options.items() if value is not None})
     asked = sys.stdin.isatty()

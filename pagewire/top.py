@@ -11,11 +11,13 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from protocol.options import CONTEXT
+from pagewire.finding import admin_option, find_admin
+from protocol.options import CONTEXT, run_dir_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -138,11 +140,13 @@ def _blocks(now: Snapshot) -> Iterator[RenderableType]:
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--admin", default="http://127.0.0.1:8001", show_default=True, envvar="PAGEWIRE_ADMIN_URL", help="The admin server.")
+@admin_option
+@run_dir_option
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Print the picture after two looks and leave; no terminal is needed.")
-def main(admin: str, interval: float, once: bool) -> None:
+def main(admin: str, run_dir: Path, interval: float, once: bool) -> None:
     """Watch a running stack in the terminal."""
+    admin = find_admin(admin, run_dir)
     try:
         from rich.console import Console
         from rich.live import Live

@@ -18,7 +18,8 @@ from typing import Any
 
 import click
 
-from protocol.options import CONTEXT
+from pagewire.finding import admin_option, find_admin
+from protocol.options import CONTEXT, run_dir_option
 from protocol.trace import Span, Spans
 
 # (name at the one end, name at the other): the first begins before the second ends, both of one key
@@ -125,15 +126,16 @@ def _step(key: str) -> Mapping[str, int]:
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--admin", default="http://127.0.0.1:8001", show_default=True, envvar="PAGEWIRE_ADMIN_URL", help="The admin server.")
+@admin_option
+@run_dir_option
 @click.option("--seconds", type=click.FloatRange(0.1, 60), default=5.0, show_default=True, help="How long to watch.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write, for ui.perfetto.dev.")
-def main(admin: str, seconds: float, output: Path) -> None:
+def main(admin: str, run_dir: Path, seconds: float, output: Path) -> None:
     """Record a timeline of all services.
 
     Opens in Perfetto (ui.perfetto.dev) and in Chrome (chrome://tracing).
     """
-    address = f"{admin.rstrip('/')}/trace?seconds={seconds:g}"
+    address = f"{find_admin(admin, run_dir).rstrip('/')}/trace?seconds={seconds:g}"
     try:
         with urllib.request.urlopen(address, timeout=seconds + 30) as answer:
             trace = json.load(answer)

@@ -13,6 +13,7 @@ import click
 from pagewire.admin import AdminSettings
 from pagewire.packages import intruder
 from pagewire.supervisor import READY, Spec, Supervisor
+from protocol.endpoints import http_url
 from protocol.flags import FLAGS, UP_OWN
 from protocol.options import Field, Usage, settings_fields
 from protocol.rundir import RunDir, RunDirError
@@ -73,13 +74,6 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
         raise Usage(f"cannot listen on {host}:{port}: {error.strerror}; name another with {flag}") from None
 
 
-def url(listening: socket.socket, scheme: str = "http") -> str:
-    """The URL of a listening socket, as a client on this host would name it."""
-    host, port = listening.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
 def up(context: click.Context, values: dict[str, Any]) -> int:
     """Run the whole stack until it is told to stop; returns the exit code."""
     if line := intruder():
@@ -100,8 +94,8 @@ def up(context: click.Context, values: dict[str, Any]) -> int:
             listen("127.0.0.1", values["admin_port"], "--admin-port") as admin,
         ):
             rundir.clean()
-            base = url(api, "https" if values["ssl_certfile"] else "http")
-            ready = f"{base} (admin {url(admin)}, run directory {rundir.path})"
+            base = http_url(api, "https" if values["ssl_certfile"] else "http")
+            ready = f"{base} (admin {http_url(admin)}, run directory {rundir.path})"
             supervisor = Supervisor(
                 specs(context, values, api.fileno(), admin.fileno(), base),
                 rundir,

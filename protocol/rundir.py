@@ -20,7 +20,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 IPC_LIMIT = 100  # bytes of an ipc path; the kernel's sockaddr_un ends at 107
@@ -79,6 +79,7 @@ class ServiceRecord:
     incarnation: int
     state: str  # starting, loading, waiting, ready, stopping
     started: int  # clock ticks since boot, which tells a recycled pid apart
+    url: str = ""  # where it serves HTTP, as a client on this host names it; empty: it does not, or not yet
 
     @property
     def alive(self) -> bool:
@@ -326,8 +327,13 @@ class Registration:
     def state(self, state: str) -> None:
         """Tell what the service is doing: loading, waiting, ready, stopping."""
         if state != self.record.state:
-            self.record = ServiceRecord(**{**asdict(self.record), "state": state})
+            self.record = replace(self.record, state=state)
             self._store()
+
+    def serves(self, url: str) -> None:
+        """Tell where the service answers HTTP."""
+        self.record = replace(self.record, url=url)
+        self._store()
 
     def remove(self) -> None:
         """The service is gone. Harmless when repeated."""

@@ -104,6 +104,10 @@ class Service:
         """Tell `pagewire ps` and the supervisor what this service is doing: loading, waiting, ready, stopping."""
         self._registration.state(state)
 
+    def serves(self, url: str) -> None:
+        """Tell the commands of this run directory where this service answers HTTP."""
+        self._registration.serves(url)
+
     def waiting(self, peers: str) -> None:
         """Say, once, that peers are missing; `present` says that they have come."""
         if self._waiting != peers:

@@ -100,7 +100,7 @@ def test_with_several_tokens_a_chunk_tpot_counts_tokens_and_itl_chunks(tmp_path:
     for record in runs_of(tmp_path / "r.json")[0]["records"]:
         assert (record["tokens"], record["chunks"]) == (9, 3)
     (run,) = runs_of(tmp_path / "r.json")
-    assert run["mean_itl_ms"] >= 29.5
+    assert run["mean_itl_ms"] > 20
     assert run["mean_tpot_ms"] == pytest.approx(run["mean_itl_ms"] * 2 / 8)
 
 

@@ -24,8 +24,9 @@ from pagewire.cli import main
 from pagewire.packages import intruder
 from pagewire.restart import ATTEMPTS, FIRST_DELAY, LONG_LIFE, LONGEST_DELAY, Restarts
 from pagewire.tap import line
-from pagewire.up import MODULES, listen, passed_on, service_settings, specs, up_fields, url
+from pagewire.up import MODULES, listen, passed_on, service_settings, specs, up_fields
 from protocol.codec import Header, encode
+from protocol.endpoints import http_url
 from protocol.flags import UP
 from protocol.messages import Choice, Hello, SamplingParams, Submit, Welcome
 from protocol.options import Usage, options
@@ -126,7 +127,7 @@ def test_a_port_that_is_taken_gets_one_line() -> None:
         with pytest.raises(Usage, match=f"cannot listen on 127.0.0.1:{port}: .*; name another with --port"):
             listen("127.0.0.1", port, "--port")
     with listen("127.0.0.1", 0, "--port") as free:
-        assert url(free) == f"http://127.0.0.1:{free.getsockname()[1]}"
+        assert http_url(free) == f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
 def test_without_the_packaged_model_and_without_another_up_says_what_to_do(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,10 @@ def test_in_a_terminal_it_follows_a_running_stack_until_q() -> None:
             top.read(r"worker-0 +worker +ready")
             top.type("\x03")
             assert top.wait() == 0
-        command = [sys.executable, "-P", "-m", "pagewire", "top", "--once", "--interval", "0.2", "--admin", running.admin]
+        command = [sys.executable, "-P", "-m", "pagewire", "top", "--once", "--interval", "0.2", "--run-dir", str(running.run_dir)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert "frontend-0" in done.stdout
+        assert running.admin in done.stdout
 
 
 @pytest.mark.slow
