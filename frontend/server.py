@@ -26,6 +26,7 @@ from frontend.client import Client
 from frontend.errors import ApiError
 from frontend.settings import FrontendSettings
 from frontend.tokenizer import TokenizerError
+from protocol.endpoints import http_url
 from protocol.service import CannotRun, Service
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
@@ -188,13 +189,13 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         beat = loop.create_task(_beat(client, process, publisher))
         if settings.listen_fd >= 0:
             await _ready_to_accept(client, process)
-        host, port = listener.getsockname()[:2]  # before it is served: told to stop at once, the server closes it
+        url = http_url(listener, "https" if settings.ssl_certfile else "http")  # told to stop at once, the server closes the socket
         serving = loop.create_task(server.serve([listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
         if server.started:
-            scheme = "https" if settings.ssl_certfile else "http"
-            print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            process.serves(url)
+            print(f"listening on {url}", flush=True)
         await serving
         beat.cancel()
         publisher.publish(client.stats())
