@@ -1,16 +1,16 @@
 """Paged decode attention alone, TARGETS' third table: many calls in one CUDA graph under PDL, KV rotated beyond L2.
 
-    python -m benchmarks.gpu_attention [--tune] [--json OUT]
+    python -m benchmarks.gpu_attention [--shape qwen3-0.6b] [--tune] [--json OUT]
 
-bf16, 8 KV heads of 128, pages of 16 in random order; a call also normalises and rotates q and k and writes K and V of the
-new token, which the peers' kernels do elsewhere. Each case is checked against float64 first.
+bf16, 8 KV heads of 128 (under 16 query heads, or 32 for llama-3.1-8b), pages of 16 in random order; a call also normalises
+and rotates q and k and writes K and V of the new token, which the peers' kernels do elsewhere. Each case is checked against
+float64 first.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 from pathlib import Path
@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.gpu_results import add_rows
+from benchmarks.gpu_timing import event_times, graph_time
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.state import least_tiles
@@ -25,6 +27,8 @@ from gpu_worker.cuda.triton_kernel import TritonKernel
 
 CASES = ((1, 256), (1, 1024), (1, 8192), (8, 256), (8, 1024), (64, 256), (64, 1024), (256, 800), (32, 4096), (4, 32768))
 KV_HEADS, D, PAGE, TILE = 8, 128, 16, 64
+REPEATS = {"qwen3-0.6b": 2, "llama-3.1-8b": 4}  # query heads of a KV head
+NOTE = "the kernels alone; decode in a CUDA graph with KV rotated beyond L2, rotation and cache write included; medians of 6"
 
 
 def work_list(lengths: list[int], least: int, spread: int, most: int = 16) -> np.ndarray:
@@ -107,21 +111,8 @@ def measure(case: Case, kernel: TritonKernel, least: int, spread: int, stream: t
     want = case.want()
     error = float((case.out.double() - want).norm() / want.norm())
     nodes = max(case.copies, 40 // case.copies * case.copies)
-    with torch.cuda.stream(stream):
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(nodes):
-            case.launch(kernel, items, work, i % case.copies, stream.cuda_stream)
-        graph.capture_end()
-        times = []
-        for _ in range(7):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / nodes)
-    return statistics.median(times[1:]), error
+    us = graph_time(lambda i: case.launch(kernel, items, work, i % case.copies, stream.cuda_stream), nodes, stream, 7)
+    return us, error
 
 
 PREFILL = (
@@ -161,17 +152,13 @@ def prefill(
             D=D, PAGE=PAGE, ROWS=tile_rows, TILE=tile, STAGES=stages,
         )  # fmt: skip
         pointers = [t.data_ptr() for t in (qkv, cache, table, tiles, rows, out)]
-        times = []
+
+        def calls() -> None:
+            for _ in range(4):
+                kernel(stream.cuda_stream, (KV_HEADS, len(tiles)), *pointers, D**-0.5 * math.log2(math.e))  # noqa: B023
+
         with torch.cuda.stream(stream):
-            for _ in range(5):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                for _ in range(4):
-                    kernel(stream.cuda_stream, (KV_HEADS, len(tiles)), *pointers, D**-0.5 * math.log2(math.e))
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end) * 250)
-        us = statistics.median(times[1:])
+            us = statistics.median(event_times(calls, 5)[1:]) * 250
         error = float((out[:length].double() - want.double()).norm() / want.double().norm())
         spills = f" SPILLS {kernel.local_bytes}" if kernel.local_bytes else ""
         results.append(
@@ -180,50 +167,59 @@ def prefill(
     return sorted(results)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--only", choices=("decode", "prefill"))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    stream = torch.cuda.Stream()
-    rows: dict[str, object] = {}
-    for count, length in () if args.only == "decode" else ((4, 2048), (32, 256), (4, 8192)):
-        for repeat in (2,) if args.tune else (2, 4):
-            results = prefill(count, length, repeat, stream, PREFILL if args.tune else PREFILL[:1])
-            rows[f"prefill {count}x{length} r{repeat}"] = results
+def prefill_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream) -> dict[str, float]:
+    """Print every prefill case; microseconds of each."""
+    rows = {}
+    for count, length in ((4, 2048), (32, 256), (4, 8192)):
+        for repeat in repeats:
+            results = prefill(count, length, repeat, stream, PREFILL if tune else PREFILL[:1])
+            rows[f"attention_prefill_{count}x{length}_us"] = results[0][0]
             print(
                 f"prefill {count} x {length} heads {8 * repeat}: " + " | ".join(f"{us:.0f} us {what}" for us, what in results), flush=True
             )
-    for (batch, context), repeat in () if args.only == "prefill" else itertools.product(CASES, (2,) if args.tune else (2, 4)):
+    return rows
+
+
+def decode_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream) -> dict[str, float]:
+    """Print every decode case; microseconds of each."""
+    rows = {}
+    for (batch, context), repeat in itertools.product(CASES, repeats):
         case = Case(batch, context, repeat)
-        variants = (
-            list(itertools.product((0, 1), (1, 2, 4) if batch < 64 else (4,), (33, 50)))
-            if args.tune
-            else [(int(batch <= 4), least_tiles(batch), 33)]
-        )
-        results = []
-        for least, spread in variants:
-            b, i, f = torch.bfloat16, torch.int32, torch.float32
-            kernel = TritonKernel(
-                decode_attention, [b, b, i, i, b, f, f, i, b, b, f, f, 1.0, 1.0], warps=4, pdl=True,
-                WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, RP=repeat, D=D, PAGE=PAGE, TILE=TILE, STAGES=2, QK_NORM=1,
-                PDL=1,
-            )  # fmt: skip
-            us, error = measure(case, kernel, least, spread, stream)
-            results.append((us, error, f"m{least}c{spread}[{kernel.registers}]"))
-        results.sort()
-        best = results[0]
-        rows[f"{batch}x{context} r{repeat}"] = results
+        variants = list(itertools.product((1, 2, 4) if batch < 64 else (4,), (33, 50))) if tune else [(least_tiles(batch), 33)]
+        b, i, f = torch.bfloat16, torch.int32, torch.float32
+        kernel = TritonKernel(
+            decode_attention, [b, b, i, i, b, f, f, i, b, b, f, f, 1.0, 1.0], warps=4, pdl=True,
+            WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, RP=repeat, D=D, PAGE=PAGE, TILE=TILE, STAGES=2, QK_NORM=1,
+            PDL=1,
+        )  # fmt: skip
+        results = sorted((*measure(case, kernel, least, spread, stream), f"m{least}c{spread}") for least, spread in variants)
+        us, _, what = results[0]
+        rows[f"attention_{batch}x{context}_us"] = us
         print(
-            f"{batch} x {context} heads {8 * repeat}: {best[0]:.2f} us {best[2]} {case.bytes / best[0] / 1e6:.2f} TB/s "
-            f"error {max(r[1] for r in results):.1e} | "
-            + " ".join(f"{r[2]} {r[0]:.2f}" for r in results[1:9])
-            + f" | worst {results[-1][2]} {results[-1][0]:.2f}",
+            f"{batch} x {context} heads {8 * repeat}: {us:.2f} us {what}[{kernel.registers}] {case.bytes / us / 1e6:.2f} TB/s "
+            f"error {max(error for _, error, _ in results):.1e} | " + " ".join(f"{what} {us:.2f}" for us, _, what in results[1:]),
             flush=True,
         )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(REPEATS), help="one model's query heads; without it those of all are printed")
+    parser.add_argument("--tune", action="store_true", help="work lists of several granularities")
+    parser.add_argument("--only", choices=("decode", "prefill"))
+    parser.add_argument("--json", type=Path, help="needs --shape")
+    args = parser.parse_args()
+    if args.json and not args.shape:
+        parser.error("--json: the file is one shape's: name it with --shape")
+    stream = torch.cuda.Stream()
+    repeats = (REPEATS[args.shape],) if args.shape else tuple(REPEATS.values())
+    rows: dict[str, float] = {}
+    for name, work in (("decode", decode_rows), ("prefill", prefill_rows)):
+        if args.only in (None, name):
+            rows |= work(repeats, args.tune, stream)
     if args.json:
-        args.json.write_text(json.dumps({"card": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}))
+        add_rows(args.json, args.shape, {name: round(us, 3) for name, us in rows.items()}, "gpu_attention", NOTE)
 
 
 if __name__ == "__main__":

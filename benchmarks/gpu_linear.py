@@ -9,13 +9,12 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_timing import graph_time
 from gpu_worker.cuda.linears import LinearKernel, best_cut, cuts, mid_cuts
 
 SHAPES = {
@@ -25,26 +24,6 @@ SHAPES = {
 ROLES: dict[str, dict[str, bool]] = {
     "qkv": {"norm": True}, "o": {"residual": True}, "gate_up": {"norm": True, "silu": True}, "down": {"residual": True}, "head": {},
 }  # fmt: skip
-
-
-def graph_time(launch: Callable[[int], None], nodes: int, stream: torch.cuda.Stream) -> float:
-    """Microseconds per node of a graph of launch(0) … launch(nodes − 1)."""
-    with torch.cuda.stream(stream):
-        launch(0)
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(nodes):
-            launch(i)
-        graph.capture_end()
-        times = []
-        for _ in range(6):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / nodes)
-    return statistics.median(times[1:])
 
 
 def nodes_of(weights: torch.Tensor) -> int:

@@ -1,10 +1,10 @@
 """TARGETS' second table: the three processes behind HTTP, asked as users would, on the machine with the card.
 
-    python -m benchmarks.gpu_online --model FOLDER --lengths sharegpt_lengths.json --rate 32 [--runs 3] [--json OUT]
+    python -m benchmarks.gpu_online --shape qwen3-0.6b --rate 32 [--runs 3] [--json OUT] [--frontends 4 …]
 
-FOLDER holds config.json and a tokenizer; weights are random. Each run starts `pagewire up` anew, so that its first load is
+Weights are random. Each run starts `pagewire up` anew, so that its first load is
 cold: one request at a time, then all at once, the same again (cached), then the first seconds' worth at the given rate. Rows
-are medians over the runs. With `--json`, rows of another kind in OUT stay.
+are medians over the runs. Options that are not this script's go to `pagewire up`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu_results import add_rows
+from benchmarks.gpu_shapes import model_folder
+
+LENGTHS = Path(__file__).parent / "data" / "sharegpt_lengths.json"
 
 
 class Stack:
@@ -89,34 +94,24 @@ def measure(stack: Stack, args: argparse.Namespace) -> dict[str, float]:
     one = ("--processes", "1", "--num-prompts", str(args.alone), "--concurrency", "1", "--seed", "1", *ids)
     (alone,) = load(stack.url, args.lengths, *one)
     cold, again = load(stack.url, args.lengths, *many, "--repeat", "2")
-    rate = f"online_{args.rate:g}_per_s"
+    rate = f"poisson{args.rate:g}"
     (poisson,) = load(stack.url, args.lengths, *many, "--rate", str(args.rate), "--seconds", str(args.seconds))
     return {
-        "online_ready_s": stack.seconds,
-        "online_alone_ttft_p50_ms": alone["p50_ttft_ms"],
-        "online_alone_itl_p50_ms": alone["p50_itl_ms"],
-        "online_cold_req_s": cold["request_throughput"],
-        "online_cold_tok_s": cold["output_throughput"],
-        "online_again_req_s": again["request_throughput"],
-        "online_again_tok_s": again["output_throughput"],
-        **{f"{rate}_{what}_{p}_ms": poisson[f"{p}_{what}_ms"] for what in ("ttft", "tpot") for p in ("p50", "p99")},
+        "start_ready_s": stack.seconds,
+        "alone_ttft_ms_p50": alone["p50_ttft_ms"],
+        "alone_itl_ms_p50": alone["p50_itl_ms"],
+        "burst_cold_req_s": cold["request_throughput"],
+        "burst_cold_output_tok_s": cold["output_throughput"],
+        "burst_again_req_s": again["request_throughput"],
+        "burst_again_output_tok_s": again["output_throughput"],
+        **{f"{rate}_{what}_ms_{p}": poisson[f"{p}_{what}_ms"] for what in ("ttft", "tpot") for p in ("p50", "p99")},
     }
-
-
-def card() -> tuple[str, dict[str, str]]:
-    """The card's name and the versions beside it."""
-    try:
-        import torch
-    except ImportError:
-        return "none", {}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return name, {"torch": torch.__version__}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--lengths", type=Path, required=True)
+    parser.add_argument("--shape", required=True, help="a shape of gpu_shapes.py, or a folder with config.json and a tokenizer")
+    parser.add_argument("--lengths", type=Path, default=LENGTHS, help="(prompt, output) tokens of each request")
     parser.add_argument("--rate", type=float, default=32.0)
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--requests", type=int, default=1000)
@@ -127,22 +122,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args, extra = parser.parse_known_args()  # the rest goes to `pagewire up`
     runs = []
-    for _ in range(args.runs):
-        stack = Stack(args.model, extra)
-        try:
-            runs.append(measure(stack, args))
-        finally:
-            stack.close()
-        print(json.dumps(runs[-1]), flush=True)
+    with model_folder(args.shape) as folder:
+        for _ in range(args.runs):
+            stack = Stack(folder, extra)
+            try:
+                runs.append(measure(stack, args))
+            finally:
+                stack.close()
+            print(json.dumps(runs[-1]), flush=True)
     rows = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     for name, figure in rows.items():
         print(f"{name:32s} {figure:12.2f}")
     if args.json:
-        name, versions = card()
-        record: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-        record |= {"card": name, "date": time.strftime("%Y-%m-%d"), "versions": versions, "shape": args.model.name}
-        record["rows"] = record.get("rows", {}) | rows
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        note = f"three processes behind HTTP, {args.requests} requests of {args.processes} client processes; medians of {args.runs} runs"
+        add_rows(args.json, Path(args.shape).name, {name: round(figure, 3) for name, figure in rows.items()}, "gpu_online", note)
 
 
 if __name__ == "__main__":

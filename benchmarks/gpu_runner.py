@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_player import Player, Sequence
+from benchmarks.gpu_results import add_rows
 from gpu_worker.cuda.engine import Engine, Options
 from gpu_worker.cuda.weights import load_weights
 from gpu_worker.loading.config import from_json
@@ -195,9 +196,8 @@ def main() -> None:
         if name in rows or (name == "long" and "prefill" in rows):
             work()
     if args.json:
-        versions = {"torch": torch.__version__, "path": "runner in process"}
-        record = {"card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "versions": versions, "shape": args.shape.name}
-        args.json.write_text(json.dumps(record | {"rows": bench.out}, indent=1))
+        note = "the runner in process with hand-made plans, no links, scheduler, frontend or text; step rows are medians of 3"
+        add_rows(args.json, args.shape.name, {f"runner_{name}": round(figure, 4) for name, figure in bench.out.items()}, "gpu_runner", note)
 
 
 if __name__ == "__main__":
