@@ -87,12 +87,15 @@ class Bench:
             took.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) - began)
         return {"start_s": took}
 
-    def w1(self) -> dict[str, list[float]]:
-        """Prompts and outputs of 100 to 1,024 tokens, temperature 0.6."""
-        s = self.sizes
-        draw = random.Random(0)
+    def w1_requests(self) -> tuple[list[list[int]], list[int]]:
+        """Prompts and output lengths of 100 to 1,024 tokens."""
+        s, draw = self.sizes, random.Random(0)
         prompts = [[draw.randint(0, 10000) for _ in range(draw.randint(s.shortest, s.longest))] for _ in range(s.requests)]
-        lengths = [draw.randint(s.shortest, s.longest) for _ in range(s.requests)]
+        return prompts, [draw.randint(s.shortest, s.longest) for _ in range(s.requests)]
+
+    def w1(self) -> dict[str, list[float]]:
+        """Many requests of ragged lengths at once, temperature 0.6."""
+        prompts, lengths = self.w1_requests()
         rates: dict[str, list[float]] = {"w1_cold_tok_s": [], "w1_warm_tok_s": []}
         for _ in range(self.runs):
             with LLM(self.model, **self.settings) as llm:
