@@ -31,9 +31,9 @@ def test_the_golden_file_leaves_room_for_rounding() -> None:
     assert all(len(e["tokens"]) == 64 and e["gap"] > 1e-3 for e in GOLDEN["greedy"] + GOLDEN["sampled"])
 
 
-@pytest.mark.parametrize(("kind", "every"), [("greedy", 1), ("sampled", 3)])
-def test_alone(model: Loaded, kind: str, every: int) -> None:
-    for prompt, params, seed, tokens in list(zip(*_cases(kind)))[::every]:
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_alone(model: Loaded, kind: str) -> None:
+    for prompt, params, seed, tokens in zip(*_cases(kind)):
         assert generate(model, [prompt], [params], [seed]) == [tokens]
 
 
