@@ -22,7 +22,7 @@ from gpu_worker.oracle_stream import UInt64, draws, entries, expected, expected_
 from gpu_worker.runner import Description, Outcome, Step
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.slots import BlockTables
-from protocol.columns import unpack
+from protocol.columns import Int32, unpack
 from protocol.messages import DEAD, NAN, STOPPED
 
 __all__ = ["MARKS", "OracleRunner", "StepError", "expected", "expected_with_logprobs"]
@@ -157,12 +157,14 @@ class OracleRunner:
         size = self._geometry.block_size
         flat = self.cache.reshape(-1)
         firsts = _firsts(step)
-        totals = np.concatenate((np.zeros(1, np.uint64), np.cumsum(entries(tokens, positions))))
+        totals = np.zeros(len(tokens) + 1, np.uint64)
+        np.cumsum(entries(tokens, positions), out=totals[1:])
         sums = totals[1:] - totals[firsts][row_of]
         poisoned = self._poisoned(tokens, row_of)
 
-        blocks = self._tables.table[step.slots[row_of], positions // size].astype(np.int64)
-        blocks[self._dead[step.slots[row_of]]] = self._geometry.blocks
+        slots = step.slots[row_of]
+        blocks = self._tables.table[slots, positions // size].astype(np.int64)
+        blocks[self._dead[slots]] = self._geometry.blocks
         targets = blocks * size + positions % size
         before = np.maximum(step.starts - 1, 0)
         bases = self._tables.table[step.slots, before // size].astype(np.int64) * size + before % size
@@ -175,6 +177,9 @@ class OracleRunner:
         # A row may go on from a block that another row of the same step fills. That one starts at a lower position,
         # so rows that wait are stored one by one in the order of their starts.
         filled = set(targets.tolist())  # np.isin sorts: ten times as long for the few rows of a step
+        if filled.isdisjoint(bases.tolist()):
+            store(slice(None))
+            return
         waits = np.array([base in filled for base in bases.tolist()], np.bool_) & (step.starts > 0)
         store(np.flatnonzero(~waits[row_of]))
         waiting = np.flatnonzero(waits)
@@ -194,14 +199,14 @@ class OracleRunner:
 
     def _sample(self, step: Step, tokens: Index) -> Outcome:
         """Draw every output from what its row reads along its table."""
-        rows: Index = np.concatenate((np.flatnonzero(step.outputs), step.fork_rows.astype(np.int64)))
-        slots, positions = step.output_slots, step.output_positions
-        digests, nan = self._read(step, rows)
-        hashes = draws(digests, self._seeds[slots], positions)
-        last = tokens[(_firsts(step) + step.counts - 1)[rows]]
+        rows: Index = np.concatenate((np.flatnonzero(step.outputs), step.fork_rows))
+        slots, ends = step.output_slots, (step.starts + step.counts)[rows]
+        digests, nan = self._read(step.slots[rows], ends)
+        hashes = draws(digests, self._seeds[slots], ends)
+        last = tokens[np.cumsum(step.counts)[rows] - 1]
         sampled = pick(hashes, last)
         stopped = self._stops[slots, sampled]
-        for i in np.flatnonzero(stopped & (positions < self._stops_from[slots])).tolist():
+        for i in np.flatnonzero(stopped & (ends < self._stops_from[slots])).tolist():
             sampled[i] = pick_one(int(hashes[i]), int(last[i]), np.flatnonzero(self._stops[slots[i]]).tolist())
             stopped[i] = False
         dead = self._dead[slots] | self._dead[step.slots[rows]]
@@ -214,16 +219,14 @@ class OracleRunner:
             _add_logprobs(outcome, hashes, self._logprobs[slots])
         return outcome
 
-    def _read(self, step: Step, rows: Index) -> tuple[UInt64, Mask]:
-        """D of each output (its row in `rows`), from everything stored along the row's table, and whether a NaN is there."""
+    def _read(self, slots: Int32, ends: Int32) -> tuple[UInt64, Mask]:
+        """D of each output, from everything stored along the table of its slot before its end, and whether a NaN is there."""
         size = self._geometry.block_size
-        read, output_of = np.unique(rows, return_inverse=True)
-        ends = (step.starts + step.counts)[read]
         width = -(-int(ends.max(initial=0)) // size)
-        stored = self.cache[self._tables.table[step.slots[read], :width]].reshape(len(read), width * size)
+        stored = self.cache[self._tables.table[slots, :width]].reshape(len(slots), width * size)
         stored[np.arange(width * size) >= ends[:, None]] = 0
         digests = (stored * self._weights[: width * size]).sum(axis=1, dtype=np.uint64)
-        return digests[output_of], (stored == _NAN).any(axis=1)[output_of]
+        return digests, (stored == _NAN).any(axis=1)
 
 
 def _firsts(step: Step) -> Index:

@@ -27,6 +27,7 @@ Pairs = list[tuple[int, float]]
 _MASK = 2**64 - 1
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BY_POSITION, _BY_TOKEN, _BY_DRAW = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xA0761D6478BD642F
+_U27, _U30, _U31, _UMIX_1, _UMIX_2 = (np.uint64(n) for n in (27, 30, 31, _MIX_1, _MIX_2))  # made once: each costs as much as its use
 _COLUMNS = 256  # of the table of next tokens
 _EOS_ONE_IN = 128
 _RETRIES = 64
@@ -34,9 +35,9 @@ _RETRIES = 64
 
 def _mix(x: UInt64) -> UInt64:
     """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), element by element."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> _U30)) * _UMIX_1
+    x = (x ^ (x >> _U27)) * _UMIX_2
+    return x ^ (x >> _U31)
 
 
 def _mix_one(x: int) -> int:

@@ -85,26 +85,13 @@ class Plan(Message, tag="plan", frozen=True):
                 raise BadMessage("prompt", "is longer than max_model_len")
             check_seed(admit.seed)
             admit.params.check(g.vocab_size)
-        equal_rows(("bind_slots", self.bind_slots), ("bind_generations", self.bind_generations), ("bind_records", self.bind_records))
-        within(self.bind_slots, "bind_slots", 0, g.slots)
+        if self.bind_slots or self.bind_generations or self.bind_records:
+            equal_rows(("bind_slots", self.bind_slots), ("bind_generations", self.bind_generations), ("bind_records", self.bind_records))
+            within(self.bind_slots, "bind_slots", 0, g.slots)
         for kind in ("assign", "share"):
-            named = [(f"{kind}_{part}", getattr(self, f"{kind}_{part}")) for part in ("slots", "indices", "blocks")]
-            equal_rows(*named)
-            for (field, column), high in zip(named, (g.slots, g.table_width, g.blocks), strict=True):
-                within(column, field, 0, high)
-        for field, high in (
-            ("copy_from", g.blocks),
-            ("copy_to", g.blocks),
-            ("out_from", g.blocks),
-            ("out_to", g.host_blocks),
-            ("in_from", g.host_blocks),
-            ("in_to", g.blocks),
-        ):
-            rows(getattr(self, field), field)
-            within(getattr(self, field), field, 0, high)
-        equal_rows(("copy_from", self.copy_from), ("copy_to", self.copy_to))
-        equal_rows(("out_from", self.out_from), ("out_to", self.out_to))
-        equal_rows(("in_from", self.in_from), ("in_to", self.in_to))
+            self._check_group(kind, ("slots", "indices", "blocks"), (g.slots, g.table_width, g.blocks))
+        for kind, highs in (("copy", (g.blocks, g.blocks)), ("out", (g.blocks, g.host_blocks)), ("in", (g.host_blocks, g.blocks))):
+            self._check_group(kind, ("from", "to"), highs)
         n = equal_rows(
             ("slots", self.slots),
             ("generations", self.generations),
@@ -122,9 +109,16 @@ class Plan(Message, tag="plan", frozen=True):
         if n and int(counts.sum()) > g.max_step_tokens:
             raise BadMessage("counts", "sum to more than max_step_tokens")
         within(self.outputs, "outputs", 0, 2)
-        equal_rows(("fork_rows", self.fork_rows), ("fork_slots", self.fork_slots))
-        within(self.fork_rows, "fork_rows", 0, max(n, 1))
-        within(self.fork_slots, "fork_slots", 0, g.slots)
+        self._check_group("fork", ("rows", "slots"), (max(n, 1), g.slots))
+
+    def _check_group(self, kind: str, parts: tuple[str, ...], highs: tuple[int, ...]) -> None:
+        """Columns `kind_part` that belong together: of equal rows, each below its bound. Most plans have few of them."""
+        columns = [getattr(self, f"{kind}_{part}") for part in parts]
+        if any(columns):
+            named = [(f"{kind}_{part}", column) for part, column in zip(parts, columns, strict=True)]
+            equal_rows(*named)
+            for (field, column), high in zip(named, highs, strict=True):
+                within(column, field, 0, high)
 
 
 STOPPED = 1  # flag of an output: a stop id ended the choice, the slot is dead
