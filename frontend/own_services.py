@@ -21,7 +21,7 @@ SCHEDULER = (
     *("max_num_partial_prefills", "max_waiting_requests", "max_waiting_tokens"),
 )
 WORKER = (
-    *("model", "runner", "device", "dtype", "load_format", "attention", "block_size", "num_gpu_blocks", "num_cpu_blocks"),
+    *("model", "runner", "device", "dtype", "load_format", "attention", "enforce_eager", "block_size", "num_gpu_blocks", "num_cpu_blocks"),
     *("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "seed", "threads", "step_time"),
     "served_model_name",
 )

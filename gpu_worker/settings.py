@@ -24,6 +24,7 @@ class WorkerSettings:
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     load_format: str = "auto"  # auto, safetensors, gguf, dummy
     attention: str = "auto"  # auto, torch, triton, flash_attn
+    enforce_eager: bool = False  # no CUDA graphs
     block_size: int = 16
     num_gpu_blocks: int = 0  # 0: from gpu_memory_utilization
     num_cpu_blocks: int = 0

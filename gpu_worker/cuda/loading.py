@@ -54,6 +54,7 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
             num_blocks=settings.num_gpu_blocks,
             host_blocks=settings.num_cpu_blocks,
             utilization=settings.gpu_memory_utilization,
+            graphs=not settings.enforce_eager,
         )
         engine = Engine(config, weights, options)
     except torch.OutOfMemoryError as error:
