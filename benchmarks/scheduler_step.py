@@ -26,13 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from protocol.codec import decode, encode
 from protocol.columns import pack, unpack
 from protocol.counters import Counters
-from protocol.messages import Choice, Geometry, Hello, Plan, Ready, Result, Resumed, SamplingParams, Submit
+from protocol.messages import Choice, Done, Geometry, Hello, Plan, Ready, Result, Resumed, SamplingParams, Submit
 from scheduler_svc.engine import Engine
 from scheduler_svc.settings import SchedulerSettings
 
 BLOCK = 16
 VOCABULARY = 50_000
 WORKER, FRONTEND = 1, 2
+LONGEST = 2000  # tokens of the outputs beside which a prompt arrives
+PROMPTS = 15
 
 
 def started(seqs: int, blocks: int, max_model_len: int, step_tokens: int, depth: int) -> tuple[Engine, Geometry]:
@@ -140,51 +142,69 @@ def with_sockets(seqs: int, steps: int) -> float:
     return spent / steps / 1e3
 
 
-def arrival(tokens: int, seqs: int) -> dict[str, float]:
-    """A long prompt arrives while `seqs` sequences decode: what it costs to hash, match and admit it (its first chunk
-    included), what its further chunks add, and by how much a plan was delayed at most."""
-    chunk = 8192
-    engine, geometry = started(seqs + 1, (tokens + seqs * 600) // BLOCK + 64, tokens + 600, chunk, 2)
-    random = np.random.default_rng(0)
-    for i in range(seqs):
-        submit(engine, i, random.integers(1, VOCABULARY, 128 + i % BLOCK, dtype=np.int32), 400)
-    results: list[bytes] = []
+class Arrival:
+    """Long prompts that arrive, one after the other, while `seqs` sequences decode. The pool is full of what earlier
+    prompts left, as it is after an hour of service: each block taken evicts a cached one."""
 
-    def turn() -> int:
+    def __init__(self, tokens: int, seqs: int) -> None:
+        self.tokens, self.number = tokens, seqs
+        blocks = (tokens + 64) // BLOCK * 2 + seqs * (128 + LONGEST) // BLOCK
+        self.engine, self.geometry = started(seqs + 1, blocks, tokens + 600, 8192, 2)
+        self.random = np.random.default_rng(0)
+        for i in range(seqs):
+            submit(self.engine, i, self.random.integers(1, VOCABULARY, 128 + i % BLOCK, dtype=np.int32), LONGEST)
+        self.results: list[bytes] = []
+        for _ in range(100):
+            self.turn()
+
+    def turn(self) -> float:
+        """A result and a plan; returns their thread time in microseconds."""
         begin = time.thread_time_ns()
-        if results:
-            message = decode(results.pop(0))
-            message.check(geometry)
-            engine.worker_message(WORKER, message, 0.0)
-        engine.schedule(0.0)
-        frames = [(message, encode(message)) for _, message, _ in engine.out]
+        if self.results:
+            message = decode(self.results.pop(0))
+            message.check(self.geometry)
+            self.engine.worker_message(WORKER, message, 0.0)
+        self.engine.schedule(0.0)
+        frames = [(message, encode(message)) for _, message, _ in self.engine.out]
         spent = time.thread_time_ns() - begin
-        engine.out.clear()
-        results.extend(answer(message, random) for message, _ in frames if isinstance(message, Plan))
-        return spent
+        self.engine.out.clear()
+        self.results.extend(answer(message, self.random) for message, _ in frames if isinstance(message, Plan))
+        return spent / 1e3
 
-    for _ in range(100):
-        turn()
-    calm = float(np.median([turn() for _ in range(100)]))
-    prompt = random.integers(1, VOCABULARY, tokens, dtype=np.int32)
-    begin = time.thread_time_ns()
-    submit(engine, seqs, prompt, 100)
-    submitted = time.thread_time_ns() - begin
-    worker = engine.workers[WORKER]
-    arriving: list[float] = []  # what turns took beyond a calm one, until the prompt is admitted
-    while engine.next_time() < 0 or worker.queue:
-        arriving.append(max(turn() - calm, 0.0))
-    prefilling: list[float] = []
-    while worker.prefilling:
-        prefilling.append(max(turn() - calm, 0.0))
-    return {
-        "prompt": tokens,
-        "seqs": seqs,
-        "arrival_us": round((submitted + sum(arriving)) / 1e3, 1),
-        "prefill_us": round(sum(prefilling) / 1e3, 1),
-        "longest_delay_us": round(max([submitted, *arriving, *prefilling]) / 1e3, 1),
-        "calm_step_us": round(calm / 1e3, 1),
-    }
+    def measure(self) -> tuple[float, float, float, float]:
+        """One prompt: microseconds to hash, match and admit it (its first chunk included); what its further chunks add; by how
+        much a plan was delayed at most; a turn without it."""
+        calm = float(np.median([self.turn() for _ in range(40)]))
+        prompt = self.random.integers(1, VOCABULARY, self.tokens, dtype=np.int32)
+        self.number += 1
+        message = Submit(self.number.to_bytes(16, "little"), self.number, "m", pack(prompt), SamplingParams(1), [Choice(0, 1)])
+        frame = encode(message)
+        begin = time.thread_time_ns()
+        message = decode(frame)
+        message.check(None)
+        self.engine.frontend_message(FRONTEND, message, 0.0)
+        arriving = [(time.thread_time_ns() - begin) / 1e3]
+        worker = self.engine.workers[WORKER]
+        while self.engine.next_time() < 0 or worker.queue:
+            arriving.append(self.turn() - calm)
+        chunks = []
+        while worker.prefilling:
+            chunks.append(self.turn() - calm)
+        for _ in range(4):
+            self.turn()
+        self.engine.frontend_message(FRONTEND, Done(message.request), 0.0)
+        return sum(arriving), sum(chunks), max([*arriving, *chunks]), calm
+
+
+def arrival(tokens: int, seqs: int) -> dict[str, float]:
+    """Medians over several prompts."""
+    stage = Arrival(tokens, seqs)
+    stage.measure()
+    gc.collect()
+    gc.freeze()
+    rows = np.median([stage.measure() for _ in range(PROMPTS)], axis=0)
+    names = ("arrival_us", "prefill_us", "longest_delay_us", "calm_step_us")
+    return {"prompt": tokens, "seqs": seqs, **{name: round(float(value), 1) for name, value in zip(names, rows, strict=True)}}
 
 
 @click.command()

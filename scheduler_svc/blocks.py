@@ -89,17 +89,11 @@ class BlockManager:
 
     def publish(self, blocks: Sequence[int], names: Sequence[bytes]) -> list[tuple[int, bytes]]:
         """Register those of the used blocks that have no hash and whose content no other block holds; returns them."""
-        by_hash, hash_of = self.by_hash, self.hash_of
-        if len(set(names)) == len(names) and by_hash.keys().isdisjoint(names) and not any(map(hash_of.__getitem__, blocks)):
-            by_hash.update(zip(names, blocks, strict=True))
-            for block, name in zip(blocks, names, strict=True):
-                hash_of[block] = name
-            return list(zip(blocks, names, strict=True))
+        hash_of, enter = self.hash_of, self.by_hash.setdefault
         published = []
         for pair in zip(blocks, names, strict=True):
             block, name = pair
-            if name not in by_hash and hash_of[block] is None:
-                by_hash[name] = block
+            if hash_of[block] is None and enter(name, block) == block:
                 hash_of[block] = name
                 published.append(pair)
         return published

@@ -12,7 +12,7 @@ from protocol.messages import Admit, Plan
 from scheduler_svc.frontends import Frontends
 from scheduler_svc.worker import DRAIN, Copy, DecodeRows, Index, InFlight, Worker, per_frontend
 
-Entries = tuple[Sequence[int] | Index, Sequence[int] | Int32, Sequence[int] | Int32]  # slots, indices, blocks of tables
+Entries = tuple[Index, Int32, Int32]  # slots, indices, blocks of tables
 NONE_FILLED: tuple[Index, Int32] = (np.zeros(0, dtype=np.intp), EMPTY)
 
 

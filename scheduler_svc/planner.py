@@ -17,7 +17,7 @@ from protocol.columns import Int32, pack
 from protocol.counters import Counters
 from protocol.messages import Admit, Plan
 from scheduler_svc.admission import fits
-from scheduler_svc.draft import Draft, assemble
+from scheduler_svc.draft import Draft, Entries, assemble
 from scheduler_svc.frontends import Frontends
 from scheduler_svc.preemption import preempt, swaps
 from scheduler_svc.requests import Choice, State
@@ -195,10 +195,11 @@ class Planner:
         s = self.worker.slots
         first = int(s.blocks[slot])
         last = first + len(blocks)
-        s.table[slot, first:last] = blocks
+        entries = np.array(blocks, dtype=np.int32)
+        s.table[slot, first:last] = entries
         s.blocks[slot] = last
         s.capacity[slot] = last * self.worker.block_size
-        self.draft.assign.append(([slot] * len(blocks), range(first, last), blocks))
+        self.draft.assign.append(_entries(slot, first, entries))
 
     def _publish(self, slot: int, first: int, last: int) -> None:
         """Blocks first … last − 1 of the slot are full with this plan: later rows may share them from here on."""
@@ -253,7 +254,7 @@ class Planner:
             s.table[slot, :n] = blocks
             s.blocks[slot] = n
             s.capacity[slot] = n * self.worker.block_size
-            self.draft.share.append(([slot] * n, range(n), blocks.tolist()))
+            self.draft.share.append(_entries(slot, 0, blocks))
 
     def _bind(self, choice: Choice) -> int:
         """A slot for a choice, a record for it if its worker has none."""
@@ -405,3 +406,8 @@ class Planner:
             s.computed[slot] = computed
             if self.caching:
                 self._publish(slot, hits, computed // size)
+
+
+def _entries(slot: int, first: int, blocks: Int32) -> Entries:
+    """Entries of one slot's table from index `first` on."""
+    return np.full(len(blocks), slot), np.arange(first, first + len(blocks), dtype=np.int32), blocks
