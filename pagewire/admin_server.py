@@ -30,7 +30,7 @@ from protocol.rundir import Guard, RunDir, RunDirError, process_start
 from protocol.service import Service
 from protocol.telemetry import Collector
 
-COLLECT_EVERY = 1.0  # seconds; far below what fills the socket's queue
+COLLECT_EVERY = 2.0  # seconds, while nobody asks; far below what fills the socket's queue
 NOTICED = 1.5  # seconds after which every service has seen whether somebody traces, and published what it noted
 LONGEST_TRACE = 60.0  # seconds
 STARTED_TOGETHER = 1000  # clock ticks, 10 s: a service older than that may have worked before this one listened
@@ -65,7 +65,8 @@ def run(settings: AdminSettings) -> None:
             watch.look(service.rundir.services(), now)
 
         recorder = Recorder(collector, collect)
-        asyncio.run(_serve(service, listening, app(service.rundir, figures, monitor, watch, recorder, settings.api), collect))
+        application = app(service.rundir, collect, figures, monitor, watch, recorder, settings.api)
+        asyncio.run(_serve(service, listening, application, collect))
         collect()
         print("summary " + json.dumps({name: round(value, 4) for name, value in monitor.summary(time.monotonic()).items()}), flush=True)
 
@@ -95,19 +96,24 @@ class Recorder:
             self.busy = False
 
 
-def app(rundir: RunDir, figures: Figures, monitor: Monitor, watch: Watch, recorder: Recorder, api: str) -> Starlette:
-    """The ASGI application."""
+def app(
+    rundir: RunDir, collect: Callable[[], None], figures: Figures, monitor: Monitor, watch: Watch, recorder: Recorder, api: str
+) -> Starlette:
+    """The ASGI application. `collect` brings the figures up to date."""
 
     async def metrics(request: Request) -> Response:
+        collect()
         return Response(figures.text(rundir.services()), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def rolling(request: Request) -> Response:
+        collect()
         return JSONResponse(monitor.figures())
 
     async def state(request: Request) -> Response:
+        collect()
         return JSONResponse(watch.picture(time.monotonic()), headers={"Cache-Control": "no-store"})
 
     async def trace(request: Request) -> Response:

@@ -142,10 +142,15 @@ class Receiver:
 
 
 class Link:
-    """Both halves of one session, and its silence. Frames to transmit are returned; the owner knows the socket."""
+    """Both halves of one session, and its silence. Frames to transmit are returned; the owner knows the socket.
 
-    def __init__(self, session: int, times: Times, counters: Counters, now: float) -> None:
+    Both sides of an idle link must be heard, but one timer is enough: the side that `leads` sends a heartbeat, which
+    the other answers in the wake-up that it brings. The other's own timer runs out only when nothing comes.
+    """
+
+    def __init__(self, session: int, times: Times, counters: Counters, now: float, *, leads: bool = False) -> None:
         self.session = session
+        self._quiet = times.heartbeat if leads else times.unasked  # seconds that it may send nothing
         self.sender = Sender(times, counters, now)
         self.receiver = Receiver(times, counters)
         self._times = times
@@ -168,16 +173,19 @@ class Link:
                 raise BadMessage("sequence", "a body without a number in a session")
             bodies = self.receiver.take(header.sequence, body, now)
         self.heard, self._forgiven = now, 0.0
-        return bodies, self._frames(freed, now)
+        frames = self._frames(freed, now)
+        if body is None and now >= self.sent + self._quiet / 2:  # a heartbeat; one that answers ours needs no answer
+            frames.append(self.frame_now(now))
+        return bodies, frames
 
     def due(self, now: float) -> list[list[bytes]]:
         """Frames to send again."""
         self._next = None
         return self._frames(self.sender.due(now), now)
 
-    def idle_frame(self, now: float) -> list[bytes] | None:
-        """A frame of acknowledgement alone, if one is due or the heartbeat is."""
-        if now < self.receiver.ack_at and now < self.sent + self._times.heartbeat:
+    def idle_frame(self, now: float, early: float = 0.0) -> list[bytes] | None:
+        """A frame of acknowledgement alone, if one is due or the heartbeat will be within `early` seconds."""
+        if now < self.receiver.ack_at and now < self.sent + self._quiet - early:
             return None
         return self.frame_now(now)
 
@@ -209,8 +217,7 @@ class Link:
     def next_time(self) -> float:
         """When this link next needs attention."""
         if self._next is None:
-            times = self._times
-            self._next = min(self.receiver.ack_at, self.sent + times.heartbeat, self.heard + times.silence, self.sender.next_time())
+            self._next = min(self.receiver.ack_at, self.sent + self._quiet, self.heard + self._times.silence, self.sender.next_time())
         return self._next
 
     def _frames(self, messages: list[tuple[int, bytes]], now: float) -> list[list[bytes]]:

@@ -95,7 +95,8 @@ class Listener:
         events = self._supersede(greeted.hello, now)
         session = self.entropy()
         welcome = Welcome(greeted.hello.attempt, session, epoch, hash_key, credit, min(greeted.hello.protocol, PROTOCOL))
-        self.peers[session] = Peer(greeted.hello, welcome, greeted.route, Link(session, self.times, self.counters, now))
+        link = Link(session, self.times, self.counters, now, leads=True)
+        self.peers[session] = Peer(greeted.hello, welcome, greeted.route, link)
         self._by_route[greeted.route] = session
         self.out.append((greeted.route, [UNSEQUENCED, encode(welcome)]))
         return session, events
@@ -174,6 +175,7 @@ class Listener:
         """Resend, acknowledge, and judge silence. Call at `next_time()` at the latest."""
         late = max(0.0, now - self._expected)
         events: list[PeerEvent] = []
+        awake = False
         for session, peer in list(self.peers.items()):
             if late:
                 peer.link.forgive(late, now)
@@ -183,15 +185,24 @@ class Listener:
                 events += self.close(session, reason)
                 continue
             self.out.extend((peer.route, frames) for frames in peer.link.due(now))
-            if frame := peer.link.idle_frame(now):
-                # A worker's plan socket may belong to a thread in a long step: its other one listens.
-                self.out.append((peer.joined or peer.route, frame))
+            awake |= self._alone(peer, now)
+        if awake:  # one wake-up for the heartbeats of all
+            for peer in self.peers.values():
+                self._alone(peer, now, self.times.heartbeat / 2)
         self._expected = self.next_time()
         return events
 
     def next_time(self) -> float:
         """When `tick` must be called next; inf without peers."""
         return min((peer.link.next_time() for peer in self.peers.values()), default=inf)
+
+    def _alone(self, peer: Peer, now: float, early: float = 0.0) -> bool:
+        """Send an acknowledgement with nothing to ride on, if it is time."""
+        frame = peer.link.idle_frame(now, early)
+        if frame is not None:
+            # A worker's plan socket may belong to a thread in a long step: its other one listens.
+            self.out.append((peer.joined or peer.route, frame))
+        return frame is not None
 
     def _control(self, route: Route, message: Message | None, now: float) -> list[PeerEvent]:
         if message is not None:

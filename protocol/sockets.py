@@ -48,6 +48,10 @@ def router(context: Context, endpoint: str, keys: ServerKeys | None = None, role
     """
     socket = _socket(context, zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    # One side's pings show both that the other is gone: the side that is asked gives up when no ping comes (TTL).
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT)
     if keys is not None and endpoint.startswith("tcp://"):
         keys.apply(socket, role)
     socket.bind(endpoint)
@@ -106,7 +110,4 @@ def _socket(context: Context, kind: int) -> Socket:
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT)
     return socket

@@ -12,7 +12,7 @@ import zmq
 
 from protocol.rundir import Guard
 
-LOOK_EVERY = 0.2  # seconds between two looks for subscribers while there are none
+LOOK_EVERY = 1.0  # seconds between two looks for subscribers while there are none
 HIGH_WATER_MARK = 1000  # messages; a slow reader loses the rest
 
 

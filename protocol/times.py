@@ -29,5 +29,10 @@ class Times:
 
     @property
     def heartbeat(self) -> float:
-        """Each side sends at least this often."""
+        """A scheduler sends at least this often, and is answered."""
         return self.silence / 4
+
+    @property
+    def unasked(self) -> float:
+        """A peer that hears nothing sends all the same, this often: somewhat later, so that it need not while it hears."""
+        return self.silence / 3

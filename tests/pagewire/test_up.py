@@ -216,7 +216,7 @@ def test_an_idle_stack_sleeps(run_dir: Path) -> None:
         before = {p.pid: p.cpu_times() for p in family}
         time.sleep(10)
         spent = {p.cmdline()[3]: sum(p.cpu_times()[:2]) - sum(before[p.pid][:2]) for p in family}
-        assert sum(spent.values()) < 0.3, spent  # 3% of a core: the goal is 1, the rest is room for busy neighbours
+        assert sum(spent.values()) < 0.2, spent  # 2% of a core: the goal is 1, the rest is room for busy neighbours
 
 
 # ---------------------------------------------------------------- by hand

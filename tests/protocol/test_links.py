@@ -128,6 +128,19 @@ def test_an_acknowledgement_of_its_own_goes_out_after_the_ack_time() -> None:
     assert link.idle_frame(0.1 + TIMES.ack) is None
 
 
+def test_a_heartbeat_is_answered_at_once_and_an_answer_is_not() -> None:
+    leader, peer = Link(1, TIMES, Counters(), 0.0, leads=True), Link(1, TIMES, Counters(), 0.0)
+    for link in (leader, peer):
+        link.frame_now(0.0)
+    now = leader.next_time()
+    assert now == TIMES.heartbeat
+    beat = leader.idle_frame(now)
+    assert beat is not None
+    _, [answer] = peer.receive(decode_header(beat), None, now)
+    assert leader.receive(decode_header(answer), None, now) == ([], [])
+    assert peer.next_time() > leader.next_time() > now
+
+
 def test_a_repeated_message_is_acknowledged_at_once_and_given_once() -> None:
     receiver = Receiver(TIMES, Counters())
     assert receiver.take(1, b"x", 0.0) == [b"x"]

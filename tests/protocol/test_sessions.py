@@ -144,6 +144,56 @@ def test_silence_ends_the_session_on_both_sides_and_a_new_one_opens(role: str, d
     assert any(isinstance(e, PeerClosed) and e.session == first for e in pair.events)
 
 
+@pytest.mark.parametrize("role", ["frontend", "worker"])
+def test_on_an_idle_session_one_side_has_the_timer_and_the_other_only_answers(role: str) -> None:
+    pair = Pair(role)
+    pair.run(1.0)
+    frames = {"dialer": 0, "listener": 0}
+    timers = []
+    for _ in range(40):
+        pair.now = min(pair.listener.next_time(), pair.dialer.next_time())
+        if pair.now >= pair.dialer.next_time():
+            timers.append(pair.now)
+        pair.events += pair.listener.tick(pair.now)
+        pair.peer_events += pair.dialer.tick(pair.now)
+        frames["listener"] += len(pair.listener.out)
+        for route, frame in [*pair.listener.out]:
+            pair.peer_events += pair.dialer.receive(0, pair.route.index(route), frame, pair.now)
+        pair.listener.out.clear()
+        frames["dialer"] += sum(len(queue) for queue in pair.dialer.out)
+        pair.pump()
+        assert not pair.listener.out
+    assert timers == []
+    assert frames == {"dialer": 40, "listener": 40}
+    assert pair.now == pytest.approx(1.0 + 40 * TIMES.heartbeat, abs=TIMES.heartbeat)
+    assert pair.closed() == []
+
+
+def test_a_peer_that_hears_nothing_sends_all_the_same() -> None:
+    pair = Pair()
+    pair.run(1.0)
+    pair.deaf = {"dialer"}
+    pair.run(0.6 * TIMES.silence)
+    [peer] = pair.listener.peers.values()
+    assert pair.now - peer.link.heard <= TIMES.unasked + 0.01
+
+
+def test_peers_of_one_scheduler_get_their_heartbeats_in_one_wake_up() -> None:
+    ids = itertools.count(100)
+    listener = Listener(TIMES, Counters(), lambda: next(ids))
+    for i in range(3):
+        hello = Greeted((FRONTENDS, b"%d" % i), Hello("frontend", "peer", i, 0))
+        listener.welcome(hello, EPOCH, KEY, 1000, 0.0)
+        listener.tick(0.05 * i)
+    listener.out.clear()
+    woken = []
+    while (now := listener.next_time()) < 0.9 * TIMES.silence:
+        listener.tick(now)
+        woken.append(len(listener.out))
+        listener.out.clear()
+    assert woken == [3, 3, 3]
+
+
 def test_frames_of_an_ended_session_are_dropped_and_counted() -> None:
     pair = Pair()
     pair.run()
