@@ -17,12 +17,14 @@ from protocol.service import CannotRun
 
 OPEN_PATHS = frozenset(("/health", "/ping", "/ready"))  # answered without a key
 KEY_NAME = "pagewire.key"  # where the scope says whose key it was
+ENDING = "pagewire.ending"  # where it says how the request ended, if otherwise than with the answer (`accounts.py`)
 MAX_HEADERS = 64 << 10  # bytes of all names and values
 LEAST_KEY = 16  # characters
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -103,6 +105,7 @@ class Guard:
         if scope["type"] == "http":
             error = self._refusal(scope)
             if error is not None:
+                scope[ENDING] = error.code
                 await _answer(error, send)
                 return
         await self._app(scope, receive, send)

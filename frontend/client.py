@@ -31,6 +31,7 @@ from protocol.endpoints import check_endpoint
 from protocol.keys import client_keys
 from protocol.messages import Hello, ModelInfo, Submit, Tokens
 from protocol.rundir import RunDir
+from protocol.series import Series
 from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAway
 from protocol.tokenizer_files import bundle_hash, read_bundle
 from protocol.trace import Trace
@@ -172,12 +173,16 @@ class Client:
             self.trace.note("tokenize", "tokenize", begun, time.monotonic())
         return done
 
-    def submit(self, requests: Sequence[NewRequest]) -> Stream:
-        """Submit requests that are answered together. Their stream must be closed in the end (`Stream.close`)."""
+    def submit(self, requests: Sequence[NewRequest], arrived: float = 0.0) -> Stream:
+        """Submit requests that are answered together. Their stream must be closed in the end (`Stream.close`).
+
+        `arrived`: when the client asked, on the monotonic clock, if that was before now.
+        """
         now = self._loop.time()
         stream = Stream([self.journal.submit(new, now) for new in requests], self._close, now)
         for entry in stream.entries:
             entry.listener = stream
+            entry.arrived = arrived or now
         self._streams.add(stream)
         self._pump()
         return stream
@@ -240,6 +245,14 @@ class Client:
             **self.counters,
         }
 
+    def series(self) -> list[Series]:
+        """Samples of the families of `protocol/families.py`, under the models' public names."""
+        return [sample for model, measures in self.journal.measures.items() for sample in measures.series(self.served().get(model, model))]
+
+    def served(self) -> dict[str, str]:
+        """The models' names in the API, by their own."""
+        return {name: self.public_name(info) for name, info in self.journal.models.items()}
+
     # ---------------------------------------------------------------- inside
 
     def _close(self, stream: Stream) -> None:
@@ -257,11 +270,12 @@ class Client:
                 self.totals.time(entry, now)
             else:
                 self.totals.aborted += 1
+            entry.measures.ended(entry, now)
             self.journal.done(entry, now)
             if self.trace.on:
                 self.trace.note("requests", "request", entry.submitted, now, entry.request.hex())
-                if entry.first_news:
-                    self.trace.note("requests", "first token", entry.first_news, entry.first_news, entry.request.hex())
+                if entry.first_token > 0:
+                    self.trace.note("requests", "first token", entry.first_token, entry.first_token, entry.request.hex())
         self._pump()
 
     def _received(self, endpoint: int, frames: list[bytes]) -> None:
@@ -339,8 +353,6 @@ class Client:
         if self.journal.touched:
             touched, self.journal.touched = self.journal.touched, {}
             for entry in touched.values():
-                if not entry.first_news:
-                    entry.first_news = now
                 if isinstance(entry.listener, Stream):
                     entry.listener.touch(entry, now)
         if self.journal.models_changed:
@@ -407,7 +419,7 @@ class Totals:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     request_seconds: float = 0.0  # from submission to the end, of the finished ones
-    first_token_seconds: float = 0.0  # from submission to the first token, of those finished ones that were streamed
+    first_token_seconds: float = 0.0  # from the request's arrival to the first token, of the finished ones
     first_token_requests: int = 0
     later_token_seconds: float = 0.0  # from the first token to the end of each of their choices
     later_tokens: int = 0  # and the tokens behind each choice's first
@@ -415,8 +427,8 @@ class Totals:
     def time(self, entry: Entry, now: float) -> None:
         """Count the times of a finished request."""
         self.request_seconds += now - entry.submitted
-        if entry.new.every_step and entry.first_news:
-            self.first_token_seconds += entry.first_news - entry.submitted
+        if entry.first_token > 0:
+            self.first_token_seconds += entry.first_token - entry.arrived
             self.first_token_requests += 1
-            self.later_token_seconds += (now - entry.first_news) * len(entry.choices)
+            self.later_token_seconds += (now - entry.first_token) * len(entry.choices)
             self.later_tokens += sum(max(0, len(choice.tokens) - 1) for choice in entry.choices)

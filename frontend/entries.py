@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from frontend.measures import Measures
 from protocol.columns import pack, unpack
 from protocol.messages import Attach, Failed, SamplingParams, Submit
 from protocol.messages import Choice as WireChoice
@@ -68,6 +69,7 @@ class Choice:
         "_max",
         "_new",
         "_stop_ids",
+        "at",
         "finish_reason",
         "fresh",
         "fresh_logprobs",
@@ -89,6 +91,7 @@ class Choice:
         self.fresh = ""  # text not yet taken by the listener
         self.fresh_logprobs: list[TokenLogprobs] = []
         self.taken = 0  # tokens whose text the listener has taken
+        self.at = 0.0  # when its last token came
         self._new = new
         self._stop_ids = stop_ids
         self._max = new.params.max_tokens
@@ -154,11 +157,14 @@ class Choice:
 class Entry:
     """One request in the journal, from its submission until its last byte has gone to the client."""
 
-    def __init__(self, new: NewRequest, handle: int, now: float) -> None:
+    def __init__(self, new: NewRequest, handle: int, now: float, measures: Measures) -> None:
         self.handle = handle
         self.request = new.request
+        self.measures = measures  # of its model
         self.submitted = now
-        self.first_news = 0.0  # when its listener first had tokens to take; 0: not yet
+        self.arrived = now  # when the client began to ask, if that is known
+        self.first_token = 0.0  # when the first one came; 0: not yet; −1: to another frontend
+        self.queued = -1.0  # seconds until the first plan that ran it; −1: not known
         self.owner = 0
         self.admitted = False
         self.cached = -1  # prompt tokens found in the prefix cache at the first admission; −1: not yet admitted

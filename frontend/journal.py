@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
 from frontend.fetch import Fetch
+from frontend.measures import ELSEWHERE, Measures
 from protocol.columns import pack, unpack, unpack_floats
 from protocol.counters import Counters
 from protocol.messages import (
@@ -57,6 +58,7 @@ class Journal:
         self.models: dict[str, ModelInfo] = {}
         self.models_changed = False  # set at each MODELS; the shell clears it
         self.credit = 0
+        self.measures: dict[str, Measures] = {}  # by model
         self.fetches: dict[bytes, Fetch] = {}
         self.is_open = False
         self._times = times
@@ -70,7 +72,7 @@ class Journal:
 
     def submit(self, new: NewRequest, now: float) -> Entry:
         """Take a request. Without a session it waits for the next one. Raises ValueError if its id is known."""
-        entry = self._add(new, now)
+        entry = self._add(new, now, self._measures(new.model))
         self._send(entry.submit(now))
         return entry
 
@@ -79,7 +81,7 @@ class Journal:
 
         `told`: tokens of each choice that the client has. Raises ValueError if the request is in this journal.
         """
-        entry = self._add(NewRequest(request, "", b"", SamplingParams(0), ()), now)
+        entry = self._add(NewRequest(request, "", b"", SamplingParams(0), ()), now, Measures())
         entry.attaching = Attach(request, entry.handle, pack(list(told)), tenant)
         self._send(entry.attaching)
         return entry
@@ -145,7 +147,7 @@ class Journal:
             return
         match message:
             case Tokens():
-                self._tokens(message)
+                self._tokens(message, now)
             case Models():
                 # A scheduler that has just begun knows none until its workers have come: what was served will be again.
                 gone = [replace(info, workers_ready=0, workers_loading=0) for info in self.models.values()]
@@ -194,10 +196,16 @@ class Journal:
 
     # ---------------------------------------------------------------- inside
 
-    def _add(self, new: NewRequest, now: float) -> Entry:
+    def _measures(self, model: str) -> Measures:
+        measures = self.measures.get(model)
+        if measures is None:
+            measures = self.measures[model] = Measures()
+        return measures
+
+    def _add(self, new: NewRequest, now: float, measures: Measures) -> Entry:
         if new.request in self._by_id:
             raise ValueError("a request with this id is in the journal already")
-        entry = Entry(new, self._next_handle, now)
+        entry = Entry(new, self._next_handle, now, measures)
         self._next_handle += 1
         self._by_handle[entry.handle] = self._by_id[entry.request] = entry
         return entry
@@ -212,13 +220,15 @@ class Journal:
     def _admit_until(self, entry: Entry) -> float:
         return entry.submitted + entry.new.deadline if entry.new.deadline and not entry.admitted else math.inf
 
-    def _tokens(self, message: Tokens) -> None:
-        for handle, cached in zip(unpack(message.admitted).tolist(), unpack(message.cached).tolist(), strict=True):
+    def _tokens(self, message: Tokens, now: float) -> None:
+        queued = unpack_floats(message.queued).tolist()
+        for at, (handle, cached) in enumerate(zip(unpack(message.admitted).tolist(), unpack(message.cached).tolist(), strict=True)):
             admitted = self._by_handle.get(handle)
             if admitted is not None:
                 admitted.admitted = True
                 if admitted.cached < 0:
                     admitted.cached = cached
+                    admitted.queued = queued[at] if queued else -1.0
         ids = unpack(message.ids).tolist()
         logprobs = _logprobs(message) if message.lp_counts else None
         by_handle = self._by_handle
@@ -242,7 +252,7 @@ class Journal:
             if first > length:
                 self.counters.add("journal_gap")
                 self.fault = f"tokens from index {first} on for a choice of {length} tokens"
-                return
+                break
             if first + count <= length:
                 self.counters.add("journal_duplicate")
                 continue
@@ -261,8 +271,18 @@ class Journal:
                 self._send(Abort(entry.request))
                 self._failed(Failed(entry.request, 500, "internal_error", f"the text could not be made: {error!r}"))
                 continue
+            measures = entry.measures
+            measures.tokens += len(choice.tokens) - length
+            if length:
+                measures.gaps[choice.at] = measures.gaps.get(choice.at, 0) + 1
+            elif not entry.first_token:
+                entry.first_token = now
+                measures.begun(entry, now)
+            choice.at = now
             if entry.new.every_step or not entry.unfinished:
                 self.touched[handle] = entry
+        for measures in self.measures.values():
+            measures.step(now)
 
     def _choice_ended(self, entry: Entry, choice: Choice) -> None:
         entry.unfinished -= 1
@@ -302,11 +322,13 @@ class Journal:
         entry.owner = submit.owner
         entry.admitted = submit.admitted
         entry.cached = submit.cached
-        entry.submitted = now - submit.age
+        entry.submitted = entry.arrived = now - submit.age
+        entry.measures = self._measures(new.model)
         for choice, known in zip(entry.choices, submit.choices, strict=True):
             for token in unpack(known.known).tolist():
                 if not choice.finish_reason:
                     choice.commit(token)
+                    choice.at, entry.first_token = now, ELSEWHERE
             if choice.finish_reason:
                 self._choice_ended(entry, choice)
         self.touched[entry.handle] = entry

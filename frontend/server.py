@@ -17,11 +17,11 @@ import zmq
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
 
 from frontend.access import ApiKeys, Guard, check_exposure, check_tls
-from frontend.api import chat, completions, openapi, service, tokens
+from frontend.accounts import Accounts, Counted
 from frontend.api.handling import HANDLERS
+from frontend.api.routes import ROUTES
 from frontend.client import Client
 from frontend.errors import ApiError
 from frontend.settings import FrontendSettings
@@ -55,30 +55,19 @@ def make_app(client: Client) -> Starlette:
     """The ASGI application. Raises CannotRun for a file of API keys that cannot be used."""
     settings = client.settings
     keys = ApiKeys.read(settings.api_key_file) if settings.api_key_file else None
+    accounts = Accounts(ROUTES)
     middleware = [Middleware(Guard, keys)]
     if origins := [origin for origin in settings.cors_origins.replace(",", " ").split() if origin]:
         # around the guard: a browser asks for permission without a key
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]))
+    middleware.insert(0, Middleware(Counted, accounts))
     app = Starlette(
         middleware=middleware,
-        routes=[
-            Route("/v1/completions", completions.completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
-            Route("/generate", completions.generate, methods=["POST"]),
-            Route("/v1/models", service.models),
-            Route("/v1/models/{name:path}", service.model),
-            Route("/health", service.health),
-            Route("/ready", service.ready),
-            Route("/ping", service.health, methods=["GET", "POST"]),
-            Route("/version", service.version),
-            Route("/load", service.load),
-            Route("/tokenize", tokens.tokenize, methods=["POST"]),
-            Route("/detokenize", tokens.detokenize, methods=["POST"]),
-            Route("/openapi.json", openapi.openapi),
-        ],
+        routes=ROUTES,
         exception_handlers=HANDLERS,
     )
     app.state.client = client
+    app.state.accounts = accounts
     app.state.started = int(time.time())
     return app
 
@@ -146,9 +135,10 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         settings.telemetry or process.rundir.telemetry, "frontend", settings.name, process.incarnation, os.getpid(), context
     )
     client.trace = publisher.trace
+    app = make_app(client)
     server = _Server(
         uvicorn.Config(
-            make_app(client),
+            app,
             http="httptools",
             ws="none",
             lifespan="off",
@@ -186,7 +176,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             raise CannotRun(f"tokenizer {settings.tokenizer}: {error}") from None
         loop.add_reader(process.stop_fd, stop)
         loop.add_reader(process.drain_fd, drain)
-        beat = loop.create_task(_beat(client, process, publisher))
+        beat = loop.create_task(_beat(app, process, publisher))
         if settings.listen_fd >= 0:
             await _ready_to_accept(client, process)
         url = http_url(listener, "https" if settings.ssl_certfile else "http")  # told to stop at once, the server closes the socket
@@ -198,7 +188,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             print(f"listening on {url}", flush=True)
         await serving
         beat.cancel()
-        publisher.publish(client.stats())
+        _publish(app, publisher)
     finally:
         await client.stop()
         publisher.close()
@@ -215,15 +205,21 @@ async def _ready_to_accept(client: Client, process: Service) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _beat(client: Client, process: Service, publisher: Publisher) -> None:
+async def _beat(app: Starlette, process: Service, publisher: Publisher) -> None:
     """Once a second: tell what state this is, keep waiting clients alive, publish figures."""
-    memory = psutil.Process().memory_info
+    client: Client = app.state.client
     while True:
         if not (process.stopping.is_set() or process.draining.is_set()):
             process.state("waiting" if client.why_not_ready() else "ready")
         client.quiet_streams(KEEP_ALIVE)
-        publisher.publish({**client.stats(), "memory_bytes": float(memory().rss)})
+        _publish(app, publisher)
         await asyncio.sleep(BEAT)
+
+
+def _publish(app: Starlette, publisher: Publisher) -> None:
+    client: Client = app.state.client
+    values = {**client.stats(), "memory_bytes": float(psutil.Process().memory_info().rss)}
+    publisher.publish(values, client.series() + app.state.accounts.series(client.settings.name), served=client.served())
 
 
 def _listen(settings: FrontendSettings) -> socket.socket:

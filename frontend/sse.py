@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
+from frontend.access import ENDING
+from frontend.accounts import CLIENT_GONE, MOVED
 from frontend.streams import Stream
 
 DONE = b"data: [DONE]\n\n"
@@ -53,13 +55,19 @@ class EventStream:
         self._watch = watch
         self._parts = parts
 
-    async def __call__(self, scope: object, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
             await send(dict(_START))
             async for part in self._parts:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
-            if not any(entry.moved for entry in self._stream.entries):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if any(entry.moved for entry in self._stream.entries):
+                scope[ENDING] = MOVED
+                return
+            if self._stream.gone:
+                scope[ENDING] = CLIENT_GONE
+            elif self._stream.error is not None:
+                scope[ENDING] = self._stream.error.code or self._stream.error.type
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._watch.close()
             self._stream.close()

@@ -9,6 +9,7 @@ import msgspec
 import zmq
 
 from protocol.endpoints import check_local
+from protocol.series import Series
 from protocol.trace import TOPIC, Spans, Trace
 
 HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
@@ -17,7 +18,8 @@ HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
 class Telemetry(msgspec.Struct, array_like=True, tag="telemetry", frozen=True):
     """One service's figures at one moment. Counters only grow within an incarnation.
 
-    `pictures`: by worker, its KV blocks in brief (`picture`); a scheduler's.
+    values: by name. series: samples of the families in `protocol/families.py`.
+    pictures: by worker, its KV blocks in brief; a scheduler's. served: a model's name in the API, by its own; a frontend's.
     """
 
     role: str
@@ -26,6 +28,8 @@ class Telemetry(msgspec.Struct, array_like=True, tag="telemetry", frozen=True):
     pid: int
     values: dict[str, float]
     pictures: dict[str, bytes] = {}
+    series: list[Series] = []
+    served: dict[str, str] = {}
 
 
 class Publisher:
@@ -47,15 +51,22 @@ class Publisher:
         self._socket.setsockopt(zmq.RECONNECT_IVL, 1000)  # no collector is a normal state: look for one seldom
         self._socket.connect(endpoint)
 
-    def publish(self, values: dict[str, float], pictures: dict[str, bytes] | None = None) -> None:
+    def publish(
+        self,
+        values: dict[str, float],
+        series: list[Series] | None = None,
+        pictures: dict[str, bytes] | None = None,
+        served: dict[str, str] | None = None,
+    ) -> None:
         """Send the figures, by names of prometheus' alphabet, and what was traced; dropped if nobody listens or reads."""
         with contextlib.suppress(zmq.Again):
             while True:
                 subscription = self._socket.recv(zmq.DONTWAIT)
                 if subscription[1:] == TOPIC:
                     self.trace.on = subscription[0] == 1
+        telemetry = Telemetry(*self._about, values, pictures or {}, series or [], served or {})
         with contextlib.suppress(zmq.Again):
-            self._socket.send(self._encoder.encode(Telemetry(*self._about, values, pictures or {})), zmq.DONTWAIT)
+            self._socket.send(self._encoder.encode(telemetry), zmq.DONTWAIT)
             while spans := self.trace.take():
                 lost, self.trace.lost = self.trace.lost, 0
                 self._socket.send(TOPIC + self._encoder.encode(Spans(*self._about, spans, lost)), zmq.DONTWAIT)

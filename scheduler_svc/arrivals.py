@@ -142,6 +142,11 @@ class Arrivals:
                 worker.queue.add(choice)
                 return
 
+    def waiting_for(self, model: Model) -> int:
+        """Choices of a model that wait."""
+        arriving = sum(choice.request.model is model for choice, _ in self._entries)
+        return len(model.queue) + sum(len(worker.queue) for worker in model.workers) + arriving
+
     def waiting(self) -> tuple[int, int]:
         """Choices that wait, and their tokens."""
         queues = [model.queue for model in self._models.values()]

@@ -34,6 +34,7 @@ from protocol.messages import (
     Resumed,
     Submit,
 )
+from protocol.series import Series
 from scheduler_svc import inspection
 from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.depth import LEAST
@@ -415,6 +416,10 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Gauges and counts for /metrics."""
         return inspection.stats(self)
+
+    def series(self) -> list[Series]:
+        """The same by model, under vLLM's names."""
+        return inspection.series(self)
 
     def pictures(self) -> dict[str, bytes]:
         """The blocks of each ready worker, in brief."""

@@ -24,7 +24,7 @@ class Frontend:
         self.unsent = 0  # tokens known but not sent
         self.resumed = False
         self.named = 0  # requests named before RESUMED
-        self.admitted: list[tuple[int, int]] = []  # (handle, cached tokens) to be told with the next tokens
+        self.admitted: list[tuple[int, int, float]] = []  # (handle, cached tokens, seconds waited) to be told with the next tokens
 
 
 class Frontends:

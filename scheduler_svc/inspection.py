@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from protocol.series import Series
 from scheduler_svc.requests import State
 
 if TYPE_CHECKING:
@@ -45,6 +46,28 @@ def stats(engine: Engine) -> dict[str, float]:
         "prefix_queries": count("scheduler_prefix_queries", 0),
         "prefix_hits": count("scheduler_prefix_hits", 0),
     }
+
+
+def series(engine: Engine) -> list[Series]:
+    """The same by model, under vLLM's names."""
+    found = []
+    for model in engine.models.values():
+        if model.ready is None:
+            continue
+        blocks = sum(worker.blocks.count for worker in model.workers)
+        used = sum(worker.blocks.used for worker in model.workers)
+        tally = model.tally
+        figures = {
+            "vllm:num_requests_running": sum(worker.running for worker in model.workers),
+            "vllm:num_requests_waiting": engine.arrivals.waiting_for(model),
+            "vllm:kv_cache_usage_perc": used / blocks if blocks else 0.0,
+            "vllm:prefix_cache_queries": tally.queries,
+            "vllm:prefix_cache_hits": tally.hits,
+            "vllm:num_preemptions": tally.preemptions,
+        }
+        found += [Series(family, [model.name], float(value)) for family, value in figures.items()]
+        found.append(tally.steps.series([model.name]))
+    return found
 
 
 def pictures(engine: Engine) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
-from protocol.columns import Int32, pack, unpack
+from protocol.columns import Int32, pack, pack_floats, unpack
 from protocol.counters import Counters
 from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit, Tokens
 from protocol.messages import Choice as TheirChoice
@@ -117,7 +117,7 @@ class Intake:
             self._ledger.send(frontend, request.failure)
             return
         if message.cached < 0 <= request.cached:
-            frontend.admitted.append((request.handle, request.cached))
+            frontend.admitted.append((request.handle, request.cached, request.queued))
         handles, choices, firsts, counts, ids = [], [], [], [], []
         for choice, told in zip(request.choices, message.choices, strict=False):
             committed, known = len(told.known) // 4, choice.known
@@ -141,8 +141,9 @@ class Intake:
                 firsts=pack(firsts),
                 counts=pack(counts),
                 ids=pack(flat),
-                admitted=pack([handle for handle, _ in admitted]),
-                cached=pack([cached for _, cached in admitted]),
+                admitted=pack([handle for handle, _, _ in admitted]),
+                cached=pack([cached for _, cached, _ in admitted]),
+                queued=pack_floats([queued for _, _, queued in admitted]),
             )
             self._ledger.send(frontend, tokens, len(flat))
         self._ledger.settle(request, now)

@@ -7,6 +7,7 @@ from collections import deque
 
 from protocol.columns import EMPTY, unpack
 from protocol.messages import ModelInfo, Ready, Submit
+from protocol.series import Histogram
 from scheduler_svc.requests import Request
 from scheduler_svc.waiting import Queue, Shares
 from scheduler_svc.worker import Worker
@@ -32,6 +33,15 @@ class Outputs:
         self.expected = max(self._sorted[len(self._sorted) * 9 // 10], 1)
 
 
+class Tally:
+    """What has been done for a model, for /metrics."""
+
+    def __init__(self) -> None:
+        self.queries = self.hits = 0  # tokens looked up in the prefix cache, and found there
+        self.preemptions = 0
+        self.steps = Histogram("vllm:iteration_tokens_total")
+
+
 class Model:
     """One model, known since its first worker's READY (or since a request asked for it before any worker came)."""
 
@@ -42,6 +52,7 @@ class Model:
         self.workers: list[Worker] = []  # ready ones
         self.queue = Queue(shares)  # choices that no ready worker can take
         self.outputs = Outputs()
+        self.tally = Tally()
         self.longest = 0  # tokens that the largest worker seen could hold
         self.max_model_len = 0
         self.lost_at = float("-inf")  # when a worker was last lost

@@ -40,11 +40,12 @@ class Planner:
         self.preempted = False  # or somebody waits for blocks that preempted ones are about to give up
         self.swapping = False  # blocks can leave in this plan; somebody waits for them
         self.draft = Draft()
+        self.now = 0.0
         self.credit: dict[int, int] = {}  # free tokens per frontend index, as this plan uses them up
 
     def make(self, now: float) -> Plan | None:
         """Make the plan and enter it among those in flight. None if there is nothing to do."""
-        worker = self.worker
+        worker, self.now = self.worker, now
         self.draft.copies, worker.copies = worker.copies, []
         if worker.queue and not worker.slots.free:
             self._claim(worker.queue.first(self._passed_over, self.trial))
@@ -56,6 +57,7 @@ class Planner:
         if not (self.draft.rows or self.draft.decodes or news):
             worker.copies = self.draft.copies
             return None
+        worker.model.tally.steps.observe(worker.budget - self.budget)
         return assemble(worker, self.draft, self.frontends, now)
 
     # ------------------------------------------------------------ 1. running sequences
@@ -296,6 +298,7 @@ class Planner:
             return False
         self.preempted = True
         self.counters.add("scheduler_preemptions")
+        self.worker.model.tally.preemptions += 1
         victim = max(victims, key=lambda c: (self._owes(c), c.key))
         swap_at = 0
         if swaps(self.worker, victim, self.settings.preemption):
@@ -384,9 +387,11 @@ class Planner:
             choice.shared_blocks = len(hits)
         self.counters.add("scheduler_prefix_queries", length)
         self.counters.add("scheduler_prefix_hits", len(hits) * size)
+        worker.model.tally.queries += length
+        worker.model.tally.hits += len(hits) * size
         if request.cached < 0:
-            request.cached = len(hits) * size
-            request.frontend.admitted.append((request.handle, request.cached))
+            request.cached, request.queued = len(hits) * size, self.now - request.arrival
+            request.frontend.admitted.append((request.handle, request.cached, request.queued))
         request.admitted = True
         self._chunk(slot)
         return True

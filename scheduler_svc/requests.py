@@ -122,6 +122,7 @@ class Request:
         "params",
         "priority",
         "prompt",
+        "queued",
         "root",
         "strikes",
         "submit",
@@ -146,6 +147,7 @@ class Request:
         self.priority = priority
         self.tenant = submit.tenant
         self.cached = submit.cached
+        self.queued = 0.0  # seconds from its arrival to its first admission
         self.root = root
         self.failure: Failed | None = None
         self.ended = False

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from protocol.columns import Int32, pack, unpack, unpack_floats
+from protocol.columns import Int32, pack, pack_floats, unpack, unpack_floats
 from protocol.messages import DEAD, NAN, STOPPED, Result, Tokens
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.requests import Choice
@@ -126,7 +126,7 @@ def _tell(result: Result, frontend: Frontend, worker: Worker, taken: Taken, rows
         _mute(worker, frontend, rows.slots)
         return
     logprobs = _logprobs(result, None) if result.lp_counts else NO_LOGPROBS
-    admitted, cached = _admitted(frontend)
+    admitted, cached, queued = _admitted(frontend)
     message = Tokens(
         handles=rows.handles_packed,
         choices=rows.indices_packed,
@@ -139,6 +139,7 @@ def _tell(result: Result, frontend: Frontend, worker: Worker, taken: Taken, rows
         lp_ranks=logprobs[3],
         admitted=admitted,
         cached=cached,
+        queued=queued,
     )
     taken.tokens.append((frontend, message, len(ids)))
 
@@ -164,7 +165,7 @@ def _tell_each(
             _mute(worker, frontend, theirs)
             continue
         logprobs = _logprobs(result, group if rows is None else rows[group]) if result.lp_counts else NO_LOGPROBS
-        admitted, cached = _admitted(frontend)
+        admitted, cached, queued = _admitted(frontend)
         message = Tokens(
             handles=pack(s.handle[theirs]),
             choices=pack(s.index[theirs]),
@@ -177,6 +178,7 @@ def _tell_each(
             lp_ranks=logprobs[3],
             admitted=admitted,
             cached=cached,
+            queued=queued,
         )
         taken.tokens.append((frontend, message, n))
 
@@ -190,12 +192,13 @@ def _mute(worker: Worker, frontend: Frontend, slots: Index) -> None:
     frontend.unsent += len(slots)
 
 
-def _admitted(frontend: Frontend) -> tuple[bytes, bytes]:
-    """Who has been admitted since the last message, and with how many tokens from the cache."""
+def _admitted(frontend: Frontend) -> tuple[bytes, bytes, bytes]:
+    """Who has been admitted since the last message, with how many tokens from the cache, after how many seconds."""
     if not frontend.admitted:
-        return b"", b""
-    told, frontend.admitted = frontend.admitted, []
-    return pack([handle for handle, _ in told]), pack([cached for _, cached in told])
+        return b"", b"", b""
+    handles, cached, queued = zip(*frontend.admitted, strict=True)
+    frontend.admitted = []
+    return pack(handles), pack(cached), pack_floats(queued)
 
 
 def _logprobs(result: Result, rows: Index | None) -> tuple[bytes, bytes, bytes, bytes]:

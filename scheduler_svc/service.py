@@ -212,7 +212,7 @@ class _Loop:
         values = {**self.core.engine.stats(), **{f"wire_{name}": float(n) for name, n in counts}}
         values["memory_bytes"] = float(self._process.memory_info().rss)
         values["epoch"] = float(self.core.epochs.epoch >> 32)
-        self._publisher.publish(values, self.core.engine.pictures())
+        self._publisher.publish(values, self.core.engine.series(), self.core.engine.pictures())
         if self._publisher.trace.on != (self.core.done is not None):
             self.core.done = [] if self._publisher.trace.on else None
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from frontend.accounts import BEGUN
 from frontend.api.answers import CompletionAnswer, Form
 from frontend.api.handling import client_of, json_response, read_body, respond, tenant_of, wait_whole
 from frontend.api.resuming import LAST_EVENT, resume
@@ -51,7 +52,7 @@ async def completions(request: Request) -> ASGIApp:
         form = replace(form, best=body.n or 1)
     if body.stream:
         new = with_headers(new, header_of("completion", form, text_options(body, True)), echoes)
-    stream = client.submit(new)
+    stream = client.submit(new, request.scope[BEGUN])
     return await respond(request, stream, CompletionAnswer(stream, model.tokenizer, form), bool(body.stream))
 
 
@@ -68,7 +69,7 @@ async def generate(request: Request) -> Response:
         max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
         return new_request(model, sampling, ids, max_tokens, -1, tenant_of(request), True)
 
-    stream = client.submit([await client.offload(prepare)])
+    stream = client.submit([await client.offload(prepare)], request.scope[BEGUN])
     try:
         await wait_whole(request, stream)
         [entry] = stream.entries

@@ -11,7 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from frontend.access import KEY_NAME
+from frontend.access import ENDING, KEY_NAME
+from frontend.accounts import CLIENT_GONE
 from frontend.api.answers import Answer
 from frontend.client import Client
 from frontend.errors import ApiError, from_failed
@@ -99,6 +100,7 @@ async def respond(request: Request, stream: Stream, answer: Answer, streaming: b
 async def api_error(request: Request, error: Exception) -> Response:
     """Exception handler: ApiError."""
     assert isinstance(error, ApiError)
+    request.scope[ENDING] = error.code or error.type
     headers = {"retry-after": str(max(1, round(error.retry_after)))} if error.retry_after else None
     return json_response(error.body(), error.status, headers)
 
@@ -106,6 +108,7 @@ async def api_error(request: Request, error: Exception) -> Response:
 async def http_error(request: Request, error: Exception) -> Response:
     """Exception handler: unknown paths and methods."""
     assert isinstance(error, HTTPException)
+    request.scope[ENDING] = _CODES.get(error.status_code, str(error.status_code))
     where = f"{request.method} {request.url.path}"
     messages = {404: f"there is no {request.url.path}", 405: f"{where}: this method is not allowed here"}
     body = ApiError(error.status_code, messages.get(error.status_code, error.detail), code=_CODES.get(error.status_code, "")).body()
@@ -114,6 +117,7 @@ async def http_error(request: Request, error: Exception) -> Response:
 
 async def disconnected(request: Request, error: Exception) -> Response:
     """Exception handler: nobody is there to read the answer."""
+    request.scope[ENDING] = CLIENT_GONE
     return Response(status_code=499)
 
 

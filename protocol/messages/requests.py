@@ -213,6 +213,7 @@ class Tokens(Message, tag="tokens", frozen=True):
     lp_ranks: bytes = b""
     admitted: bytes = b""  # handles admitted for the first time
     cached: bytes = b""  # their cached_tokens
+    queued: bytes = b""  # float32, seconds from their submission to the first plan that runs them. Since protocol 3
 
     def check(self, geometry: Geometry | None = None) -> None:
         n = equal_rows(("handles", self.handles), ("choices", self.choices), ("firsts", self.firsts), ("counts", self.counts))
@@ -222,6 +223,8 @@ class Tokens(Message, tag="tokens", frozen=True):
         within(self.choices, "choices", 0, INT32_MAX)
         within(self.firsts, "firsts", 0, MAX_TOKENS_ANYWHERE)
         equal_rows(("admitted", self.admitted), ("cached", self.cached))
+        if self.queued:
+            equal_rows(("admitted", self.admitted), ("queued", self.queued))
         if self.lp_counts:
             if rows(self.lp_counts, "lp_counts") != n:
                 raise BadMessage("lp_counts", "must be one per row")

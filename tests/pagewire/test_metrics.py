@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagewire.metrics import FORGET, Figures
+from pagewire.metrics import FORGET, OWN, Figures
+from protocol.families import FAMILIES
 from protocol.rundir import ServiceRecord
+from protocol.series import Histogram, Series
 from protocol.telemetry import Telemetry
 
 
@@ -28,9 +31,10 @@ def test_requests_and_blocks_are_shown_by_state_and_the_rest_by_name() -> None:
     )
     service = ServiceRecord("worker", "worker-0", 1, 2, "ready", 3)
     seen = scrape(figures, 1.0, [service])
-    assert seen == {
+    expected = {
         ("pagewire_requests", labels(name="frontend-0", status="waiting")): 3,
         ("pagewire_requests", labels(name="frontend-0", status="finished")): 4,
+        ("pagewire_requests", labels(name="frontend-0", status="failed")): 0,
         ("pagewire_frontend_wire_link_resent", labels(name="frontend-0")): 5,
         ("pagewire_blocks", labels(name="scheduler-0", state="free")): 6,
         ("pagewire_scheduler_blocks", labels(name="scheduler-0")): 9,
@@ -38,17 +42,87 @@ def test_requests_and_blocks_are_shown_by_state_and_the_rest_by_name() -> None:
         ("pagewire_scheduler_hits", labels(name="scheduler-0")): 7,
         ("pagewire_service", labels(role="worker", name="worker-0", state="ready")): 1,
     }
+    assert seen.items() >= expected.items()
+    assert not any(name.startswith(("pagewire_frontend_requests", "pagewire_scheduler_blocks_")) for name, _ in seen)
 
 
 def test_a_new_incarnation_replaces_the_old_and_silence_removes_it() -> None:
     figures = Figures()
     figures.take(Telemetry("worker", "worker-0", 1, 2, {"steps": 100}), 0.0)
     figures.take(Telemetry("worker", "worker-0", 2, 3, {"steps": 1}), 1.0)
-    assert scrape(figures, 2.0) == {("pagewire_worker_steps", labels(name="worker-0")): 1}
+    assert scrape(figures, 2.0)["pagewire_worker_steps", labels(name="worker-0")] == 1
     assert scrape(figures, 1.0 + FORGET) == {}
 
 
 def test_names_are_made_fit_for_prometheus() -> None:
     figures = Figures()
     figures.take(Telemetry("worker", "worker-0", 1, 2, {"wire.odd name": 1}), 0.0)
-    assert scrape(figures, 0.0) == {("pagewire_worker_wire_odd_name", labels(name="worker-0")): 1}
+    assert scrape(figures, 0.0)["pagewire_worker_wire_odd_name", labels(name="worker-0")] == 1
+
+
+def test_what_services_fill_is_shown_under_the_family_s_name_and_the_model_s_public_one() -> None:
+    figures = Figures()
+    histogram = Histogram("vllm:iteration_tokens_total")
+    histogram.observe(1)
+    histogram.observe(3, 2)
+    histogram.observe(1e9)
+    series = [
+        Series("vllm:num_requests_running", ["/models/big"], 2.0),
+        Series("vllm:prefix_cache_hits", ["/models/big"], 5.0),
+        histogram.series(["/models/big"]),
+        Series("vllm:from_the_future", ["/models/big"], 1.0),
+        Series("vllm:num_requests_waiting", ["too", "many"], 1.0),
+    ]
+    figures.take(Telemetry("scheduler", "scheduler-0", 1, 2, {}, {}, series), 0.0)
+    figures.take(Telemetry("frontend", "frontend-0", 1, 2, {}, {}, [], {"/models/big": "big"}), 0.0)
+    seen = scrape(figures, 0.0)
+    assert seen["vllm:num_requests_running", labels(model_name="big")] == 2
+    assert seen["vllm:prefix_cache_hits_total", labels(model_name="big")] == 5
+    buckets = {
+        bound: seen["vllm:iteration_tokens_total_bucket", labels(model_name="big", le=bound)] for bound in ("1.0", "2.0", "4.0", "+Inf")
+    }
+    assert buckets == {"1.0": 1, "2.0": 1, "4.0": 3, "+Inf": 4}
+    assert seen["vllm:iteration_tokens_total_count", labels(model_name="big")] == 4
+    assert seen["vllm:iteration_tokens_total_sum", labels(model_name="big")] == 1e9 + 7
+    assert not any("future" in name or "waiting" in name for name, _ in seen if name.startswith("vllm:"))
+
+
+def test_a_bound_belongs_to_its_bucket_and_millisecond_tokens_are_told_apart() -> None:
+    histogram = Histogram("vllm:inter_token_latency_seconds")
+    bounds = FAMILIES["vllm:inter_token_latency_seconds"].bounds
+    histogram.observe(bounds[3])
+    assert histogram.counts[3] == 1
+    assert list(bounds) == sorted(set(bounds))
+    assert sum(0.0005 <= bound <= 0.002 for bound in bounds) >= 6
+
+
+def test_every_family_is_there_before_anything_has_happened() -> None:
+    text = Figures().text([], 0.0).decode()
+    for family in (*FAMILIES.values(), *OWN.values()):
+        assert f"# TYPE {family.name}{'_total' if family.kind == 'counter' else ''} {family.kind}" in text
+
+
+def test_the_busy_share_is_that_of_the_last_second_with_a_step() -> None:
+    figures = Figures()
+
+    def worked(step: float, idle: float, incarnation: int = 1) -> float:
+        values = {"worker_step_seconds": step, "worker_idle_seconds": idle}
+        figures.take(Telemetry("worker", "worker-0", incarnation, 2, values), 0.0)
+        return scrape(figures, 0.0)["pagewire_busy_share", labels(name="worker-0")]
+
+    worked(100.0, 900.0)
+    assert worked(100.9, 900.1) == pytest.approx(0.9)
+    assert worked(100.9, 900.1) == pytest.approx(0.9)
+    assert worked(0.5, 0.5, incarnation=2) == pytest.approx(0.5)
+
+
+def test_stale_messages_are_summed_and_recoveries_told_apart() -> None:
+    figures = Figures()
+    values = {"wire_session_stale": 2, "wire_session_none_dropped": 3, "wire_scheduler_workers_lost": 1, "memory_bytes": 7}
+    figures.take(Telemetry("scheduler", "scheduler-0", 1, 2, values), 0.0)
+    seen = scrape(figures, 0.0)
+    about = {"role": "scheduler", "name": "scheduler-0"}
+    assert seen["pagewire_stale_messages_total", labels(**about)] == 5
+    assert seen["pagewire_recoveries_total", labels(**about, kind="worker_lost")] == 1
+    assert seen["pagewire_recoveries_total", labels(**about, kind="epoch_yielded")] == 0
+    assert seen["pagewire_process_memory_bytes", labels(**about)] == 7

@@ -138,6 +138,7 @@ SAMPLES: dict[str, Message] = {
         lp_ranks=pack([1]),
         admitted=pack([3]),
         cached=pack([16]),
+        queued=pack_floats([0.5]),
     ),
     "plan": Plan(1),
     "plan, decode": Plan(2, slots=pack([0, 5]), generations=pack([1, 1]), starts=pack([20, 31]), counts=pack([1, 1]), outputs=pack([1, 1])),
