@@ -326,7 +326,7 @@ class Client:
             self._recorder.waiting(peers)
 
     def _tick(self) -> None:
-        self._timer = None
+        self._timer, self._timer_at = None, math.inf
         now = self._loop.time()
         self._handle(self._dialer.tick(now), now)
         self.journal.tick(now)
@@ -364,13 +364,11 @@ class Client:
 
     def _arm(self) -> None:
         due = min(self._dialer.next_time(), self.journal.next_time())
-        if self._stopped or due == math.inf:
+        if self._stopped or due == self._timer_at:
             return
         if self._timer is not None:
-            if self._timer_at <= due:
-                return  # it fires early, looks, and is set again
             self._timer.cancel()
-        self._timer, self._timer_at = self._loop.call_at(due, self._tick), due
+        self._timer, self._timer_at = (self._loop.call_at(due, self._tick) if due < math.inf else None), due
 
     def _tokenizer(self, info: ModelInfo) -> Tokenizer | None:
         return self._own_tokenizer or self._tokenizers.get(info.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from contextlib import ExitStack
@@ -24,7 +25,8 @@ from scheduler_svc.core import Core, Did
 from scheduler_svc.settings import SchedulerSettings
 
 ARRIVALS = 0.001  # seconds spent on frontends' messages between two plans
-TELEMETRY = 1.0  # seconds between two publications
+TELEMETRY = 0.9  # seconds after which figures are published, with whatever wakes the loop
+TELEMETRY_LATEST = 1.3  # seconds after which it wakes for them
 
 
 def run(settings: SchedulerSettings) -> None:
@@ -100,12 +102,12 @@ class _Loop:
             self._poller.register(socket, zmq.POLLIN)
         if authenticator is not None:
             self._poller.register(authenticator.socket, zmq.POLLIN)
-        self._publish_at = 0.0
+        self._published = -math.inf
 
     def run(self) -> None:
         """Until the service is asked to stop."""
         while not self._service.stopping.is_set():
-            wait = min(self.core.next_time(), self._publish_at) - time.monotonic()
+            wait = min(self.core.next_time(), self._published + TELEMETRY_LATEST) - time.monotonic()
             self._turn(dict(self._poller.poll(max(0, int(wait * 1000) + 1) if wait > 0 else 0)))
             self._say_state()
         self._service.state("stopping")
@@ -127,15 +129,16 @@ class _Loop:
             self._authenticator.answer()
         if any(watch in ready for watch in self._monitors):
             self._look_at_connections(now)
-        self.core.turn(now)
-        self._transmit_turn(now)
+        if self._sockets[WORKERS] in ready or self._sockets[FRONTENDS] not in ready:
+            self.core.turn(now)
+            self._transmit_turn(now)
         if self._sockets[FRONTENDS] in ready:
             self._take(FRONTENDS, now + ARRIVALS)
             now = time.monotonic()
             self.core.turn(now)
             self._transmit_turn(now)
-        if now >= self._publish_at:
-            self._publish_at = now + TELEMETRY
+        if now >= self._published + TELEMETRY:
+            self._published = now
             self._publish()
 
     def _take(self, which: int, until: float) -> None:

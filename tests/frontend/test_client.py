@@ -181,4 +181,4 @@ def test_an_idle_client_sleeps_between_its_heartbeats(folder):
         return ticks
 
     with scheduler_thread(endpoint(folder), Engine()):
-        assert run(folder, scenario, times=Times()) < 30
+        assert run(folder, scenario, times=Times()) <= 6  # it answers the scheduler's heartbeats, and needs none of its own
