@@ -9,8 +9,8 @@ import numpy.typing as npt
 import psutil
 import torch
 
+from gpu_worker.attention.backends import check_backend, make_backend
 from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cache
-from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
@@ -64,6 +64,7 @@ class TorchStep:
             raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
         config.check_length(length)
         device, dtype, packed, maker = _placement(settings, files, threads)
+        check_backend(settings.attention, device, dtype, settings.block_size, config.head_dim)
         weights = load_weights(config, files.tensors(device, dtype), maker)
         shape = _cache_shape(settings, config, length, device, dtype)
         cache = new_cache(shape, device, dtype)
@@ -76,7 +77,7 @@ class TorchStep:
             max_step_tokens=settings.max_num_batched_tokens,
             vocab_size=config.vocab_size,
         )
-        attention = TorchAttention(cache, shape, config.heads)
+        attention = make_backend(settings.attention, cache, shape, config.heads)
         model = Llama(config, weights, length, device)
         kv_dtype = str(dtype).removeprefix("torch.")
         description = Description(
@@ -174,7 +175,7 @@ class TorchStep:
 
 def _placement(settings: WorkerSettings, files: ModelFiles, threads: int) -> tuple[torch.device, torch.dtype, bool, LinearMaker]:
     """Device, dtype of activations and cache, whether weights stay packed, and the maker of linears."""
-    if settings.device == "cuda":
+    if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise LoadError("device cuda is asked for, and torch finds no usable GPU or driver")
         dtype = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]

@@ -51,6 +51,17 @@ class Rows:
     dead: npt.NDArray[np.bool_]  # [rows]: keys and values go to the dummy page, the result does not matter
 
 
+def cache_rows(shape: CacheShape, rows: Rows) -> npt.NDArray[np.int64]:
+    """Where the step's keys and values go: rows of one layer's cache as [-1, head_dim], token by token, [tokens · 2 · kv_heads]."""
+    counts = rows.counts.astype(np.int64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(len(row)) - (np.cumsum(counts) - counts)[row] + rows.starts[row]
+    blocks = np.where(rows.dead[row], shape.dummy, rows.tables[row, positions // shape.block_size])
+    heads = np.arange(2 * shape.kv_heads)
+    flat = (blocks[:, None] * (2 * shape.kv_heads) + heads) * shape.block_size + (positions % shape.block_size)[:, None]
+    return flat.reshape(-1)
+
+
 class Attention(Protocol):
     """One backend. `begin` is called once a step, `attend` once a layer, for the rows of that step."""
 

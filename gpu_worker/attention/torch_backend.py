@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_worker.attention.interface import CacheShape, Rows
+from gpu_worker.attention.interface import CacheShape, Rows, cache_rows
 
 TILE = 128  # keys of a tile
 _PART = 32  # keys that are gathered at once, at most; divides every number of keys in `_round_up`
@@ -69,17 +69,10 @@ class TorchAttention:
     # ------------------------------------------------------------ once a step
 
     def begin(self, rows: Rows) -> None:
-        shape = self._shape
         counts = rows.counts.astype(np.int64)
-        first_token = np.cumsum(counts) - counts
-        row = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(len(row)) - first_token[row] + rows.starts[row]
-        blocks = np.where(rows.dead[row], shape.dummy, rows.tables[row, positions // shape.block_size])
-        heads = np.arange(2 * shape.kv_heads)
-        written = (blocks[:, None] * (2 * shape.kv_heads) + heads) * shape.block_size + (positions % shape.block_size)[:, None]
-        self._written = self._index(written)
+        self._written = self._index(cache_rows(self._shape, rows))
         self._all_real = not rows.dead.any()
-        self._groups = self._plan(rows, first_token)
+        self._groups = self._plan(rows, np.cumsum(counts) - counts)
 
     def _plan(self, rows: Rows, first_token: _Ints) -> list[_Group]:
         """Cut the rows into units and put those of one size together."""
