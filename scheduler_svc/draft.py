@@ -13,7 +13,7 @@ from scheduler_svc.frontends import Frontends
 from scheduler_svc.worker import DRAIN, Copy, DecodeRows, Index, InFlight, Worker, per_frontend
 
 Entries = tuple[Index, Int32, Int32]  # slots, indices, blocks of tables
-NONE_FILLED: tuple[Index, Int32] = (np.zeros(0, dtype=np.intp), EMPTY)
+NONE_FILLED: tuple[Index, Int32, Int32] = (np.zeros(0, dtype=np.intp), EMPTY, EMPTY)
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Draft:
 
     decodes: DecodeRows | None = None
     starts: Int32 = field(default_factory=lambda: EMPTY)  # of the decodes
-    filled: tuple[Index, Int32] = NONE_FILLED  # slots among them whose last block this step fills, their generations
+    filled: tuple[Index, Int32, Int32] = NONE_FILLED  # slots among them whose last block this step fills (`InFlight`)
     rows: list[tuple[int, int, int, int]] = field(default_factory=list)  # slot, start, count, outputs
     assign: list[Entries] = field(default_factory=list)
     share: list[Entries] = field(default_factory=list)
@@ -114,6 +114,8 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
 
 def _living_copies(worker: Worker, copies: list[Copy]) -> list[Copy]:
     """The copies whose forks still live; with this plan the sources are free for others."""
+    if not copies:
+        return copies
     s = worker.slots
     worker.blocks.release([copy.source for copy in copies])
     return [copy for copy in copies if s.generation[copy.slot] == copy.generation and s.state[copy.slot] != DRAIN]
@@ -133,5 +135,7 @@ def _columns(entries: list[tuple[int, int, int]]) -> tuple[bytes, bytes, bytes]:
 
 def _entries(parts: list[Entries]) -> tuple[bytes, bytes, bytes]:
     """Columns of slots, indices and blocks."""
+    if not parts:
+        return b"", b"", b""
     first, second, third = ([np.asarray(part[i], dtype="<i4").tobytes() for part in parts] for i in range(3))
     return b"".join(first), b"".join(second), b"".join(third)

@@ -97,13 +97,13 @@ class Planner:
         self.draft.decodes = rows
         self.draft.starts = s.computed[rows.slots]
         self.budget -= len(rows.slots)
-        s.length += rows.mask
-        s.computed += rows.mask
+        s.length += rows.one
+        s.computed += rows.one
         for index, n in rows.credit:
             self.credit[index] = self._credit(index) - n
         if worker.caching:
             full = (rows.mask & (s.computed == s.capacity)).nonzero()[0]
-            self.draft.filled = (full, s.generation[full])
+            self.draft.filled = (full, s.generation[full], s.blocks[full] - 1)
         last = (rows.mask & (s.length >= s.limit)).nonzero()[0]
         if len(last):
             s.state[last] = PLANNED

@@ -61,7 +61,7 @@ def take(worker: Worker, result: Result, frontends: Frontends) -> Taken:
     if decoding is not None and len(slots):
         firsts = s.known[slots]
         s.flat_history[decoding.base + firsts] = ids
-        s.known += decoding.mask
+        s.known += decoding.one
         if len(flight.credit) == 1:
             _tell(result, frontends.at(flight.credit[0][0]), worker, taken, decoding, ids, firsts - decoding.prompts)
         else:
@@ -98,20 +98,22 @@ def take(worker: Worker, result: Result, frontends: Frontends) -> Taken:
 def _seal(worker: Worker, flight: InFlight) -> None:
     """Name the blocks that decoding filled in this step. Their last token has been known since the step before."""
     s = worker.slots
-    slots, generations = flight.filled
+    slots, generations, indices = flight.filled
     if worker.version != flight.version or worker.draining:
-        slots = slots[(s.generation[slots] == generations) & (s.state[slots] != DRAIN)]
-    names = [s.names[slot] for slot in slots.tolist()]
-    indices = np.array([len(chain) for chain in names], dtype=np.intp)
+        live = (s.generation[slots] == generations) & (s.state[slots] != DRAIN)
+        slots, indices = slots[live], indices[live]
     packed = s.block_history[slots, indices].tobytes()
-    full = s.table[slots, indices].tolist()
+    names = []
     copy, width, offset = worker.hasher.keyed.copy, 4 * worker.block_size, 0
-    for slot, chain in zip(slots.tolist(), names, strict=True):
+    for slot in slots.tolist():
+        chain = s.names[slot]
         state = copy()
         state.update((chain[-1] if chain else _root(worker, slot)) + packed[offset : offset + width])
-        chain.append(state.digest())
+        name = state.digest()
+        chain.append(name)
+        names.append(name)
         offset += width
-    worker.seals += worker.blocks.publish(full, [chain[-1] for chain in names])
+    worker.seals += worker.blocks.publish(s.table[slots, indices].tolist(), names)
 
 
 def _root(worker: Worker, slot: int) -> bytes:

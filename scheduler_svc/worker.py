@@ -65,12 +65,13 @@ class Slots:
 class DecodeRows:
     """Slots that decode together, with whatever their messages need of them that does not change from step to step.
 
-    Arrays have shape [rows], in the order of the slots; `mask` has shape [slots] and is 1 at these: adding it to a
-    column moves all of them for a quarter of the cost of indexing.
+    Arrays have shape [rows], in the order of the slots; `mask` and `one` have shape [slots] and are True and 1 at these:
+    adding `one` to a column moves all of them for a quarter of the cost of indexing.
     """
 
     slots: Index
-    mask: Int32
+    mask: npt.NDArray[np.bool_]
+    one: Int32
     generations: Int32
     credit: list[tuple[int, int]]  # (frontend index, rows)
     prompts: Int32  # lengths
@@ -92,7 +93,7 @@ class InFlight:
     generations: Int32
     credit: list[tuple[int, int]]  # (frontend index, sampling rows)
     decoding: DecodeRows | None  # the rows, if the step does nothing else
-    filled: tuple[Index, Int32]  # decoding slots whose last block this step fills, and their generations
+    filled: tuple[Index, Int32, Int32]  # decoding slots whose last block this step fills, generations, indices of these blocks
     pending: list[tuple[int, bytes]]  # prompt blocks that this step fills
     row_slots: Index  # every row's, sampling or not
     row_generations: Int32
@@ -216,11 +217,12 @@ class Worker:
         """What a step needs to know of these decoding slots."""
         s = self.slots
         generations, narrow = s.generation[slots], slots.astype(np.int32)
-        mask = np.zeros(s.count, dtype=np.int32)
-        mask[slots] = 1
+        mask = np.zeros(s.count, dtype=np.bool_)
+        mask[slots] = True
         return DecodeRows(
             slots=slots,
             mask=mask,
+            one=mask.astype(np.int32),
             generations=generations,
             credit=per_frontend(s.frontend[slots]),
             prompts=s.prompt[slots],
