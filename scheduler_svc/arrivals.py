@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from math import inf
 
-from scheduler_svc.ledger import Ledger, Timers
+from scheduler_svc.ledger import Ledger
 from scheduler_svc.models import Model
 from scheduler_svc.prefix import Chain, Hasher
 from scheduler_svc.requests import Choice, Request, State
@@ -21,13 +21,10 @@ ARRIVALS = 64  # choices routed between two plans
 class Arrivals:
     """Choices on their way. The work is done in slices, between plans."""
 
-    def __init__(
-        self, settings: SchedulerSettings, ledger: Ledger, timers: Timers, models: dict[str, Model], loading: Callable[[], int]
-    ) -> None:
+    def __init__(self, settings: SchedulerSettings, ledger: Ledger, models: dict[str, Model], loading: Callable[[], int]) -> None:
         """`loading()`: workers that have not said READY yet."""
         self._settings = settings
         self._ledger = ledger
-        self._timers = timers
         self._models = models
         self.loading = loading
         self._router = Router(settings.routing)
@@ -47,7 +44,7 @@ class Arrivals:
         request = choice.request
         request.held_since = request.held_since or now
         if request.deadline and not request.admitted:
-            self._timers.at(request.deadline, lambda then: self._overdue(request, then))
+            self._ledger.later(request.deadline, request, self._overdue)
         self._entries.append((choice, choice.length))
         self._tokens += choice.length
 
@@ -111,7 +108,7 @@ class Arrivals:
         if now >= end:
             self._ledger.fail(request, now, 503, "no_worker", "No worker has been able to take the request.", retry_after=times.move)
             return
-        self._timers.at(min(end, settled) if settled > now else end, lambda then: self._hold(request, then))
+        self._ledger.later(min(end, settled) if settled > now else end, request, self._hold)
 
     def review(self, now: float) -> None:
         """Workers have changed: judge again what waits for one."""

@@ -78,7 +78,7 @@ class Engine:
         self.ledger = Ledger(counters, self.timers, settings.times.grace)
         self.suspects = Suspects()
         self.files = FileRelay(self.ledger, self.frontends)
-        self.arrivals = Arrivals(settings, self.ledger, self.timers, self.models, self.loading)
+        self.arrivals = Arrivals(settings, self.ledger, self.models, self.loading)
         self.progress = ProgressWatch(settings.times, self.timers, self._fence)
         self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.arrivals)
         self._told: list[ModelInfo] = []

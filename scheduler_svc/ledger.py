@@ -51,6 +51,17 @@ class Ledger:
         self._kept: OrderedDict[bytes, int] = OrderedDict()  # ended requests -> bytes
         self._kept_bytes = 0
 
+    def later(self, time: float, request: Request, action: Callable[[Request, float], None]) -> None:
+        """Call `action(request, now)` at `time`, if the request is still here then. Until then nothing keeps it."""
+        id, number = request.id, request.number
+
+        def due(now: float) -> None:
+            there = self.requests.get(id)
+            if there is not None and there.number == number:
+                action(there, now)
+
+        self._timers.at(time, due)
+
     def send(self, frontend: Frontend, message: Message, weight: int = 0) -> None:
         """Send to a frontend, if its session is open; if not, it resubmits and is answered then."""
         if frontend.session:
@@ -94,7 +105,7 @@ class Ledger:
             self.finished += 1
         self._kept[request.id] = request.size
         self._kept_bytes += request.size
-        self._timers.at(now + self._grace, lambda _: self._expire(request))
+        self.later(now + self._grace, request, lambda kept, _: self.forget(kept))
         while self._kept_bytes > KEPT_BYTES:
             self.forget(self.requests[next(iter(self._kept))])
 
@@ -123,7 +134,4 @@ class Ledger:
             request.frontend.unsent -= request.unsent
             request.unsent = 0
             self._kept_bytes -= self._kept.pop(request.id)
-
-    def _expire(self, request: Request) -> None:
-        if self.requests.get(request.id) is request:
-            self.forget(request)
+            request.choices = []  # it and they refer to each other: without this it would wait for the garbage collector
