@@ -178,7 +178,7 @@ class Client:
 
         `arrived`: when the client asked, on the monotonic clock, if that was before now.
         """
-        now = self._loop.time()
+        now = time.monotonic()  # the loop's own time goes by milliseconds
         stream = Stream([self.journal.submit(new, now) for new in requests], self._close, now)
         for entry in stream.entries:
             entry.listener = stream
@@ -259,7 +259,7 @@ class Client:
         if stream not in self._streams:
             return
         self._streams.discard(stream)
-        now = self._loop.time()
+        now = time.monotonic()
         for entry in stream.entries:
             self.totals.prompt_tokens += entry.prompt_tokens
             self.totals.generation_tokens += sum(len(choice.tokens) for choice in entry.choices)
@@ -293,7 +293,7 @@ class Client:
             match event:
                 case Received():
                     begun = time.monotonic()
-                    self.journal.message(event.message, now)
+                    self.journal.message(event.message, begun)  # finer than the loop's time, which goes by milliseconds
                     if self.trace.on and isinstance(event.message, Tokens):
                         self.trace.note("detokenize", "detokenize", begun, time.monotonic())
                     if self.journal.fault is not None and self._dialer.session:
