@@ -8,7 +8,7 @@ from typing import Any
 from gpu_worker.errors import LoadError
 from gpu_worker.settings import WorkerSettings
 from protocol.options import service_command
-from protocol.service import CannotRun
+from protocol.service import CannotRun, leave
 
 
 def _load() -> Callable[[Any], None]:
@@ -19,6 +19,7 @@ def _load() -> Callable[[Any], None]:
             run(settings)
         except LoadError as error:
             raise CannotRun(str(error)) from None
+        leave()
 
     return run_or_say_why
 

@@ -26,7 +26,7 @@ from protocol.rundir import RunDir
 from protocol.service import DRAIN_SIGNAL, PARENT
 
 READY = ("ready", "waiting")  # states of a service that has started well
-STOP_MARGIN = 1.3  # seconds from the streams' end to SIGKILL
+STOP_MARGIN = 1.1  # seconds from the streams' end to SIGKILL
 LOOK_EVERY = 0.05  # seconds between two looks at `probe` and at dying processes
 
 
@@ -201,12 +201,10 @@ class Supervisor:
 
     def _stop(self, wakeups: int) -> None:
         """Frontends first, which stop accepting and see their streams out; then the rest; then by force."""
-        begun = time.monotonic()
+        streams_end = time.monotonic() + self._shutdown_timeout
         frontends = [child for child in self._children if child.spec.role == "frontend"]
-        others = [child for child in self._children if child.spec.role != "frontend"]
-        deadline = begun + self._shutdown_timeout + STOP_MARGIN
-        self._end(frontends, wakeups, min(deadline, begun + self._shutdown_timeout + STOP_MARGIN / 3))
-        self._end(others, wakeups, deadline)
+        self._end(frontends, wakeups, streams_end)
+        self._end(self._children, wakeups, streams_end + STOP_MARGIN)
         left = [child.process for child in self._children if child.process is not None and child.process.poll() is None]
         for process in left:
             process.send_signal(signal.SIGUSR1)  # its log gets the stacks of what hangs
@@ -219,6 +217,7 @@ class Supervisor:
                 child.process = None
 
     def _end(self, children: list[_Child], wakeups: int, deadline: float) -> None:
+        """Tell services to stop, and wait for them; to be told twice harms none."""
         running = [child.process for child in children if child.process is not None]
         for process in running:
             if process.poll() is None:

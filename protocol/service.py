@@ -25,7 +25,7 @@ import time
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from protocol.flight import FlightRecorder
 from protocol.rundir import RunDir, RunDirError, new_incarnation
@@ -169,6 +169,14 @@ class Service:
         self.log.critical("did not stop within %.1f s: killed; stacks follow", self._stop_limit)
         faulthandler.dump_traceback(_log_stream(), all_threads=True)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> NoReturn:
+    """End the process after its orderly end, without the interpreter's teardown: with torch in it that takes a second."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def die_with_parent() -> None:
