@@ -112,6 +112,9 @@ class Forward:
         c, s = self.config, self.state
         sizes = {"WIDTH": s.geometry.table_width, "KV_HEADS": c.kv_heads, "R": self.repeat, "RP": self.padded_repeat, "D": c.head_dim}
         sizes["PAGE"] = s.geometry.block_size
+        # a model without a window, or whose window no sequence outgrows, pays nothing for it; no supported family caps its scores
+        window = c.sliding_window if c.sliding_window < s.geometry.max_model_len else 0
+        kind = {"DP": 1 << (c.head_dim - 1).bit_length(), "WINDOW": window, "SOFTCAP": 0}
         ints, fp32 = torch.int32, torch.float32
         arguments: list[torch.dtype | float] = [dtype, dtype, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32]
         self.k_decode_attention = TritonKernel(
@@ -124,15 +127,17 @@ class Forward:
             QK_NORM=int(c.qk_norm),
             PDL=int(self.pdl),
             **sizes,
+            **kind,
         )
         self.k_decode_few: dict[int, Kernel] = {}  # by blocks of a cluster
-        if dtype == torch.bfloat16 and self.repeat <= 4 and c.head_dim in (64, 128, 256) and self.few_attention:
+        if dtype == torch.bfloat16 and self.repeat <= 4 and c.head_dim in (64, 128, 256) and self.few_attention and not window:
             names = ("KV_HEADS", "R", "DIM", "PAGE", "WIDTH")
             macros = dict(zip(names, (c.kv_heads, self.repeat, c.head_dim, s.geometry.block_size, s.geometry.table_width), strict=True))
             for blocks in (4, 8):
                 module = Module.of("decode_few.cu", self.arch, macros | {"CL": blocks, "QK_NORM": int(c.qk_norm)})
                 self.k_decode_few[blocks] = Kernel(module, "decode_few", "PPPPPPPPPff", 256, blocks, pdl=self.pdl)
         wide = dtype == torch.float32  # no tensor cores: fewer rows and warps
+        large = c.head_dim > 128  # three stages of 64 keys would not fit the shared memory
         self.k_prefill_attention, self.k_prefill_long = (
             TritonKernel(
                 prefill_attention,
@@ -141,10 +146,11 @@ class Forward:
                 pdl=False,
                 ROWS=s.tile_tokens * self.padded_repeat,
                 TILE=tile,
-                STAGES=2 if wide else 3,
+                STAGES=2 if wide or large else 3,
                 **sizes,
+                **kind,
             )
-            for tile in (32, 32 if wide else 64)
+            for tile in (32, 32 if wide or large else 64)
         )
 
     # ------------------------------------------------------------ the step's parts
@@ -201,7 +207,7 @@ class Forward:
         """Rows of any length, embedding to logits of the rows that sample."""
         s, c, g = self.state, self.config, self.state.geometry
         ring = (s.ring.data_ptr(), s.entry_words)
-        lanes = c.head_dim * self.h.element_size() // 16  # threads per head
+        lanes = 1 << (c.head_dim * self.h.element_size() // 16 - 1).bit_length()  # threads per head
         self.k_expand(stream, (rows, max(1, min(64, tokens // rows // 256))), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
         self.k_embed(stream, (tokens, 1), s.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), c.hidden)
         for index, layer in enumerate(self.weights.layers):

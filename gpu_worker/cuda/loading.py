@@ -14,6 +14,7 @@ from gpu_worker.settings import WorkerSettings
 from protocol.tokenizer_files import bundle_hash
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEAD_DIMS = (32, 64, 96, 128, 256)
 OTHERWISE = "; --attention torch needs none of our kernels"
 
 
@@ -29,11 +30,13 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     length = settings.max_model_len or min(4096, config.max_length)
     if length > config.max_length:
         raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
-    config.check_length(length)
+    if config.family != "mistral":  # whose window is every layer's; the kernels know it
+        config.check_length(length)
     if settings.max_num_seqs > 1024:
         raise LoadError(f"max_num_seqs {settings.max_num_seqs} is more than the 1024 sequences that a card runs at once")
-    if config.head_dim & (config.head_dim - 1) or not 32 <= config.head_dim <= 256:
-        raise LoadError(f"head dimension {config.head_dim} is not supported on the card; 32, 64, 128 and 256 are{OTHERWISE}")
+    if config.head_dim not in HEAD_DIMS:
+        dims = ", ".join(map(str, HEAD_DIMS))
+        raise LoadError(f"head dimension {config.head_dim} is not supported on the card, only {dims} are{OTHERWISE}")
     if config.head_dim * dtype.itemsize > 512:
         raise LoadError(f"head dimension {config.head_dim} is not supported in {settings.dtype} on the card; bfloat16 is{OTHERWISE}")
     if config.heads // config.kv_heads > 16:

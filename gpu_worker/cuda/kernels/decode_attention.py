@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_worker.cuda.kernels.online_softmax import attend
+from gpu_worker.cuda.kernels.online_softmax import attend, capped, load_heads
 
 
 @triton.jit
@@ -40,9 +40,12 @@ def decode_attention(
     R: tl.constexpr,  # query heads per KV head
     RP: tl.constexpr,  # R rounded up to a power of two
     D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a power of two
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,  # tokens that a token sees, itself included; 0: all before it
+    SOFTCAP: tl.constexpr,  # of the scores (Gemma 2); 0: none
     QK_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -58,20 +61,23 @@ def decode_attention(
     HALF: tl.constexpr = D // 2
     PLANE: tl.constexpr = KV_HEADS * PAGE * D
     r = tl.arange(0, 16)
-    d = tl.arange(0, D)
+    d = tl.arange(0, DP)
     tiles = tl.arange(0, TILE)
     partner = tl.where(d < HALF, d + HALF, d - HALF)
     slot_table = table + slot * WIDTH
+    if WINDOW:  # tiles that lie wholly before it are left out; the work list knows nothing of windows
+        seen_from = tl.maximum(position - (WINDOW - 1), 0)
+        lo = tl.maximum(lo, seen_from // TILE * TILE)
     # All that earlier steps and `prepare` wrote may be read before the wait: it, and the linear before this kernel, are long done.
     page = tl.load(slot_table + (lo + tiles) // PAGE, mask=lo + tiles < hi, other=0)
     new_page = tl.load(slot_table + position // PAGE).to(tl.int64)
     c = tl.load(cosines + position * HALF + d % HALF)
     s = tl.load(sines + position * HALF + d % HALF) * tl.where(d < HALF, -1.0, 1.0)
     if QK_NORM:
-        qw = tl.load(q_norm + d).to(tl.float32)
-        qw2 = tl.load(q_norm + partner).to(tl.float32)
-        kw = tl.load(k_norm + d).to(tl.float32)
-        kw2 = tl.load(k_norm + partner).to(tl.float32)
+        qw = load_heads(q_norm + d, d, D, DP).to(tl.float32)
+        qw2 = load_heads(q_norm + partner, d, D, DP).to(tl.float32)
+        kw = load_heads(k_norm + d, d, D, DP).to(tl.float32)
+        kw2 = load_heads(k_norm + partner, d, D, DP).to(tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -79,15 +85,17 @@ def decode_attention(
         return
     last = hi == position
     live = (r < R)[:, None]
+    if DP != D:
+        live = live & (d < D)[None, :]
 
     base = qkv + row * ((HEADS + 2 * KV_HEADS) * D)
     qp = base + (h * R + r)[:, None] * D
     kp = base + (HEADS + h) * D
     q = tl.load(qp + d[None, :], mask=live, other=0.0).to(tl.float32)
     q2 = tl.load(qp + partner[None, :], mask=live, other=0.0).to(tl.float32)
-    k = tl.load(kp + d).to(tl.float32)
-    k2 = tl.load(kp + partner).to(tl.float32)
-    v_new = tl.load(base + (HEADS + KV_HEADS + h) * D + d)
+    k = load_heads(kp + d, d, D, DP).to(tl.float32)
+    k2 = load_heads(kp + partner, d, D, DP).to(tl.float32)
+    v_new = load_heads(base + (HEADS + KV_HEADS + h) * D + d, d, D, DP)
     if QK_NORM:
         qs = tl.rsqrt(tl.sum(q * q, 1) / D + eps)[:, None]
         q = q * qs * qw[None, :]
@@ -99,23 +107,28 @@ def decode_attention(
     kr = (k * c + k2 * s).to(qkv.dtype.element_ty)
 
     # the softmax begins with the new token, in the row's last span
-    own = tl.sum(qr.to(tl.float32) * kr.to(tl.float32)[None, :], 1) * scale
+    own = capped(tl.sum(qr.to(tl.float32) * kr.to(tl.float32)[None, :], 1), scale, SOFTCAP) * scale
     m = tl.where(last, own, -1.0e30)
     total = tl.zeros([16], tl.float32) + tl.where(last, 1.0, 0.0)
-    acc = tl.zeros([16, D], tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
+    acc = tl.zeros([16, DP], tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
     new = cache + new_page * (2 * PLANE) + h * (PAGE * D) + (position % PAGE) * D + d
-    keep = (d >= 0) & last
+    keep = (d < D if DP != D else d >= 0) & last
     tl.store(new, kr, mask=keep)
     tl.store(new + PLANE, v_new, mask=keep)
 
     for start in tl.range(lo, hi, TILE, num_stages=STAGES):
         token = start + tiles
         ok = token < hi
+        if WINDOW:
+            ok = ok & (token >= seen_from)
+        there = ok[:, None]
+        if DP != D:
+            there = there & (d < D)[None, :]
         at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + (token % PAGE)[:, None] * D + d[None, :]
         page = tl.load(slot_table + (token + TILE) // PAGE, mask=token + TILE < hi, other=0)  # carried: keeps the pipeline's buffers apart
-        kt = tl.load(at, mask=ok[:, None], other=0.0)
-        vt = tl.load(at + PLANE, mask=ok[:, None], other=0.0)  # masked: a poisoned page must not reach 0 x NaN
-        m, total, acc = attend(qr, kt, vt, ok[None, :], m, total, acc, scale, True)
+        kt = tl.load(at, mask=there, other=0.0)
+        vt = tl.load(at + PLANE, mask=there, other=0.0)  # masked: a poisoned page must not reach 0 x NaN
+        m, total, acc = attend(qr, kt, vt, ok[None, :], m, total, acc, scale, True, SOFTCAP)
 
     to = out + row * (HEADS * D) + (h * R + r)[:, None] * D + d[None, :]
     if splits == 1:
@@ -133,28 +146,31 @@ def decode_attention(
             some = tl.arange(0, 32 // RP)  # partials at a time; more take too many registers
             m_all = tl.full([RP], -1.0e30, tl.float32)
             l_all = tl.zeros([RP], tl.float32)
-            acc_all = tl.zeros([RP, D], tl.float32)
+            acc_all = tl.zeros([RP, DP], tl.float32)
+            cell_ok = (rr < R)[:, None]
+            if DP != D:
+                cell_ok = cell_ok & (d < D)[None, :]
             for begin in range(0, splits, 32 // RP):
-                there = begin + some < splits
+                present = begin + some < splits
                 cells = (first + begin + some) * KV_HEADS + h
                 ml = partial_ml + cells[:, None] * (2 * RP) + rr[None, :]
-                ms = tl.load(ml, mask=there[:, None], other=-1.0e30, cache_modifier=".cg")
-                ls = tl.load(ml + RP, mask=there[:, None], other=0.0, cache_modifier=".cg")
+                ms = tl.load(ml, mask=present[:, None], other=-1.0e30, cache_modifier=".cg")
+                ls = tl.load(ml + RP, mask=present[:, None], other=0.0, cache_modifier=".cg")
                 os = tl.load(
                     partial + cells[:, None, None] * (RP * D) + rr[None, :, None] * D + d[None, None, :],
-                    mask=there[:, None, None] & (rr < R)[None, :, None],
+                    mask=present[:, None, None] & cell_ok[None, :, :],
                     other=0.0,
                     cache_modifier=".cg",
                 )
                 top = tl.maximum(m_all, tl.max(ms, 0))
                 shrink = tl.exp2(m_all - top)
-                weight = tl.where(there[:, None], tl.exp2(ms - top[None, :]), 0.0)
+                weight = tl.where(present[:, None], tl.exp2(ms - top[None, :]), 0.0)
                 l_all = l_all * shrink + tl.sum(weight * ls, 0)
                 acc_all = acc_all * shrink[:, None] + tl.sum(weight[:, :, None] * os, 0)
                 m_all = top
             tl.store(
                 out + row * (HEADS * D) + (h * R + rr)[:, None] * D + d[None, :],
                 (acc_all / l_all[:, None]).to(out.dtype.element_ty),
-                mask=(rr < R)[:, None],
+                mask=cell_ok,
             )
             tl.store(arrivals + row * KV_HEADS + h, 0)

@@ -51,17 +51,20 @@ extern "C" __global__ void rms_norm(const elem* h, const int* index, const elem*
 }
 
 // qkv[token, (heads + 2 kv_heads) * DIM]: q and k are normalised over DIM (if the weights are given) and rotated, q in place;
-// k and v go to cache[block][K, V][kv_head][offset][DIM] of one layer at places[token]. Grid (tokens, ceil((heads + 2 kv_heads) * LANES /
-// 256)), 256 threads: LANES neighbours a head, 16 bytes each. cosines, sines: [positions, DIM / 2] fp32.
+// k and v go to cache[block][K, V][kv_head][offset][DIM] of one layer at places[token]. Grid (tokens, ceil((heads + 2 kv_heads) * SPAN /
+// 256)), 256 threads: SPAN neighbours a head, of which LANES have 16 bytes each. cosines, sines: [positions, DIM / 2] fp32.
 #define LANES (DIM / VECTOR)
+#define SPAN (LANES <= 4 ? 4 : LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32)
 extern "C" __global__ void rotate_and_store(elem* qkv, const int* positions, const int* places, const elem* q_norm, const elem* k_norm,
                                             const float* cosines, const float* sines, elem* cache, int heads, int kv_heads,
                                             int block_size, float eps) {
-  static_assert(LANES <= 32 && DIM % VECTOR == 0, "a head must fit a warp");
+  static_assert(LANES <= 32 && DIM % VECTOR == 0 && LANES % 2 == 0, "a head must fit a warp");
   pdl_wait();
   pdl_trigger();
-  const int token = blockIdx.x, head = (blockIdx.y * 256 + threadIdx.x) / LANES, lane = threadIdx.x % LANES;
-  const bool there = head < heads + 2 * kv_heads, is_q = head < heads, is_v = head >= heads + kv_heads;
+  const int token = blockIdx.x, head = (blockIdx.y * 256 + threadIdx.x) / SPAN;
+  const bool idle = SPAN > LANES && threadIdx.x % SPAN >= LANES;
+  const int lane = idle ? 0 : threadIdx.x % SPAN;
+  const bool there = head < heads + 2 * kv_heads && !idle, is_q = head < heads, is_v = head >= heads + kv_heads;
   elem* x = qkv + ((u64)token * (heads + 2 * kv_heads) + (there ? head : 0)) * DIM + lane * VECTOR;
   const int place = places[token];
   Vector v;
@@ -75,8 +78,9 @@ extern "C" __global__ void rotate_and_store(elem* qkv, const int* positions, con
   }
   const elem* weight = is_q ? q_norm : k_norm;
   if (weight) {  // the same for all threads
+    if (idle) sum = 0.f;
 #pragma unroll
-    for (int d = LANES / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    for (int d = SPAN / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     if (!is_v) {
       const float scale = rsqrtf(sum / DIM + eps);
       Vector w;
@@ -88,7 +92,8 @@ extern "C" __global__ void rotate_and_store(elem* qkv, const int* positions, con
   const u64 angle = (u64)positions[token] * (DIM / 2) + lane % (LANES / 2) * VECTOR;
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) {
-    const float b = __shfl_xor_sync(0xffffffffu, a[i], LANES / 2);
+    const int other = (threadIdx.x & 31 & ~(SPAN - 1)) + (lane < LANES / 2 ? lane + LANES / 2 : lane - LANES / 2);
+    const float b = SPAN == LANES ? __shfl_xor_sync(0xffffffffu, a[i], LANES / 2) : __shfl_sync(0xffffffffu, a[i], other);
     if (!is_v) v.at[i] = rounded(a[i] * cosines[angle + i] + (lane < LANES / 2 ? -b : b) * sines[angle + i]);
   }
   if (!there) return;

@@ -9,12 +9,31 @@ import triton.language as tl
 
 
 @triton.jit
-def attend(q, k, v, ok, m, total, acc, scale, MASKED: tl.constexpr):
+def capped(score, scale, SOFTCAP: tl.constexpr):
+    """SOFTCAP · tanh(score · softmax's scale / SOFTCAP), again to be multiplied by `scale`; nothing is done where SOFTCAP is 0."""
+    if SOFTCAP == 0:
+        return score
+    else:
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(score * (scale * (2.0 / SOFTCAP))))  # scale holds log2(e)
+        return tanh * (SOFTCAP * 1.4426950408889634 / scale)
+
+
+@triton.jit
+def load_heads(pointers, d, D: tl.constexpr, DP: tl.constexpr):
+    """Load vectors of DP elements, indexed by `d` in the last dimension, whose elements from D on are zeros and not in memory."""
+    if DP == D:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=d < D, other=0.0)
+
+
+@triton.jit
+def attend(q, k, v, ok, m, total, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
     """q [rows, D], k and v [tokens, D]; ok (where MASKED) [rows or 1, tokens]; scale: softmax's times log2(e).
 
     m, total [rows] and acc [rows, D] are maximum, sum and weighted sum so far; returns the new ones.
     """
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    score = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
     if MASKED:
         score = tl.where(ok, score, -1.0e30)
     top = tl.maximum(m, tl.max(score, 1) * scale)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.online_softmax import attend
+from gpu_worker.cuda.kernels.online_softmax import attend, load_heads
 
 
 @triton.jit
@@ -28,10 +28,13 @@ def prefill_attention(
     R: tl.constexpr,
     RP: tl.constexpr,
     D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a power of two
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,  # tokens that a token sees, itself included; 0: all before it
+    SOFTCAP: tl.constexpr,  # of the scores (Gemma 2); 0: none
 ):
     h = tl.program_id(0)
     n = tl.num_programs(1) - 1 - tl.program_id(1)  # later tiles of a row are longer: first
@@ -47,36 +50,52 @@ def prefill_attention(
     TOKENS: tl.constexpr = ROWS // RP
     PLANE: tl.constexpr = KV_HEADS * PAGE * D
     i = tl.arange(0, ROWS)
-    d = tl.arange(0, D)
+    d = tl.arange(0, DP)
     t = tl.arange(0, TILE)
     token = at + i // RP
     head = h * R + i % RP
-    live = (token < count) & (i % RP < R)
+    live = ((token < count) & (i % RP < R))[:, None]
+    if DP != D:
+        live = live & (d < D)[None, :]
     q = tl.load(
         qkv + (offset + token).to(tl.int64)[:, None] * ((HEADS + 2 * KV_HEADS) * D) + head[:, None] * D + d[None, :],
-        mask=live[:, None],
+        mask=live,
         other=0.0,
     )
     position = first + token
     slot_table = table + slot * WIDTH
     plain = (first + at) // TILE * TILE  # keys below lie before every query of the tile
+    begin = 0
+    if WINDOW:  # keys that the tile's first query does not see are left out, all others masked
+        begin = tl.maximum(first + at - (WINDOW - 1), 0) // TILE * TILE
+        plain = begin
     end = first + tl.minimum(at + TOKENS, count)
     m = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    page = tl.load(slot_table + t // PAGE, mask=t < end, other=0)
-    for start in tl.range(0, plain, TILE, num_stages=STAGES):
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    page = tl.load(slot_table + (begin + t) // PAGE, mask=begin + t < end, other=0)
+    for start in tl.range(begin, plain, TILE, num_stages=STAGES):
         key = start + t
         p_at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + (key % PAGE)[:, None] * D + d[None, :]
         page = tl.load(slot_table + (key + TILE) // PAGE, mask=key + TILE < end, other=0)
-        m, total, acc = attend(q, tl.load(p_at), tl.load(p_at + PLANE), True, m, total, acc, scale, False)
+        k = load_heads(p_at, d[None, :], D, DP)
+        v = load_heads(p_at + PLANE, d[None, :], D, DP)
+        m, total, acc = attend(q, k, v, True, m, total, acc, scale, False, SOFTCAP)
     for start in tl.range(plain, end, TILE, num_stages=STAGES):
         key = start + t
         ok = key < end
+        if WINDOW:
+            ok = ok & (key > first + at - WINDOW)
         p_at = cache + page.to(tl.int64)[:, None] * (2 * PLANE) + h * (PAGE * D) + (key % PAGE)[:, None] * D + d[None, :]
         page = tl.load(slot_table + (key + TILE) // PAGE, mask=key + TILE < end, other=0)
-        k = tl.load(p_at, mask=ok[:, None], other=0.0)
-        v = tl.load(p_at + PLANE, mask=ok[:, None], other=0.0)
-        m, total, acc = attend(q, k, v, key[None, :] <= position[:, None], m, total, acc, scale, True)
+        there = ok[:, None]
+        if DP != D:
+            there = there & (d < D)[None, :]
+        k = tl.load(p_at, mask=there, other=0.0)
+        v = tl.load(p_at + PLANE, mask=there, other=0.0)
+        seen = key[None, :] <= position[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        m, total, acc = attend(q, k, v, seen, m, total, acc, scale, True, SOFTCAP)
     to = out + (offset + token).to(tl.int64)[:, None] * (HEADS * D) + head[:, None] * D + d[None, :]
-    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)

@@ -60,6 +60,8 @@ class Reference:
             a, b = wide.chunk(2, -1)
             return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(self.dtype)
 
+        back = torch.arange(n, device=tokens.device)[:, None] - torch.arange(n, device=tokens.device)
+        seen = (back >= 0) & (back < (c.sliding_window or n))
         h = self.embedding[tokens.long()]
         for w in self.layers:
             qkv = norm(h, w["in"]) @ w["qkv"].t()
@@ -71,7 +73,7 @@ class Reference:
                 q, k = norm(q, w["qn"]), norm(k, w["kn"])
             q, k = rotate(q), rotate(k)
             k, v = (x.repeat_interleave(c.heads // c.kv_heads, 1) for x in (k, v))
-            a = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True)
+            a = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=seen)
             h = h + a.transpose(0, 1).reshape(n, -1) @ w["o"].t()
             gate, up = (norm(h, w["post"]) @ w["gate_up"].t()).chunk(2, -1)
             h = h + (F.silu(gate) * up) @ w["down"].t()
