@@ -40,10 +40,10 @@ class Accounts:
             self._seconds[path] = Histogram("pagewire_http_request_duration_seconds")
         self._seconds[path].observe(time.monotonic() - scope[BEGUN])
 
-    def series(self, name: str) -> list[Series]:
-        """Samples of the families, for the frontend of that name."""
-        counts = [Series("pagewire_http_requests", [name, *labels], float(n)) for labels, n in self._ended.items()]
-        return counts + [seconds.series([name, path]) for path, seconds in self._seconds.items()]
+    def series(self) -> list[Series]:
+        """Samples of the families."""
+        counts = [Series("pagewire_http_requests", list(labels), float(n)) for labels, n in self._ended.items()]
+        return counts + [seconds.series([path]) for path, seconds in self._seconds.items()]
 
 
 class Counted:

@@ -219,7 +219,7 @@ async def _beat(app: Starlette, process: Service, publisher: Publisher) -> None:
 def _publish(app: Starlette, publisher: Publisher) -> None:
     client: Client = app.state.client
     values = {**client.stats(), "memory_bytes": float(psutil.Process().memory_info().rss)}
-    publisher.publish(values, client.series() + app.state.accounts.series(client.settings.name), served=client.served())
+    publisher.publish(values, client.series() + app.state.accounts.series(), served=client.served())
 
 
 def _listen(settings: FrontendSettings) -> socket.socket:

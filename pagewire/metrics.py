@@ -113,9 +113,10 @@ class _Families:
     def _of_a_family(self, telemetry: Telemetry, served: dict[str, str]) -> None:
         for sample in telemetry.series:
             family = FAMILIES.get(sample.family)
-            if family is None or len(sample.labels) != len(family.labels):
+            told = [*sample.labels, telemetry.name]
+            if family is None or len(told) != len(family.labels):
                 continue  # a service of another version
-            labels = [served.get(label, label) if name == "model_name" else label for name, label in zip(family.labels, sample.labels)]
+            labels = [served.get(label, label) if name == "model_name" else label for name, label in zip(family.labels, told)]
             if family.kind != "histogram":
                 self._add(family.name, labels, sample.value)
             elif len(sample.counts) == len(family.bounds) + 1:

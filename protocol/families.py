@@ -11,12 +11,16 @@ from itertools import chain
 
 @dataclass(frozen=True)
 class Family:
-    """A metric family. A counter's samples are called `name_total`; a histogram's `name_bucket`, `name_sum`, `name_count`."""
+    """A metric family. A counter's samples are called `name_total`; a histogram's `name_bucket`, `name_sum`, `name_count`.
+
+    Services do not tell the last label of their families, `name`: it is their own name. So a series is of one process, and
+    what it counts begins anew only when that process does.
+    """
 
     name: str
     kind: str  # "counter", "gauge" or "histogram"
     help: str
-    labels: tuple[str, ...] = ("model_name",)
+    labels: tuple[str, ...] = ("model_name", "name")
     bounds: tuple[float, ...] = ()  # of a histogram's buckets, upper, ascending; +Inf comes on top
 
 
@@ -54,7 +58,7 @@ FAMILIES = {
             "vllm:request_success",
             "counter",
             "Outputs that have ended, by reason: stop, length, abort (the client has gone, or the frontend has), error.",
-            ("model_name", "finished_reason"),
+            ("model_name", "finished_reason", "name"),
         ),
         Family(
             "vllm:time_to_first_token_seconds",
@@ -95,13 +99,13 @@ FAMILIES = {
             "pagewire_http_requests",
             "counter",
             "HTTP requests that have ended, each once: by path, status sent, and how it ended (ok, or the error's code).",
-            ("name", "path", "status", "code"),
+            ("path", "status", "code", "name"),
         ),
         Family(
             "pagewire_http_request_duration_seconds",
             "histogram",
             "From an HTTP request's header to the last byte of its answer.",
-            ("name", "path"),
+            ("path", "name"),
             REQUEST_SECONDS,
         ),
     )

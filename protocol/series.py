@@ -16,7 +16,7 @@ class Series(msgspec.Struct, array_like=True, frozen=True):
     """
 
     family: str
-    labels: list[str]  # values, in the family's order
+    labels: list[str]  # values, in the family's order, without the service's name
     value: float
     counts: list[int] = []
 

@@ -38,7 +38,7 @@ class Server:
         )
 
     def counters(self) -> Counter[Sample]:
-        samples = self.client.series() + self.app.state.accounts.series("frontend-0")
+        samples = self.client.series() + self.app.state.accounts.series()
         counted = ("pagewire_http_requests", "vllm:request_success")
         return Counter({(s.family, *s.labels): int(s.value) for s in samples if s.family in counted})
 
@@ -87,7 +87,7 @@ def request_of(server: Server) -> bytes:
 
 
 def http(status: int, code: str = "ok", path: str = COMPLETIONS) -> Sample:
-    return ("pagewire_http_requests", "frontend-0", path, str(status), code)
+    return ("pagewire_http_requests", path, str(status), code)
 
 
 def output(reason: str) -> Sample:

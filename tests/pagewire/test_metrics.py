@@ -76,14 +76,15 @@ def test_what_services_fill_is_shown_under_the_family_s_name_and_the_model_s_pub
     figures.take(Telemetry("scheduler", "scheduler-0", 1, 2, {}, {}, series), 0.0)
     figures.take(Telemetry("frontend", "frontend-0", 1, 2, {}, {}, [], {"/models/big": "big"}), 0.0)
     seen = scrape(figures, 0.0)
-    assert seen["vllm:num_requests_running", labels(model_name="big")] == 2
-    assert seen["vllm:prefix_cache_hits_total", labels(model_name="big")] == 5
+    assert seen["vllm:num_requests_running", labels(model_name="big", name="scheduler-0")] == 2
+    assert seen["vllm:prefix_cache_hits_total", labels(model_name="big", name="scheduler-0")] == 5
     buckets = {
-        bound: seen["vllm:iteration_tokens_total_bucket", labels(model_name="big", le=bound)] for bound in ("1.0", "2.0", "4.0", "+Inf")
+        bound: seen["vllm:iteration_tokens_total_bucket", labels(model_name="big", le=bound, name="scheduler-0")]
+        for bound in ("1.0", "2.0", "4.0", "+Inf")
     }
     assert buckets == {"1.0": 1, "2.0": 1, "4.0": 3, "+Inf": 4}
-    assert seen["vllm:iteration_tokens_total_count", labels(model_name="big")] == 4
-    assert seen["vllm:iteration_tokens_total_sum", labels(model_name="big")] == 1e9 + 7
+    assert seen["vllm:iteration_tokens_total_count", labels(model_name="big", name="scheduler-0")] == 4
+    assert seen["vllm:iteration_tokens_total_sum", labels(model_name="big", name="scheduler-0")] == 1e9 + 7
     assert not any("future" in name or "waiting" in name for name, _ in seen if name.startswith("vllm:"))
 
 
