@@ -1,5 +1,5 @@
 # make serve [PORT=8000] [ADMIN_PORT=8001] [RUN_DIR=…] [DEVICE=auto|cpu|cuda] [MODEL=…] [WORKERS=1] [ARGS="…"]
-# make test, make test-fast, make simulate SEEDS=N [JOBS=2], make soak MINUTES=N [SEED=N], make lint, make format
+# make test, make test-fast, make simulate SEEDS=N [JOBS=2], make soak MINUTES=N [SEED=N], make docs, make lint, make format
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -21,16 +21,16 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 TORCH_FREE := tests/frontend tests/scheduler_svc
-EXTRAS := frontend,scheduler,worker,transformers,bench,tui,dev
+EXTRAS := frontend,scheduler,worker,transformers,bench,tui,docs,dev
 
-.PHONY: serve test test-fast simulate soak lint format install
+.PHONY: serve test test-fast simulate soak docs lint format install
 .DEFAULT_GOAL := serve
 
 serve: $(INSTALLED)
 	@exec $(BIN)/pagewire up --port $(PORT) --admin-port $(ADMIN_PORT) --device $(DEVICE) --workers $(WORKERS) \
 	    $(if $(RUN_DIR),--run-dir "$(RUN_DIR)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-test: lint
+test: lint docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -p tests.no_torch $(TORCH_FREE)
@@ -44,6 +44,10 @@ simulate: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate
+	$(BIN)/sphinx-build -q -W --keep-going -n docs build/docs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
