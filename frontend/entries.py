@@ -174,6 +174,8 @@ class Entry:
         self.listener: object = None  # the shell's: whom to wake
         self.choices: list[Choice] = []
         self.unfinished = 0
+        self.scores: list[TokenLogprobs] = []  # of the prompt's tokens, the first left out; committed like tokens
+        self.scored = 1  # the first prompt position that `scores` lacks (an adopted request begins where its client is)
         self.fill(new)
 
     def fill(self, new: NewRequest) -> None:
@@ -182,19 +184,28 @@ class Entry:
         self.new = new
         self.prompt_tokens = len(new.prompt) // 4
         self.choices = [Choice(index, new, stop_ids) for index in range(len(new.seeds))]
-        self.unfinished = len(self.choices)
+        if not new.params.max_tokens:
+            for choice in self.choices:
+                choice.end("length")
+        self.unfinished = sum(not choice.finish_reason for choice in self.choices)
+        self._to_score = self.prompt_tokens if new.params.prompt_logprobs >= 0 else 0
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log probabilities of the prompt are still to come. They are told before anything else."""
+        return self.scored < self._to_score
 
     @property
     def ended(self) -> bool:
-        """Whether every choice has ended, or the request failed or moved."""
-        return not self.unfinished and not self.attaching
+        """Whether every choice has ended and the prompt has its log probabilities, or the request failed or moved."""
+        return not (self.unfinished or self.attaching or self.unscored)
 
     def finish(self, reason: str) -> None:
-        """End all choices that go on."""
+        """End all choices that go on, and wait for nothing more."""
         for choice in self.choices:
             if not choice.finish_reason:
                 choice.end(reason)
-        self.unfinished = 0
+        self.unfinished = self._to_score = 0
         self.attaching = None
 
     def submit(self, now: float) -> Submit:
@@ -216,4 +227,5 @@ class Entry:
             cache_salt=new.cache_salt,
             cached=self.cached,
             header=new.header,
+            scored=self.scored,
         )

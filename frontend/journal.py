@@ -18,6 +18,8 @@ from frontend.measures import ELSEWHERE, Measures
 from protocol.columns import pack, unpack, unpack_floats
 from protocol.counters import Counters
 from protocol.messages import (
+    PROTOCOL,
+    SCORES_SINCE,
     Abort,
     Attach,
     Credit,
@@ -29,6 +31,7 @@ from protocol.messages import (
     ModelInfo,
     Models,
     Moved,
+    PromptScores,
     Resumed,
     SamplingParams,
     Submit,
@@ -63,6 +66,7 @@ class Journal:
         self.is_open = False
         self._times = times
         self._revive = revive
+        self._protocol = PROTOCOL  # of the open session
         self._closed_at = -math.inf
         self._next_handle = 0
         self._by_handle: dict[int, Entry] = {}
@@ -74,6 +78,9 @@ class Journal:
         """Take a request. Without a session it waits for the next one. Raises ValueError if its id is known."""
         entry = self._add(new, now, self._measures(new.model))
         self._send(entry.submit(now))
+        if entry.ended:  # nothing was asked for but what is known already
+            self.touched[entry.handle] = entry
+        self._refuse_scores(entry)
         return entry
 
     def attach(self, request: bytes, now: float, told: Sequence[int] = (), tenant: str = "") -> Entry:
@@ -92,11 +99,11 @@ class Journal:
         for choice in going:
             choice.end("abort")
         entry.unfinished -= len(going)
-        if entry.attaching and choices is None:
-            entry.attaching = None
-        if going:
+        if going or (entry.unscored and choices is None):
             self._send(Abort(entry.request, b"" if choices is None else pack([c.index for c in going])))
             self.touched[entry.handle] = entry
+        if choices is None:
+            entry.finish("abort")
 
     def done(self, entry: Entry, now: float = 0.0) -> None:
         """Forget a request: its last byte has gone to the client, or the client has gone. Aborts what still runs."""
@@ -123,6 +130,7 @@ class Journal:
     def opened(self, welcome: Welcome, now: float) -> None:
         """A session is open: name everything that lives, then close the list with RESUMED."""
         self.is_open = True
+        self._protocol = welcome.protocol
         self.fault = None
         self.credit = welcome.credit
         self.out.clear()
@@ -130,6 +138,8 @@ class Journal:
         for entry in named:
             self.out.append(entry.attaching or entry.submit(now))
         self.out.append(Resumed(len(named)))
+        for entry in named:
+            self._refuse_scores(entry)
         if self.fetches:
             self.out.append(next(iter(self.fetches.values())).request())
 
@@ -153,6 +163,8 @@ class Journal:
                 gone = [replace(info, workers_ready=0, workers_loading=0) for info in self.models.values()]
                 self.models = {info.name: info for info in message.models or gone}
                 self.models_changed = True
+            case PromptScores():
+                self._scores(message)
             case Failed():
                 self._failed(message)
             case Moved():
@@ -284,6 +296,36 @@ class Journal:
         for measures in self.measures.values():
             measures.step(now)
 
+    def _scores(self, message: PromptScores) -> None:
+        entry, scores = self._by_handle.get(message.handle), message.scores
+        if entry is None or not entry.unscored:
+            self.counters.add("journal_unknown")
+            return
+        told = entry.scored - scores.first
+        if told < 0:
+            self.counters.add("journal_gap")
+            self.fault = f"log probabilities from position {scores.first} on for a prompt that has them before {entry.scored}"
+            return
+        if told >= scores.count:
+            self.counters.add("journal_duplicate")
+            return
+        entry.admitted = True
+        ids, values = unpack(scores.ids).tolist(), unpack_floats(scores.values).tolist()
+        pairs = len(ids) // scores.count
+        for at, rank in enumerate(unpack(scores.ranks).tolist()[told:], told):
+            span = slice(at * pairs, (at + 1) * pairs)
+            entry.scores.append(TokenLogprobs(ids[span], values[span], rank))
+        entry.scored = scores.first + scores.count
+        if not entry.unscored:
+            self.touched[entry.handle] = entry
+
+    def _refuse_scores(self, entry: Entry) -> None:
+        """A scheduler of an older version would never send them."""
+        if self.is_open and entry.unscored and self._protocol < SCORES_SINCE:
+            self._send(Abort(entry.request))
+            reason = "prompt_logprobs: the scheduler is of an older version, which has none"
+            self._failed(Failed(entry.request, 501, "unsupported", reason, "prompt_logprobs"))
+
     def _choice_ended(self, entry: Entry, choice: Choice) -> None:
         entry.unfinished -= 1
         if isinstance(choice.stop_reason, str):  # nobody else sees stop strings
@@ -322,9 +364,12 @@ class Journal:
         entry.owner = submit.owner
         entry.admitted = submit.admitted
         entry.cached = submit.cached
+        entry.scored = submit.scored
         entry.submitted = entry.arrived = now - submit.age
         entry.measures = self._measures(new.model)
         for choice, known in zip(entry.choices, submit.choices, strict=True):
+            if choice.finish_reason:
+                continue
             for token in unpack(known.known).tolist():
                 if not choice.finish_reason:
                     choice.commit(token)

@@ -44,6 +44,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
@@ -73,6 +74,7 @@ class RequestOutput:
     finished: bool
     cached_tokens: int = 0
     prompt: str | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, the first has none; None: not asked for
 
 
 def request_of(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool) -> NewRequest:
@@ -124,6 +126,7 @@ def output_of(entry: Entry, params: SamplingParams, texts: dict[int, str], promp
         finished=entry.ended,
         cached_tokens=max(entry.cached, 0),
         prompt=prompt,
+        prompt_logprobs=None if params.prompt_logprobs is None else [None, *entry.scores],
     )
 
 

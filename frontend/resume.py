@@ -61,6 +61,8 @@ class Header(msgspec.Struct, array_like=True, frozen=True):
     logprobs: bool
     echo: str
     text: TextOptions
+    continuous_usage: bool = False
+    echo_logprobs: int = -1
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | 
     Raises ApiError (400, `context_length_exceeded`) if the prompt, or the prompt with what was asked for, is too long.
     """
     left = info.max_model_len - prompt_tokens
-    if left < 1 or (asked is not None and asked > left):
+    if left < (1 if asked is None else asked):
         wanted = f"{prompt_tokens} of the prompt" + (f" and {asked} to generate" if asked is not None else " and at least one to generate")
         message = f"this model's context has {info.max_model_len} tokens; the request needs {wanted}"
         raise ApiError(400, message, param, "context_length_exceeded")
@@ -43,7 +43,7 @@ def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | 
     return left if default is None else min(default, left)
 
 
-def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: int, logprobs: int) -> SamplingParams:
+def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: int, logprobs: int, prompt_logprobs: int) -> SamplingParams:
     """The parameters of a request's choices; what the client left open takes the model's defaults."""
     defaults = info.defaults
     bias = bias_of(body, info.vocab_size)
@@ -64,6 +64,7 @@ def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: i
         min_tokens=body.min_tokens,
         stop_ids=pack(sorted(set(stop_ids))),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         bias_ids=pack(bias),
         bias_values=pack_floats(bias.values()),
         allowed_ids=pack(sorted(set(checked_ids(body.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)))),

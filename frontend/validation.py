@@ -21,7 +21,7 @@ MAX_BAD_WORDS = 256
 T = TypeVar("T")
 Number = float | int
 N = Annotated[int, msgspec.Meta(ge=1, le=MAX_N)]
-Tokens = Annotated[int, msgspec.Meta(ge=1)]
+Tokens = Annotated[int, msgspec.Meta(ge=0)]  # 0: only the prompt's log probabilities, or its echo
 Stops = str | Annotated[list[str], msgspec.Meta(max_length=MAX_STOPS)] | None
 Ids = Annotated[list[int], msgspec.Meta(max_length=MAX_IDS)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
@@ -31,6 +31,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """OpenAI's `stream_options`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -43,6 +44,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     n: N | None = None
     stop: Stops = None
     max_tokens: Tokens | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
@@ -104,7 +106,7 @@ class GenerateBody(msgspec.Struct, forbid_unknown_fields=True):
     """The body of `POST /generate`."""
 
     prompt: str
-    max_tokens: Tokens = 100
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 100
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
     model: str | None = None
 
@@ -149,6 +151,8 @@ def check_chat(body: ChatBody) -> None:
     require(body.modalities in (None, ["text"]), "modalities", "only text is supported", "unsupported_parameter")
     require(body.reasoning_effort is None, "reasoning_effort", "is not supported", "unsupported_parameter")
     require(body.top_logprobs is None or bool(body.logprobs), "top_logprobs", "needs logprobs to be true")
+    check_max_tokens(body, "max_completion_tokens", body.max_completion_tokens)
+    check_max_tokens(body, "max_tokens", body.max_tokens)
     both = bool(body.add_generation_prompt) and body.continue_final_message
     require(not both, "continue_final_message", "contradicts add_generation_prompt")
     for i, message in enumerate(body.messages):
@@ -161,7 +165,7 @@ def check_completion(body: CompletionBody) -> None:
     if body.best_of is not None:
         require(body.best_of >= (body.n or 1), "best_of", "is less than n")
         require(not body.stream or body.best_of == (body.n or 1), "best_of", "cannot be told before the end: stream must be false")
-    require(not (body.echo and body.logprobs is not None), "echo", "is not supported together with logprobs", "unsupported_parameter")
+    check_max_tokens(body, "max_tokens", body.max_tokens, body.echo)
 
 
 def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -177,9 +181,18 @@ def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | list[int
     return prompt  # type: ignore[return-value]
 
 
+def check_max_tokens(body: Sampling, param: str, asked: int | None, echo: bool = False) -> None:
+    """Refuse an output of no tokens where nothing is asked about the prompt. Raises ApiError."""
+    require(asked != 0 or echo or body.prompt_logprobs is not None, param, "must be at least 1 without echo or prompt_logprobs")
+
+
 def check_stream(body: Sampling) -> None:
-    """Refuse stream options of an answer that is no stream, as OpenAI does. Raises ApiError."""
-    require(body.stream_options is None or bool(body.stream), "stream_options", "needs stream to be true")
+    """Refuse stream options of an answer that is no stream, as OpenAI does, and what a stream has no place for. Raises ApiError."""
+    options = body.stream_options
+    require(options is None or bool(body.stream), "stream_options", "needs stream to be true")
+    continuous = options is not None and options.continuous_usage_stats and not options.include_usage
+    require(not continuous, "stream_options", "continuous_usage_stats needs include_usage to be true")
+    require(not body.stream or body.prompt_logprobs is None, "prompt_logprobs", "cannot be told in a stream")
 
 
 def stops_of(stop: str | list[str] | None) -> list[str]:

@@ -8,6 +8,7 @@ the host are complete. `reset` and `ready` are called with neither at work.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from gpu_worker.runner import Description, Outcome, Record, Step
 from gpu_worker.slots import UNASSIGNED, UNBOUND, BlockTables, PlanError, SealedBlocks, Slots
 from protocol.columns import EMPTY, Int32, pack, pack_floats, unpack
-from protocol.messages import FileChunk, FileRequest, Plan, Ready, Result
+from protocol.messages import FileChunk, FileRequest, Plan, Ready, Result, Scored, Scores
 
 FILE_CHUNK = 256 << 10  # bytes of the tokenizer files in one message
 
@@ -178,6 +179,10 @@ class WorkerCore:
         fork_rows = unpack(plan.fork_rows)
         if len(fork_rows) and not outputs[fork_rows].all():
             raise PlanError(plan.step, "fork_rows", "a row that samples nothing is forked")
+        scores = unpack(plan.scores)
+        for i in scores.nonzero()[0].tolist():
+            if scores[i] >= records[i].prompt_length or records[i].params.prompt_logprobs < 0:
+                raise PlanError(plan.step, "scores", f"slot {slots[i]} has nothing to report there")
         return Step(
             plan=plan,
             records=records,
@@ -192,6 +197,7 @@ class WorkerCore:
             fork_records=fork_records,
             bind_slots=bind_slots,
             bind_records=bind_records,
+            scores=scores,
         )
 
     def _row_records(self, plan: Plan, slots: Int32) -> list[Record]:
@@ -246,6 +252,12 @@ class WorkerCore:
             lp_values=pack_floats(outcome.lp_values),
             lp_ranks=pack(outcome.lp_ranks),
         )
+
+
+def scored(step: Step, outcome: Outcome) -> Iterator[Scored]:
+    """What a step reports of its rows' prompts, a message a slice; to be sent before the step's result."""
+    for part in outcome.scores:
+        yield Scored(step.plan.step, part.row, Scores(part.first, pack(part.ids), pack_floats(part.values), pack(part.ranks)))
 
 
 def file_chunk(description: Description | None, request: FileRequest) -> FileChunk:

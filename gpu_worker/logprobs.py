@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from gpu_worker.prompt_scores import Asked
+from gpu_worker.runner import RowScores
 from protocol.columns import EMPTY, Float32, Int32
 
 
@@ -65,6 +68,17 @@ def logprobs(found: Candidates, tokens: Int32) -> Logprobs:
         values=all_values[reported].astype(np.float32),
         ranks=ranks.cpu().numpy()[got].astype(np.int32),
     )
+
+
+def prompt_scores(asked: Asked, logits: Callable[[slice], torch.Tensor]) -> list[RowScores]:
+    """What a step reports of its prompts. `logits(part)`: float32 [positions, vocab] of a slice, made when it is called for."""
+    told: list[RowScores] = []
+    for part in asked.slices():
+        found = candidates(logits(part), asked.wanted[part])
+        assert found is not None
+        of_slice = logprobs(found, asked.tokens[part])
+        told += asked.report(part, of_slice.ids, of_slice.values, of_slice.ranks)
+    return told
 
 
 NO_LOGPROBS = Logprobs(EMPTY, EMPTY, np.zeros(0, np.float32), EMPTY)

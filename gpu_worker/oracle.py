@@ -18,14 +18,27 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_worker.byte_model import VOCAB, byte_geometry, describe_bytes
-from gpu_worker.oracle_stream import UInt64, draws, entries, expected, expected_with_logprobs, pairs, pick, pick_one, seed_used, weights
-from gpu_worker.runner import Description, Outcome, Step
+from gpu_worker.oracle_stream import (
+    UInt64,
+    draws,
+    entries,
+    expected,
+    expected_prompt_logprobs,
+    expected_with_logprobs,
+    pairs,
+    pick,
+    pick_one,
+    seed_used,
+    weights,
+)
+from gpu_worker.prompt_scores import asked
+from gpu_worker.runner import Description, Outcome, RowScores, Step
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.slots import BlockTables
 from protocol.columns import Int32, unpack
 from protocol.messages import DEAD, NAN, STOPPED
 
-__all__ = ["MARKS", "OracleRunner", "StepError", "expected", "expected_with_logprobs"]
+__all__ = ["MARKS", "OracleRunner", "StepError", "expected", "expected_prompt_logprobs", "expected_with_logprobs"]
 
 MARKS = ("raise", "crash", "hang", "nan", "nan_once")  # what computing a marked token does
 
@@ -103,6 +116,8 @@ class OracleRunner:
             self._fault(step, tokens, row_of)
             self._write(step, tokens, positions, row_of)
             outcome = self._sample(step, tokens)
+            if len(step.scores):
+                outcome.scores = self._scores(step)
         outcome.copied = step.plan.step
         outcome.seconds = self._clock() - began
         self._outcomes.append(outcome)
@@ -218,6 +233,22 @@ class OracleRunner:
         if (self._logprobs[slots] >= 0).any():
             _add_logprobs(outcome, hashes, self._logprobs[slots])
         return outcome
+
+    def _scores(self, step: Step) -> list[RowScores]:
+        """What the rows report of their prompts, from everything stored along their tables before each position."""
+        reported = asked(step)
+        if reported is None:
+            return []
+        told: list[RowScores] = []
+        for part in reported.slices():
+            positions, tokens, wanted = reported.positions[part], reported.tokens[part].tolist(), reported.wanted[part].tolist()
+            digests, nan = self._read(step.slots[reported.rows[part]], positions)
+            hashes = draws(digests, np.zeros(len(digests), np.uint64), positions)
+            made = [pair for h, token, n in zip(hashes.tolist(), tokens, wanted, strict=True) for pair in pairs(h, token, n)]
+            values = np.array([value for _, value in made], np.float32)
+            values[np.repeat(nan, reported.wanted[part] + 1)] = np.nan
+            told += reported.report(part, np.array([id for id, _ in made], np.int32), values, np.ones(len(tokens), np.int32))
+        return told
 
     def _read(self, slots: Int32, ends: Int32) -> tuple[UInt64, Mask]:
         """D of each output, from everything stored along the table of its slot before its end, and whether a NaN is there."""

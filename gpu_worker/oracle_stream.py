@@ -103,6 +103,20 @@ def pairs(draw: int, token: int, alternatives: int) -> Pairs:
     return [(token, best), *(((token + 7 * i) % VOCAB, best - i / 4) for i in range(alternatives))]
 
 
+def expected_prompt_logprobs(prompt: Sequence[int], alternatives: int) -> list[Pairs]:
+    """The (id, logprob) pairs of each prompt token but the first, its own first."""
+    weight = weights(len(prompt)).tolist()
+    prefix = digest = 0
+    made: list[Pairs] = []
+    for position, token in enumerate(prompt):
+        if position:
+            draw = _mix_one((_mix_one(digest) + position * _BY_DRAW) & _MASK)
+            made.append(pairs(draw, token, alternatives))
+        prefix = (prefix + _mix_one((position * _BY_POSITION + token * _BY_TOKEN) & _MASK)) & _MASK
+        digest = (digest + prefix * weight[position]) & _MASK
+    return made
+
+
 def seed_used(seed: int, temperature: float) -> int:
     """Greedy sampling (temperature 0) takes no seed into account."""
     return seed if temperature > 0 else 0

@@ -66,6 +66,7 @@ class Step:
     fork_records: list[Record]
     bind_slots: Int32  # slots bound by this plan, their records beside them
     bind_records: list[Record]
+    scores: Int32 = field(default_factory=lambda: EMPTY)  # per row: the first prompt position it reports, 0 for none; or empty
 
     @property
     def output_slots(self) -> Int32:
@@ -85,6 +86,17 @@ class Step:
 
 
 @dataclass(slots=True)
+class RowScores:
+    """Log probabilities of a row's prompt at positions first, first + 1, …; see protocol.messages.Scores."""
+
+    row: int
+    first: int
+    ids: Int32  # [positions · (1 + alternatives)]
+    values: Float32
+    ranks: Int32  # [positions]
+
+
+@dataclass(slots=True)
 class Outcome:
     """What a step gave, one entry per output of the plan (shapes [outputs])."""
 
@@ -97,6 +109,7 @@ class Outcome:
     lp_ids: Int32 = field(default_factory=lambda: EMPTY)
     lp_values: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
     lp_ranks: Int32 = field(default_factory=lambda: EMPTY)
+    scores: list[RowScores] = field(default_factory=list)  # in the order of rows and positions
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ import threading
 import time
 from queue import SimpleQueue
 
-from gpu_worker.core import WorkerCore
+from gpu_worker.core import WorkerCore, scored
 from gpu_worker.errors import LoadError
 from gpu_worker.faults import KillSwitch
 from gpu_worker.network import Network, PlanArrived, SessionClosed, SessionOpened, Stop
@@ -112,6 +112,8 @@ class _Output(threading.Thread):
             trace.note("device", "forward", ended - outcome.seconds, ended, key)
             trace.note("output", "sample", ended, time.monotonic(), key)
         self.switch.reached("result_unsent")
+        for message in scored(step, outcome):
+            self.network.send(session, message)
         self.network.send(session, result)
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_worker.byte_model import describe_bytes
-from gpu_worker.runner import Description, Outcome, Step
+from gpu_worker.byte_model import VOCAB, describe_bytes
+from gpu_worker.prompt_scores import asked
+from gpu_worker.runner import Description, Outcome, RowScores, Step
 from gpu_worker.settings import WorkerSettings
 
 SPANS = 1 << 16  # steps remembered
@@ -83,6 +84,8 @@ class SimulatedRunner:
         drawn = (self._seeds[step.output_slots] + step.output_positions.astype(np.uint64)) * np.uint64(2654435761)
         tokens = _LETTERS[((drawn >> np.uint64(16)) % np.uint64(len(_LETTERS))).astype(np.int64)]
         outcome = Outcome(tokens, np.zeros(len(tokens), np.uint8), seconds, idle if seconds else 0.0, step.plan.step)
+        if len(step.scores):
+            outcome.scores = _scores(step)
         self._started.append((outcome, self._end))
 
     def finish(self, step: Step) -> Outcome:
@@ -99,3 +102,18 @@ class SimulatedRunner:
         if not self.spans:
             return 0.0
         return sum(end - start for start, end in self.spans) / (self.spans[-1][1] - self.spans[0][0])
+
+
+def _scores(step: Step) -> list[RowScores]:
+    """Every prompt token, and every alternative to it, is as likely as any other."""
+    reported = asked(step)
+    if reported is None:
+        return []
+    told: list[RowScores] = []
+    for part in reported.slices():
+        pairs = reported.wanted[part] + 1
+        nth = np.arange(int(pairs.sum())) - np.repeat(np.cumsum(pairs) - pairs, pairs)
+        ids = (np.repeat(reported.tokens[part], pairs) + nth) % VOCAB
+        values = np.full(len(ids), -np.log(VOCAB), np.float32)
+        told += reported.report(part, ids.astype(np.int32), values, np.ones(len(pairs), np.int32))
+    return told

@@ -14,8 +14,10 @@ from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cach
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
+from gpu_worker.logprobs import prompt_scores
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.weights import CpuMaker, DenseMaker, LinearMaker, load_weights
+from gpu_worker.prompt_scores import Asked, asked
 from gpu_worker.runner import Description, Outcome, Step
 from gpu_worker.sampler import Sampler
 from gpu_worker.settings import WorkerSettings
@@ -101,7 +103,8 @@ class TorchStep:
             return Outcome(tokens=np.zeros(0, np.int32), flags=np.zeros(0, np.uint8), copied=step.plan.step)
         small = int(step.counts.sum()) <= _SMALL_TOKENS and int((step.starts + step.counts).sum()) <= _SMALL_CONTEXT
         torch.set_num_threads(1 if small else self._threads)
-        logits = self._forward(step)
+        reported = asked(step)
+        logits, hidden = self._forward(step, reported)
         slots = step.output_slots
         live = ~self._dead[slots]
         sampled = self._sampler.sample(logits, slots, step.output_positions, live)
@@ -119,6 +122,7 @@ class TorchStep:
             lp_ids=lp.ids,
             lp_values=lp.values,
             lp_ranks=lp.ranks,
+            scores=[] if reported is None else prompt_scores(reported, lambda part: self._model.logits(hidden[part])),
         )
 
     def reset(self) -> None:
@@ -151,8 +155,8 @@ class TorchStep:
     def _blocks(self, column: bytes) -> torch.Tensor:
         return self._index(unpack(column))
 
-    def _forward(self, step: Step) -> torch.Tensor:
-        """The logits of each output, [outputs, vocab]."""
+    def _forward(self, step: Step, reported: Asked | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of each output, [outputs, vocab], and the hidden states behind the positions that are reported."""
         counts = step.counts.astype(np.int64)
         ends = np.cumsum(counts)
         nth = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
@@ -161,13 +165,15 @@ class TorchStep:
         positions = nth + np.repeat(step.starts, counts)
         self._attention.begin(Rows(step.starts, step.counts, self._tables.table[step.slots], self._dead[step.slots]))
         sampling = np.flatnonzero(step.outputs > 0)
-        logits = self._model.forward(
-            self._index(ids), self._index(positions), self._index(ends[sampling] - 1), self._attention, self._begun
-        )
+        wanted = ends[sampling] - 1
+        if reported is not None:
+            wanted = np.concatenate((wanted, reported.behind))
+        hidden = self._model.forward(self._index(ids), self._index(positions), self._index(wanted), self._attention, self._begun)
+        logits, rest = self._model.logits(hidden[: len(sampling)]), hidden[len(sampling) :]
         if not len(step.fork_rows):
-            return logits
+            return logits, rest
         rank = np.cumsum(step.outputs > 0) - 1  # which of the logits a row's are
-        return logits[self._index(np.concatenate((rank[sampling], rank[step.fork_rows])))]
+        return logits[self._index(np.concatenate((rank[sampling], rank[step.fork_rows])))], rest
 
     def _index(self, values: npt.NDArray[np.int64] | Int32) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._device)

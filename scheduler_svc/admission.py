@@ -23,7 +23,8 @@ def fits(worker: Worker, choice: Choice, blocks: int) -> bool:
     if blocks + reserved > worker.blocks.available:
         return False
     request = choice.request
-    siblings = sum(c.queue is worker.queue and not len(c.tokens) for c in request.choices) if not len(choice.tokens) else 1
+    forks = not choice.scores and not len(choice.tokens)
+    siblings = sum(c.queue is worker.queue and not len(c.tokens) for c in request.choices) if forks else 1
     if not worker.running or worker.promised + siblings * blocks_for(choice.limit, size) <= worker.blocks.count:
         return True  # even if everyone grows to the limit at once
     busy = np.flatnonzero((s.state == PREFILL) | (s.state == DECODE) | (s.state == PLANNED))

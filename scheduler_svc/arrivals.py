@@ -71,11 +71,12 @@ class Arrivals:
         for size in {worker.block_size for worker in choice.request.model.workers}:
             chain = choice.chains.get(size)
             if chain is None:
-                fresh = choice.request.chains.get(size) if not len(choice.tokens) else None
-                chain = fresh or Chain(self.hasher, size, choice.all_tokens, choice.request.root)
+                request, fresh = choice.request, not len(choice.tokens)
+                chain = request.chains.get(size) if fresh else None
+                chain = chain or Chain(self.hasher, size, request.prompt if fresh else choice.all_tokens, request.root)
                 choice.chains[size] = chain
-                if not len(choice.tokens):
-                    choice.request.chains[size] = chain
+                if fresh:
+                    request.chains[size] = chain
             named += chain.extend(most - named)
             if not chain.complete:
                 return most
@@ -93,7 +94,7 @@ class Arrivals:
     def _hold(self, request: Request, now: float) -> None:
         """Judge a request that no ready worker can take: is it worth waiting?"""
         model, times = request.model, self._settings.times
-        if request.ended or not any(choice.queue is model.queue for choice in request.choices):
+        if request.ended or not any(choice.queue is model.queue for choice in request.work):
             return
         settled = max(model.lost_at + times.move, now) if model.lost_at > -inf else now
         if not request.admitted and not self.loading() and settled <= now:
@@ -131,7 +132,7 @@ class Arrivals:
             chained = not self._settings.enable_prefix_caching or (
                 worker.block_size in choice.chains and choice.chains[worker.block_size].complete
             )
-            if choice.limit <= worker.capacity and chained:
+            if worker.can_hold(choice) and chained:
                 other.queue.remove(choice)
                 if choice.worker is not None:
                     choice.worker.host.void(choice)

@@ -23,7 +23,7 @@ class Draft:
     decodes: DecodeRows | None = None
     starts: Int32 = field(default_factory=lambda: EMPTY)  # of the decodes
     filled: tuple[Index, Int32, Int32] = NONE_FILLED  # slots among them whose last block this step fills (`InFlight`)
-    rows: list[tuple[int, int, int, int]] = field(default_factory=list)  # slot, start, count, outputs
+    rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)  # slot, start, count, outputs, first score
     assign: list[Entries] = field(default_factory=list)
     share: list[Entries] = field(default_factory=list)
     binds: list[tuple[int, int, int]] = field(default_factory=list)  # slot, generation, record
@@ -57,9 +57,10 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         sent=now,
         alone=not worker.in_flight,
     )
+    scored = b""
     fork_rows, fork_slots = [len(decodes.slots) + row for row, _ in draft.forks], [slot for _, slot in draft.forks]
     if draft.rows:
-        slots, starts, counts, outputs = np.array(draft.rows, dtype=np.int32).T
+        slots, starts, counts, outputs, scores = np.array(draft.rows, dtype=np.int32).T
         generations = s.generation[slots]
         packed = [a + pack(b) for a, b in zip(packed, (slots, generations, starts, counts, outputs), strict=True)]
         flight.row_slots = np.concatenate((decodes.slots, slots))
@@ -69,6 +70,8 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         flight.credit = per_frontend(s.frontend[flight.slots])
         flight.decoding = None
         flight.prefilled = int(counts.sum())
+        if scores.any():
+            scored = bytes(4 * len(decodes.slots)) + pack(scores)
     for index, n in flight.credit:
         frontends.at(index).in_flight += n
     if not worker.in_flight:
@@ -107,6 +110,7 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         outputs=packed[4],
         fork_rows=_column(fork_rows),
         fork_slots=_column(fork_slots),
+        scores=scored,
     )
     worker.drops, worker.frees, worker.seals, worker.withdrawals = [], [], [], []
     return plan

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 
-from protocol.columns import unpack
+import numpy as np
+
+from protocol.columns import unpack, unpack_floats
 from protocol.counters import Counters
 from protocol.messages import (
     Abort,
@@ -29,9 +31,11 @@ from protocol.messages import (
     Models,
     Phase,
     Progress,
+    PromptScores,
     Ready,
     Result,
     Resumed,
+    Scored,
     Submit,
 )
 from protocol.series import Series
@@ -49,7 +53,7 @@ from scheduler_svc.preemption import detach_forks
 from scheduler_svc.prefix import Hasher
 from scheduler_svc.progress import Progress as ProgressWatch
 from scheduler_svc.requests import Choice, Request
-from scheduler_svc.results import BadResult, take
+from scheduler_svc.results import BadResult, scorer_of, take
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.suspects import Suspects
 from scheduler_svc.waiting import Shares
@@ -83,7 +87,7 @@ class Engine:
         self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.arrivals)
         self._told: list[ModelInfo] = []
         self._started = False
-        self._idle_check = inspection.IdleCheck(self)
+        self._integrity = inspection.IntegrityCheck(self)
 
     @property
     def out(self) -> deque[tuple[int, Message, int]]:
@@ -170,7 +174,7 @@ class Engine:
     def worker_opened(self, session: int, hello: Hello, now: float) -> None:
         """A worker's session is open; it loads until READY."""
         self._start(now)
-        self.workers[session] = Worker(session, hello.name, hello.incarnation, self.shares)
+        self.workers[session] = Worker(session, hello.name, hello.incarnation, self.shares, hello.protocol)
         self._fail_suspects(self.suspects.returned(hello), now)
         self._announce()
 
@@ -183,6 +187,8 @@ class Engine:
         match message:
             case Result() if worker.ready:
                 self._result(worker, message, now)
+            case Scored() if worker.ready:
+                self._scored(worker, message, now)
             case Progress():
                 if (message.step, message.counter) != worker.counter:
                     worker.counter = (message.step, message.counter)
@@ -232,7 +238,7 @@ class Engine:
         for choice in homeless:
             worker.queue.remove(choice)
         for request in self.ledger.requests.values():
-            for choice in request.choices:
+            for choice in request.work:
                 if choice.worker is worker:
                     choice.worker = choice.swap = None
                     choice.cached_record = 0
@@ -279,6 +285,8 @@ class Engine:
         if not worker.drained and (not worker.ready or is_empty(worker)):
             worker.drained = True
             self.out.append((worker.session, Drained(), 0))
+            if worker.ready and self.settings.check_when_idle:
+                self._integrity.verify(worker.check)
 
     def _fence(self, worker: Worker, reason: str) -> None:
         worker.fenced = True
@@ -322,6 +330,27 @@ class Engine:
         for choice in taken.drained:
             worker.queue.add(choice)
 
+    def _scored(self, worker: Worker, message: Scored, now: float) -> None:
+        """Log probabilities of a prompt are told in the order of their positions, each once, and not kept."""
+        try:
+            scorer = scorer_of(worker, message)
+        except BadResult as bad:
+            self._fence(worker, str(bad))
+            return
+        if scorer is None:
+            self.counters.add("scheduler_rows_ownerless")
+            return
+        request, scores = scorer.request, message.scores
+        if np.isnan(unpack_floats(scores.values)).any():
+            self._nan(worker, scorer, now)
+        elif scores.first == request.scored:
+            request.scored += scores.count
+            self.suspects.clear(request)
+            self.ledger.send(request.frontend, PromptScores(request.handle, scores), scores.count)
+            if not request.unscored:
+                self.ledger.stop(scorer)
+                self.ledger.settle(request, now)
+
     def _nan(self, worker: Worker, choice: Choice, now: float) -> None:
         """A row's logits held a NaN: nothing it has touched may be hit again."""
         if choice.slot < 0:
@@ -356,9 +385,9 @@ class Engine:
             while worker.ready and not worker.fenced and len(worker.in_flight) < worker.depth.plans and self._plan(worker, now):
                 made = True
         if made:
-            self._idle_check.stirred = True
+            self._integrity.stirred = True
         elif self.settings.check_when_idle:
-            self._idle_check.at_rest(now)
+            self._integrity.unplanned(now)
         return made
 
     def _plan(self, worker: Worker, now: float) -> bool:
@@ -412,6 +441,11 @@ class Engine:
             self.frontends.limit = limit
             for session in self.frontends.by_session:
                 self.out.append((session, Credit(limit), 0))
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is left to do."""
+        return inspection.rests(self)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counts for /metrics."""

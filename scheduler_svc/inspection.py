@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.series import Series
@@ -101,7 +102,7 @@ def check(engine: Engine) -> None:
         if frontend is not None:
             assert frontend.in_flight == in_flight.get(frontend.index, 0), "credit does not match the rows in flight"
             assert frontend.unsent == sum(request.unsent for request in frontend.requests.values())
-    choices = [choice for request in engine.ledger.requests.values() for choice in request.choices]
+    choices = [choice for request in engine.ledger.requests.values() for choice in request.work]
     for worker in engine.workers.values():
         if worker.ready:
             worker.host.check([choice.swap for choice in choices if choice.swap is not None and choice.worker is worker])
@@ -109,9 +110,10 @@ def check(engine: Engine) -> None:
     arriving = {id(choice) for choice in engine.arrivals}
     for request in engine.ledger.requests.values():
         assert request.frontend.requests.get(request.id) is request
-        assert request.ended == all(choice.state is State.ENDED for choice in request.choices), "a request has not ended with its choices"
+        assert request.ended == all(choice.state is State.ENDED for choice in request.work), "a request has not ended with its choices"
         forking = {id(fork) for choice in request.choices for fork in choice.forks}
-        for choice in request.choices:
+        assert request.ended or not request.unscored or request.scorer is not None, "nobody computes a prompt's log probabilities"
+        for choice in request.work:
             place = {
                 State.WAITING: choice.queue is not None or id(choice) in arriving,
                 State.FORKING: id(choice) in forking,
@@ -122,32 +124,38 @@ def check(engine: Engine) -> None:
             assert place[choice.state], f"a choice is {choice.state.value}, and nowhere"
 
 
-class IdleCheck:
-    """Verifies an engine once after each busy time. `stirred` is to be set at each plan."""
+def rests(engine: Engine) -> bool:
+    """Whether nothing is left to do."""
+    return not engine.arrivals and not any(w.in_flight or (w.ready and (w.running or w.queue)) for w in engine.workers.values())
+
+
+class IntegrityCheck:
+    """Verifies an engine once after each busy time, and a worker once it is drained. `stirred` is to be set at each plan."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._waits = False
         self.stirred = False
+        for name in ("checks", "failures"):  # to be seen before there is one
+            engine.counters.add(f"scheduler_integrity_{name}", 0)
 
-    def at_rest(self, now: float) -> None:
+    def unplanned(self, now: float) -> None:
         """Nothing could be planned: look whether that is because nothing is left to do."""
-        if self._waits or not self.stirred or not self._rests():
+        if self._waits or not self.stirred or not rests(self._engine):
             return
         self._waits, self.stirred = True, False
-        self._engine.timers.at(now + REST, self._verify)
+        self._engine.timers.at(now + REST, self._at_rest)
 
-    def _rests(self) -> bool:
-        engine = self._engine
-        return not engine.arrivals and not any(w.in_flight or (w.ready and (w.running or w.queue)) for w in engine.workers.values())
-
-    def _verify(self, now: float) -> None:
+    def _at_rest(self, _now: float) -> None:
         self._waits = False
-        if self.stirred or not self._rests():
-            return
+        if not self.stirred and rests(self._engine):
+            self.verify(self._engine.check)
+
+    def verify(self, check: Callable[[], None]) -> None:
+        """Count a check, and its failure if it raises AssertionError."""
         self._engine.counters.add("scheduler_integrity_checks")
         try:
-            check(self._engine)
+            check()
         except AssertionError:
             self._engine.counters.add("scheduler_integrity_failures")
             log.exception("the scheduler's accounts do not agree")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
-from protocol.columns import Int32, pack, pack_floats, unpack
+from protocol.columns import EMPTY, Int32, pack, pack_floats, unpack
 from protocol.counters import Counters
 from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit, Tokens
 from protocol.messages import Choice as TheirChoice
@@ -14,7 +14,7 @@ from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.models import Model
 from scheduler_svc.prefix import Hasher
-from scheduler_svc.requests import Choice, Request, State
+from scheduler_svc.requests import SCORER, Choice, Request, State
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.waiting import Shares
 
@@ -77,6 +77,7 @@ class Intake:
         priority = message.priority if self._settings.policy == "priority" else 0
         request = Request(message, self._numbers, priority, model, frontend, self.hasher.root(message.cache_salt), now)
         self._ledger.add(request)
+        self._score(request, now)
         for choice, told in zip(request.choices, message.choices, strict=True):
             choice.dismissed = told.ended
             if told.ended or _ends(choice):
@@ -84,6 +85,15 @@ class Intake:
             else:
                 self._arrivals.enqueue(choice, now)
         self._ledger.settle(request, now)
+
+    def _score(self, request: Request, now: float) -> None:
+        """Let the log probabilities of the prompt be computed from `request.scored` on, if any are still to be told."""
+        if request.scorer is not None:
+            self._ledger.stop(request.scorer)
+            request.scorer = None
+        if request.unscored:
+            request.scorer = Choice(request, SCORER, 0, EMPTY)
+            self._arrivals.enqueue(request.scorer, now)
 
     def _refusal(self, message: Submit) -> Failed | None:
         """Why a new request cannot be taken."""
@@ -108,7 +118,8 @@ class Intake:
         if request.frontend.incarnation != frontend.incarnation:
             self._ledger.send(request.frontend, Moved(request.id))
         request.owner = message.owner
-        if request.ended and request.failure is None and any(map(_must_restart, request.choices, message.choices)):
+        lacks = message.scored < request.scored or any(map(_must_restart, request.choices, message.choices))
+        if request.ended and request.failure is None and lacks:
             self._ledger.forget(request)
             self._new(frontend, message, now)
             return
@@ -116,6 +127,9 @@ class Intake:
         if request.failure is not None:
             self._ledger.send(frontend, request.failure)
             return
+        if message.scored != request.scored and not request.ended:
+            request.scored = message.scored
+            self._score(request, now)
         if message.cached < 0 <= request.cached:
             frontend.admitted.append((request.handle, request.cached, request.queued))
         handles, choices, firsts, counts, ids = [], [], [], [], []
@@ -160,7 +174,7 @@ class Intake:
     def adopt(self, frontend: Frontend, request: Request, handle: int) -> None:
         """The request belongs to this frontend session from here on; rows in flight count against its credit."""
         old = request.frontend
-        waiting = [(choice, choice.queue) for choice in request.choices if choice.queue is not None]
+        waiting = [(choice, choice.queue) for choice in request.work if choice.queue is not None]
         for choice, queue in waiting:
             queue.remove(choice)
         old.requests.pop(request.id, None)
@@ -169,7 +183,7 @@ class Intake:
         request.frontend = frontend
         request.handle = handle
         frontend.requests[request.id] = request
-        for choice in request.choices:
+        for choice in request.work:
             if choice.slot >= 0 and choice.worker is not None:
                 s = choice.worker.slots
                 s.handle[choice.slot] = handle
@@ -187,7 +201,7 @@ class Intake:
         if request is None:
             return
         wanted = set(unpack(message.choices).tolist())
-        for choice in request.choices:
+        for choice in request.choices if wanted else request.work:
             if not wanted or choice.index in wanted:
                 choice.dismissed |= choice.state is not State.ENDED
                 self._ledger.stop(choice)
@@ -234,10 +248,9 @@ class Intake:
             self._ledger.send(frontend, Journal(journal))
             self._ledger.send(frontend, request.failure)
             return
-        if request.params.logprobs >= 0:
-            journal = _cut(journal, unpack(message.told).tolist())
+        journal = _cut(journal, unpack(message.told).tolist())
         self._ledger.send(frontend, Journal(journal))
-        if any(map(_must_restart, request.choices, journal.choices)):
+        if journal.scored != request.scored or any(map(_must_restart, request.choices, journal.choices)):
             self._resume(frontend, request, journal, now)
 
     def release_attaches(self, _now: float) -> None:
@@ -280,15 +293,23 @@ def journal_of(request: Request, now: float) -> Submit:
         cache_salt=told.cache_salt,
         cached=request.cached,
         header=told.header,
+        scored=request.scored,
     )
 
 
 def _cut(journal: Submit, told: list[int]) -> Submit:
-    """The journal without the tokens whose log probabilities the client has not seen: they are sampled again."""
-    counts = [*told, *[0] * len(journal.choices)]
+    """The journal without the tokens whose log probabilities the client has not seen: they are sampled again.
+
+    The prompt's are told before anything else of a choice.
+    """
+    counts = [*told, *[0] * len(journal.choices)][: len(journal.choices)]
+    if journal.params.prompt_logprobs >= 0:
+        journal = replace(journal, scored=max(len(journal.prompt) // 4, 1) if all(counts) else 1)
+    if journal.params.logprobs < 0:
+        return journal
     choices = [
         TheirChoice(choice.index, choice.seed, choice.known[: 4 * count]) if len(choice.known) > 4 * count else choice
-        for choice, count in zip(journal.choices, counts, strict=False)
+        for choice, count in zip(journal.choices, counts, strict=True)
     ]
     return replace(journal, choices=choices)
 

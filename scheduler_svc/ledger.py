@@ -93,7 +93,7 @@ class Ledger:
 
     def settle(self, request: Request, now: float, aborted: bool = False) -> None:
         """End the request if all its choices have ended."""
-        if request.ended or any(choice.state is not State.ENDED for choice in request.choices):
+        if request.ended or any(choice.state is not State.ENDED for choice in request.work):
             return
         request.ended = True
         request.chains = {}
@@ -114,14 +114,14 @@ class Ledger:
         if request.ended:
             return
         request.failure = Failed(request.id, status, code, reason, param, retry_after)
-        for choice in request.choices:
+        for choice in request.work:
             self.stop(choice)
         self.settle(request, now)
         self.send(request.frontend, request.failure)
 
     def abort(self, request: Request, now: float) -> None:
         """End all choices, by the will of its frontend or for want of one."""
-        for choice in request.choices:
+        for choice in request.work:
             self.stop(choice)
         self.settle(request, now, aborted=True)
 

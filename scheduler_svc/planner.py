@@ -164,8 +164,8 @@ class Planner:
         start, length = int(s.computed[slot]), int(s.length[slot])
         count = min(length - start, self.budget, self.chunk_limit)
         ends = start + count == length
-        outputs = 1 + len(choice.forks)
-        if ends and self._credit(choice.request.frontend.index) <= 0:
+        outputs = 0 if choice.scores else 1 + len(choice.forks)
+        if (ends or choice.scores) and self._credit(choice.request.frontend.index) <= 0:
             return False
         need = -(-(start + count) // size) - int(s.blocks[slot])
         while need > worker.blocks.available:
@@ -184,10 +184,11 @@ class Planner:
         if self.caching:
             self._publish(slot, start // size, end // size)
         row = len(self.draft.rows)
-        self.draft.rows.append((slot, start, count, int(ends)))
+        first = max(start + 1, choice.request.scored) if choice.scores else 0
+        self.draft.rows.append((slot, start, count, int(ends and not choice.scores), first if first <= end else 0))
         if ends:
             self.credit[choice.request.frontend.index] -= outputs
-            self._sampled_first(slot, length)
+            self._prefilled(slot, length + (not choice.scores))
             if choice.forks:
                 self._fork(choice, row, end)
         return True
@@ -210,11 +211,11 @@ class Planner:
             return
         self.draft.pending += blocks.publish(s.table[slot, first:last].tolist(), s.names[slot][first:last])
 
-    def _sampled_first(self, slot: int, length: int) -> None:
-        """The slot's prefill ends in this plan: from the next one on it decodes."""
+    def _prefilled(self, slot: int, length: int) -> None:
+        """The slot's prefill ends in this plan, and with it come `length` tokens: from the next one on it decodes."""
         s = self.worker.slots
-        s.length[slot] = length + 1
-        s.state[slot] = PLANNED if length + 1 >= s.limit[slot] else DECODE
+        s.length[slot] = length
+        s.state[slot] = PLANNED if length >= s.limit[slot] else DECODE
         self.worker.prefilling.discard(slot)
         self.worker.decoding = None
 
@@ -244,7 +245,7 @@ class Planner:
                 self._extend(slot, [target])
                 self.worker.copies.append(Copy(source, target, slot, int(s.generation[slot])))
             s.computed[slot] = length
-            self._sampled_first(slot, length)
+            self._prefilled(slot, length + 1)
             self.draft.forks.append((row, slot))
 
     def _share(self, slot: int, blocks: Int32) -> None:
@@ -365,13 +366,13 @@ class Planner:
         worker, s, blocks, size = self.worker, self.worker.slots, self.worker.blocks, self.worker.block_size
         request, length = choice.request, choice.length
         names = choice.chains[size].names if self.caching else []
-        hits = [] if choice.no_hits else blocks.match(names, (length - 1) // size)
+        hits = [] if choice.no_hits else blocks.match(names, choice.most_cached // size)
         idle_hits = sum(not blocks.refs[block] for block in hits)
         if not fits(worker, choice, -(-length // size) - len(hits) + idle_hits):
             return False
         worker.queue.charge(choice, length - len(hits) * size + min(choice.limit - length, worker.model.outputs.expected))
         worker.queue.remove(choice)
-        if not len(choice.tokens):
+        if not choice.scores and not len(choice.tokens):
             for sibling in request.choices:
                 if sibling.queue is worker.queue and not len(sibling.tokens):
                     worker.queue.remove(sibling)

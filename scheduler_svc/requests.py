@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from scheduler_svc.worker import Worker
 
 Key = tuple[int, float, int, int]  # priority, arrival, number of the request, index of the choice
+SCORER = -1  # index of the choice that reports a prompt's log probabilities: it comes before the outputs
 
 
 class State(enum.Enum):
@@ -35,7 +36,11 @@ class State(enum.Enum):
 
 
 class Choice:
-    """One output. Its known tokens are in `tokens`, or in its worker's history while it has a slot."""
+    """One output. Its known tokens are in `tokens`, or in its worker's history while it has a slot.
+
+    A scorer (`scores`) is no output: it computes its request's prompt, all but the last token, reports log probabilities
+    from `request.scored` on, and ends with the last of them. The outputs find its blocks by their hashes.
+    """
 
     __slots__ = (
         "cached_record",
@@ -47,6 +52,7 @@ class Choice:
         "no_hits",
         "queue",
         "request",
+        "scores",
         "seed",
         "shared_blocks",
         "slot",
@@ -60,6 +66,7 @@ class Choice:
     def __init__(self, request: Request, index: int, seed: int, tokens: Int32) -> None:
         self.request = request
         self.index = index
+        self.scores = index == SCORER
         self.seed = seed
         self.tokens = tokens
         self.state = State.WAITING
@@ -87,17 +94,24 @@ class Choice:
     @property
     def length(self) -> int:
         """Tokens of prompt and output, for a choice without a slot."""
-        return len(self.request.prompt) + len(self.tokens)
+        return len(self.request.prompt) + len(self.tokens) - self.scores
 
     @property
     def all_tokens(self) -> Int32:
         """Prompt and output, for a choice without a slot."""
+        if self.scores:
+            return self.request.prompt[:-1]
         return np.concatenate((self.request.prompt, self.tokens)) if len(self.tokens) else self.request.prompt
 
     @property
     def limit(self) -> int:
         """The length at which it ends."""
-        return len(self.request.prompt) + self.request.params.max_tokens
+        return self.length if self.scores else len(self.request.prompt) + self.request.params.max_tokens
+
+    @property
+    def most_cached(self) -> int:
+        """Tokens that it may take from a cache: what it samples or reports must be computed."""
+        return self.request.scored - 1 if self.scores else self.length - 1
 
 
 class Request:
@@ -124,6 +138,8 @@ class Request:
         "prompt",
         "queued",
         "root",
+        "scored",
+        "scorer",
         "strikes",
         "submit",
         "tenant",
@@ -157,6 +173,18 @@ class Request:
         self.trial = 0  # suspected of breaking steps: runs only beside those of the same number
         self.chains: dict[int, Chain] = {}  # block size -> names of the prompt's full blocks, for all fresh choices
         self.choices = [Choice(self, c.index, c.seed, unpack(c.known) if c.known else EMPTY) for c in submit.choices]
+        self.scored = submit.scored  # the first prompt position whose log probabilities have not been told
+        self.scorer: Choice | None = None
+
+    @property
+    def work(self) -> list[Choice]:
+        """Everything that gets scheduled: the scorer, if there is one, and the choices."""
+        return self.choices if self.scorer is None else [self.scorer, *self.choices]
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log probabilities of the prompt are still to be told."""
+        return self.params.prompt_logprobs >= 0 and self.scored < len(self.prompt)
 
     @property
     def size(self) -> int:

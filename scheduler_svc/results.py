@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protocol.columns import Int32, pack, pack_floats, unpack, unpack_floats
-from protocol.messages import DEAD, NAN, STOPPED, Result, Tokens
+from protocol.messages import DEAD, NAN, STOPPED, Result, Scored, Tokens
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.requests import Choice
 from scheduler_svc.worker import DRAIN, DecodeRows, Index, InFlight, Worker, per_frontend
@@ -93,6 +93,23 @@ def take(worker: Worker, result: Result, frontends: Frontends) -> Taken:
         for slot in [slot for slot in worker.draining if s.known[slot] == s.length[slot] and slot not in done]:
             taken.drained.append(worker.unbind(slot))
     return taken
+
+
+def scorer_of(worker: Worker, message: Scored) -> Choice | None:
+    """Whose prompt a worker reports, None if it has lost its slot meanwhile. Raises BadResult if no plan asked for that."""
+    flight = worker.in_flight[0] if worker.in_flight else None
+    if flight is None or flight.step != message.step or message.row >= len(flight.row_slots):
+        raise BadResult(f"step {message.step} reports of row {message.row}, which is not in flight")
+    slot = int(flight.row_slots[message.row])
+    choice = worker.slots.choice[slot]
+    if choice is None or worker.slots.generation[slot] != flight.row_generations[message.row]:
+        return None
+    scores, request = message.scores, choice.request
+    if not choice.scores or len(scores.ids) // 4 != scores.count * (1 + request.params.prompt_logprobs):
+        raise BadResult(f"step {message.step} reports of row {message.row} what was not asked for")
+    if scores.first > request.scored or scores.first + scores.count > len(request.prompt):
+        raise BadResult(f"step {message.step} reports of positions from {scores.first} on, not from {request.scored}")
+    return choice
 
 
 def _seal(worker: Worker, flight: InFlight) -> None:

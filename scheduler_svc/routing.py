@@ -25,7 +25,7 @@ class Router:
 
     def route(self, workers: Sequence[Worker], choice: Choice) -> Worker | None:
         """The worker to wait at. None if no ready one can hold the choice."""
-        able = [worker for worker in workers if choice.limit <= worker.capacity]
+        able = [worker for worker in workers if worker.can_hold(choice)]
         if len(able) < 2:
             return able[0] if able else None
         if self._policy == "round-robin":
@@ -51,4 +51,4 @@ def _hits(worker: Worker, choice: Choice) -> int:
     size = worker.block_size
     if size not in choice.chains or choice.no_hits:
         return 0
-    return size * len(worker.blocks.match(choice.chains[size].names, (choice.length - 1) // size))
+    return size * len(worker.blocks.match(choice.chains[size].names, choice.most_cached // size))

@@ -76,7 +76,7 @@ class Suspects:
             request
             for request in self.active
             if frontends.free(request.frontend) > 0
-            and any(c.queue is worker.queue or (c.slot >= 0 and c.worker is worker) for c in request.choices)
+            and any(c.queue is worker.queue or (c.slot >= 0 and c.worker is worker) for c in request.work)
         ]
         return min(here, key=lambda request: request.number).trial if here else 0
 

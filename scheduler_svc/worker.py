@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.columns import Int32, pack
-from protocol.messages import Geometry
+from protocol.messages import PROTOCOL, SCORES_SINCE, Geometry
 from scheduler_svc.blocks import BlockManager
 from scheduler_svc.costs import Costs
 from scheduler_svc.depth import Depth
@@ -116,10 +116,11 @@ class Copy:
 class Worker:
     """A worker's session."""
 
-    def __init__(self, session: int, name: str, incarnation: int, shares: Shares) -> None:
+    def __init__(self, session: int, name: str, incarnation: int, shares: Shares, protocol: int = PROTOCOL) -> None:
         self.session = session
         self.name = name
         self.incarnation = incarnation
+        self.protocol = protocol
         self.ready = False
         self.closed = False
         self.fenced = False  # its session is about to be ended
@@ -186,6 +187,10 @@ class Worker:
     def has_news(self) -> bool:
         """Whether the worker should hear something though there may be no row to run."""
         return bool(self.frees or self.drops or self.seals or self.withdrawals or self.copies or self.host.busy)
+
+    def can_hold(self, choice: Choice) -> bool:
+        """Whether a choice fits to its end, and this worker knows how to compute it."""
+        return choice.limit <= self.capacity and (not choice.scores or self.protocol >= SCORES_SINCE)
 
     def bind(self, choice: Choice, tokens: Int32) -> int:
         """Give a choice a slot with these tokens; its table is empty. A new slot is free: the caller has checked."""

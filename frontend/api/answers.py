@@ -27,8 +27,11 @@ class Form:
     created: int  # seconds since 1970
     eos: frozenset[int] = frozenset()
     include_usage: bool = False
+    continuous_usage: bool = False  # with each chunk, that of its choice so far
     return_token_ids: bool = False
     logprobs: bool = False
+    prompt_logprobs: int = -1  # alternatives shown of each prompt token, in vLLM's form; −1: none
+    echo_logprobs: int = -1  # the same where the prompt is echoed with log probabilities, in OpenAI's form
     best: int = 0  # choices shown of each prompt, the best by cumulative logprob; 0: all, in their order
     echoes: Sequence[str] = ()  # completions with `echo`: the text of each prompt
 
@@ -49,12 +52,13 @@ class Answer:
         self.id = self.id_prefix + stream.entries[0].request.hex()
         self._about = {"id": self.id, "object": self.chunk_object, "created": form.created, "model": form.model}
         self._head = b"data: " + _encode(self._about)[:-1] + b',"choices":[{"index":'
-        self._tail = (b'}],"usage":null}' if form.include_usage else b"}]}") + b"\n\n"
-        self._plain = not (form.logprobs or form.return_token_ids)
+        self._tail = (b',"usage":null}' if form.include_usage else b"}") + b"\n\n"
+        self._plain_tail = b"}]" + self._tail
+        self._plain = not (form.logprobs or form.return_token_ids or form.continuous_usage)
         self._names = [entry.request.hex().encode() for entry in stream.entries]
         self._places: dict[int, tuple[int, int]] = {}  # handle → (place of its prompt, index of its first choice)
         self._ended: set[tuple[int, int]] = set()
-        self._begun: set[tuple[int, int]] = set()  # (handle, choice) that a lost frontend has begun
+        self._begun: set[tuple[int, int]] = set()  # (handle, choice), here or by a frontend that is lost
         self._told: dict[bytes, dict[int, bytes]] = {name: {} for name in self._names}  # the positions that ids name
         self._offsets: dict[tuple[int, int], int] = {}  # characters of the tokens told, for text_offset
         first = 0
@@ -75,7 +79,9 @@ class Answer:
                 if ended:
                     self._ended.add((entry.handle, index))
                 choice.skip(position.tokens - ended, position.characters)
-                self._offsets[place, index] = sum(len(self._token(token)) for token in choice.tokens[: choice.taken])
+                echoed = unpack(entry.new.prompt).tolist() if self._form.echo_logprobs >= 0 else []
+                told = [*echoed, *choice.tokens[: choice.taken]]
+                self._offsets[place, index] = sum(len(self._token(token)) for token in told)
                 self._id(place, index, position.tokens, position.characters)
 
     def _id(self, place: int, index: int, tokens: int, characters: int) -> bytes:
@@ -126,18 +132,20 @@ class Answer:
 
     def entry_events(self, entry: Entry, out: list[bytes]) -> None:
         """Append the events of what is new about an entry."""
+        if entry.unscored:  # the prompt's log probabilities come before anything else
+            return
         place, first = self._places[entry.handle]
         for choice in entry.choices:
             length = len(choice.tokens)
             if length > choice.taken:
-                if not choice.taken and (entry.handle, choice.index) not in self._begun:
-                    self.begin(entry, place, first, choice, out)
+                if not choice.taken:
+                    self._open(entry, place, first, choice, out)
                 if self._plain:
                     if choice.fresh:
                         text = _encode(choice.take())
                         index = first + choice.index
                         out.append(b"id: %b\n" % self._id(place, choice.index, length, choice.characters))
-                        out.append(b"%b%d%b%b%b%b" % (self._head, index, self.text_open, text, self.text_close, self._tail))
+                        out.append(b"%b%d%b%b%b%b" % (self._head, index, self.text_open, text, self.text_close, self._plain_tail))
                     else:
                         choice.take()
                 else:
@@ -145,10 +153,17 @@ class Answer:
             reason = choice.finish_reason
             if reason and reason != "error" and (entry.handle, choice.index) not in self._ended:
                 self._ended.add((entry.handle, choice.index))
+                if not choice.taken:
+                    self._open(entry, place, first, choice, out)
                 if choice.fresh:  # withheld until the end, and let out by something that was no token
                     self._full_event(place, first, choice, out)
                 end = {"finish_reason": reason, "stop_reason": self.stop_reason(choice)}
                 self._event(place, first, choice, self.delta("") | {"logprobs": None} | end, out, 1)
+
+    def _open(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
+        if (entry.handle, choice.index) not in self._begun:
+            self._begun.add((entry.handle, choice.index))
+            self.begin(entry, place, first, choice, out)
 
     def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         """Append the event that comes before a choice's first token, if this kind of answer has one."""
@@ -168,16 +183,33 @@ class Answer:
         body = self.delta(choice.take()) | {"logprobs": self.logprobs(choice, place), "finish_reason": None} | body
         self._event(place, first, choice, body, out)
 
-    def _event(self, place: int, first: int, choice: Choice, body: dict[str, Any], out: list[bytes], end: int = 0) -> None:
+    def _event(
+        self,
+        place: int,
+        first: int,
+        choice: Choice,
+        body: dict[str, Any],
+        out: list[bytes],
+        end: int = 0,
+        beside: dict[str, Any] | None = None,
+    ) -> None:
+        """Append an event; `end`: 1 if it ends the choice; `beside`: what stands beside its choices."""
         shown = choice.characters - len(choice.fresh)
+        tail = self._tail
+        if self._form.continuous_usage:
+            usage = _encode(_usage(self._stream.entries[place].prompt_tokens, choice.taken))
+            tail = b',"usage":%b}\n\n' % usage
+        if beside:
+            tail = b",%b%b" % (_encode(beside)[1:-1], tail)
         out.append(b"id: %b\n" % self._id(place, choice.index, choice.taken + end, shown))
-        out.append(b"%b%d,%b%b" % (self._head, first + choice.index, _encode(body)[1:-1], self._tail))
+        out.append(b"%b%d,%b}]%b" % (self._head, first + choice.index, _encode(body)[1:-1], tail))
 
     # ---------------------------------------------------------------- whole
 
     def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed. Raises ApiError if a request failed."""
-        choices = []
+        choices: list[dict[str, Any]] = []
+        beside: dict[str, Any] = {}
         for entry in self._stream.entries:
             if entry.error is not None:
                 raise from_failed(entry.error)
@@ -194,9 +226,30 @@ class Answer:
                 )
                 body |= {"finish_reason": choice.finish_reason, "stop_reason": self.stop_reason(choice)}
                 if self._form.return_token_ids:
-                    body |= {"token_ids": choice.tokens, "prompt_token_ids": unpack(entry.new.prompt).tolist()}
+                    body |= {"token_ids": choice.tokens}
                 choices.append(body)
-        return {**self._about, "object": self.object, "choices": choices, "usage": self.usage()}
+                self.place_prompt(body, beside, self.prompt(entry))
+        return {**self._about, "object": self.object, "choices": choices, "usage": self.usage(), **beside}
+
+    def prompt(self, entry: Entry) -> dict[str, Any]:
+        """What was asked for about a prompt, in vLLM's form."""
+        told: dict[str, Any] = {}
+        if self._form.prompt_logprobs >= 0:
+            told["prompt_logprobs"] = [None, *(self._by_id(item) for item in entry.scores)]
+        if self._form.return_token_ids:
+            told["prompt_token_ids"] = unpack(entry.new.prompt).tolist()
+        return told
+
+    def place_prompt(self, body: dict[str, Any], beside: dict[str, Any], told: dict[str, Any]) -> None:
+        """Put what is told about a prompt into a choice's `body`, or `beside` the choices."""
+        raise NotImplementedError
+
+    def _by_id(self, item: TokenLogprobs) -> dict[str, Any]:
+        shown = self._form.prompt_logprobs + 1
+        told: dict[str, Any] = {}
+        for rank, (id, value) in enumerate(zip(item.ids[:shown], item.values[:shown], strict=True)):
+            told.setdefault(str(id), {"logprob": value, "rank": rank or item.rank, "decoded_token": self._token(id)})
+        return told
 
     def body(self, text: str, place: int) -> dict[str, Any]:
         """The part of a whole choice that holds its text."""
@@ -208,12 +261,7 @@ class Answer:
         prompt = sum(entry.prompt_tokens for entry in entries)
         completion = sum(len(choice.tokens) for entry in entries for choice in entry.choices)
         cached = sum(max(entry.cached, 0) for entry in entries)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        return _usage(prompt, completion) | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     def stop_reason(self, choice: Choice) -> str | int | None:
         """What the client named that ended the choice: a stop string or a stop id; None for EOS and length."""
@@ -221,6 +269,10 @@ class Answer:
 
     def _token(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode(errors="replace")
+
+
+def _usage(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def ranked(entry: Entry, count: int) -> list[Choice]:
@@ -246,9 +298,10 @@ class ChatAnswer(Answer):
 
     def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         body: dict[str, Any] = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        if self._form.return_token_ids:
-            body["prompt_token_ids"] = unpack(entry.new.prompt).tolist()
-        self._event(place, first, choice, body, out)
+        self._event(place, first, choice, body, out, beside=self.prompt(entry))
+
+    def place_prompt(self, body: dict[str, Any], beside: dict[str, Any], told: dict[str, Any]) -> None:
+        beside.update(told)
 
     def delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
@@ -281,10 +334,12 @@ class CompletionAnswer(Answer):
     def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         echo = self._form.echoes[place] if self._form.echoes else ""
         if echo or self._form.return_token_ids:
-            body: dict[str, Any] = self.delta(echo) | {"logprobs": None, "finish_reason": None}
-            if self._form.return_token_ids:
-                body["prompt_token_ids"] = unpack(entry.new.prompt).tolist()
+            logprobs = self._of_tokens(self._echoed(entry), place, choice) if self._form.echo_logprobs >= 0 else None
+            body: dict[str, Any] = self.delta(echo) | {"logprobs": logprobs, "finish_reason": None} | self.prompt(entry)
             self._event(place, first, choice, body, out)
+
+    def place_prompt(self, body: dict[str, Any], beside: dict[str, Any], told: dict[str, Any]) -> None:
+        body.update(told)
 
     def delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -295,8 +350,20 @@ class CompletionAnswer(Answer):
     def logprobs(self, choice: Choice, place: int) -> dict[str, Any] | None:
         if not self._form.logprobs:
             return None
-        items = choice.take_logprobs()
-        tokens = [self._token(item.ids[0]) for item in items]
+        items: list[TokenLogprobs | int] = [*choice.take_logprobs()]
+        entry = self._stream.entries[place]
+        if self._form.echo_logprobs >= 0 and (entry.handle, choice.index) not in self._begun:  # an answer in one piece
+            items = [*self._echoed(entry), *items]
+        return self._of_tokens(items, place, choice)
+
+    def _echoed(self, entry: Entry) -> list[TokenLogprobs | int]:
+        """The prompt's tokens; the first has an id only."""
+        shown = self._form.echo_logprobs + 1
+        return [int(unpack(entry.new.prompt)[0]), *(TokenLogprobs(one.ids[:shown], one.values[:shown], one.rank) for one in entry.scores)]
+
+    def _of_tokens(self, items: Sequence[TokenLogprobs | int], place: int, choice: Choice) -> dict[str, Any]:
+        """OpenAI's columns; a token may be an id without log probabilities."""
+        tokens = [self._token(item if isinstance(item, int) else item.ids[0]) for item in items]
         offset = self._offsets.get((place, choice.index), 0)
         offsets = []
         for token in tokens:
@@ -305,8 +372,10 @@ class CompletionAnswer(Answer):
         self._offsets[place, choice.index] = offset
         return {
             "tokens": tokens,
-            "token_logprobs": [item.values[0] for item in items],
-            # OpenAI's form: the alternatives, and the sampled token whether or not it is among them
-            "top_logprobs": [{self._token(i): v for i, v in zip(item.ids, item.values, strict=True)} for item in items],
+            "token_logprobs": [None if isinstance(item, int) else item.values[0] for item in items],
+            # the alternatives, and the token itself whether or not it is among them
+            "top_logprobs": [
+                None if isinstance(item, int) else {self._token(i): v for i, v in zip(item.ids, item.values, strict=True)} for item in items
+            ],
             "text_offset": offsets,
         }

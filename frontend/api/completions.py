@@ -25,6 +25,7 @@ from frontend.validation import (
     CompletionBody,
     GenerateBody,
     Sampling,
+    StreamOptions,
     check_completion,
     check_stream,
     parse,
@@ -50,6 +51,8 @@ async def completions(request: Request) -> ASGIApp:
     form = form_of(client, model, body, body.logprobs is not None, echoes)
     if body.best_of is not None:
         form = replace(form, best=body.n or 1)
+    if body.echo and body.logprobs is not None:
+        form = replace(form, echo_logprobs=body.logprobs)
     if body.stream:
         new = with_headers(new, header_of("completion", form, text_options(body, True)), echoes)
     stream = client.submit(new, request.scope[BEGUN])
@@ -93,7 +96,7 @@ def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRe
     new = []
     for ids in prompts:
         max_tokens = room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt")
-        new.append(new_request(model, body, ids, max_tokens, logprobs, tenant, True, body.best_of))
+        new.append(new_request(model, body, ids, max_tokens, logprobs, tenant, True, body.best_of, logprobs if body.echo else -1))
     return new, [model.tokenizer.decode(ids) for ids in prompts] if body.echo else []
 
 
@@ -119,15 +122,18 @@ def new_request(
     tenant: str,
     continues: bool,
     best_of: int | None = None,
+    echo_logprobs: int = -1,
 ) -> NewRequest:
     """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text.
 
-    `best_of`: so many choices are made, of which the best `n` will be shown.
+    `best_of`: so many choices are made, of which the best `n` will be shown. `echo_logprobs`: alternatives to each prompt
+    token that an echo will show, beside what the body asks for.
     """
     if best_of is not None:
         logprobs = max(logprobs, 0)  # they are ranked by them
     text = text_options(body, continues)
-    params = resolve(body, model.info, model.tokenizer, max_tokens, logprobs)
+    prompt_logprobs = max(-1 if body.prompt_logprobs is None else body.prompt_logprobs, echo_logprobs)
+    params = resolve(body, model.info, model.tokenizer, max_tokens, logprobs, prompt_logprobs)
     return NewRequest(
         request=os.urandom(16),
         model=model.info.name,
@@ -151,16 +157,31 @@ def text_options(body: Sampling, continues: bool) -> TextOptions:
 
 def header_of(kind: Literal["chat", "completion"], form: Form, text: TextOptions) -> Header:
     """What another frontend needs to go on with an answer of this form."""
-    return Header(kind, 0, form.model, form.created, form.include_usage, form.return_token_ids, form.logprobs, "", text)
+    return Header(
+        kind=kind,
+        first=0,
+        model=form.model,
+        created=form.created,
+        include_usage=form.include_usage,
+        return_token_ids=form.return_token_ids,
+        logprobs=form.logprobs,
+        echo="",
+        text=text,
+        continuous_usage=form.continuous_usage,
+        echo_logprobs=form.echo_logprobs,
+    )
 
 
 def form_of(client: Client, model: Model, body: Sampling, logprobs: bool, echoes: list[str]) -> Form:
     """The form of the answer that a body asks for."""
+    options = body.stream_options or StreamOptions()
     return Form(
         model=client.public_name(model.info),
         created=int(time.time()),
         eos=frozenset(unpack(model.info.eos).tolist()),
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        include_usage=options.include_usage,
+        continuous_usage=options.continuous_usage_stats,
+        prompt_logprobs=-1 if body.prompt_logprobs is None else body.prompt_logprobs,
         return_token_ids=bool(body.return_token_ids),
         logprobs=logprobs,
         echoes=echoes,

@@ -39,8 +39,10 @@ async def resume(request: Request) -> ASGIApp:
             created=header.created,
             eos=frozenset(unpack(model.info.eos).tolist()),
             include_usage=header.include_usage,
+            continuous_usage=header.continuous_usage,
             return_token_ids=header.return_token_ids,
             logprobs=header.logprobs,
+            echo_logprobs=header.echo_logprobs,
             echoes=[headers[entry.handle].echo for entry in stream.entries],
         )
         answer = ANSWERS[header.kind](stream, model.tokenizer, form)

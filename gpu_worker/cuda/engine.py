@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from gpu_worker.cuda.forward import Forward
-from gpu_worker.cuda.general import General
+from gpu_worker.cuda.general import General, report
 from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, mixed_bucket
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import ModelWeights
 from gpu_worker.errors import LoadError
 from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.runner import Outcome, Step
+from gpu_worker.runner import Outcome, RowScores, Step
 from protocol.messages import Geometry
 
 
@@ -48,6 +48,7 @@ class _Running:
     outputs: int
     event: torch.cuda.Event
     outcome: Outcome | None  # of a step that `general.py` sampled
+    scores: list[RowScores]
 
 
 def angles(config: ModelConfig, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +115,7 @@ class Engine:
             raise
 
     def _enqueue(self, step: Step, result: int) -> _Running:
-        outputs, outcome = int((step.outputs > 0).sum()) + len(step.fork_slots), None
+        outputs, outcome, scores = int((step.outputs > 0).sum()) + len(step.fork_slots), None, []
         stream = self.stream.cuda_stream
         with torch.cuda.stream(self.stream):
             self.general.bind(step)
@@ -130,13 +131,15 @@ class Engine:
             else:
                 self.forward.prepare(stream, 0, decode=False)
                 self._copy(step)
+            if len(step.scores):
+                scores = report(step, self.forward)
             if outputs and general:
                 outcome = self.general.sample(step, self.forward.logits)
             if general or not outputs:
                 self.forward.mark(stream)
             event = self._event()
         self.state.guards[number] = event
-        return _Running(step.plan.step, result, outputs, event, outcome)
+        return _Running(step.plan.step, result, outputs, event, outcome, scores)
 
     def finish(self) -> Outcome:
         """Wait for the oldest step and return what it sampled."""
@@ -144,6 +147,7 @@ class Engine:
         running.event.synchronize()
         tokens, flags, start, end = self.state.read(running.result, running.outputs)
         outcome = running.outcome or Outcome(tokens=tokens, flags=flags.astype(np.uint8))
+        outcome.scores = running.scores
         outcome.copied = running.step  # copies are part of the step
         outcome.seconds = (end - start) * 1e-9
         outcome.idle = max(0, start - self._last_end) * 1e-9 if self._last_end else 0.0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gpu_worker.cuda.driver import Kernel, Module
@@ -232,6 +234,13 @@ class Forward:
             self._rest(stream, layer, tokens)
         if logit_rows:
             self._head(stream, logit_rows)
+
+    def logits_behind(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The logits behind some of the tokens of the prefill that was enqueued last (their places in it), float32 [n, vocab]."""
+        hidden = self.h[torch.from_numpy(tokens).to(self.h.device)].float()
+        scale = torch.rsqrt(hidden.square().mean(dim=1, keepdim=True) + self.config.norm_eps)
+        normed = (hidden * scale * self.weights.final_norm.float()).to(self.h.dtype)
+        return torch.mm(normed, self.weights.head.t()).float()
 
     def sample(self, stream: int, outputs: int) -> None:
         """A token for each output, into the slots and the result ring."""

@@ -6,16 +6,29 @@ never come here (`kernels/sampler.cu`).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from gpu_worker.cuda.state import MAX_STOP_IDS, DeviceState
 from gpu_worker.logit_edits import edits
-from gpu_worker.runner import Outcome, Record, Step
+from gpu_worker.logprobs import prompt_scores
+from gpu_worker.prompt_scores import asked
+from gpu_worker.runner import Outcome, Record, RowScores, Step
 from gpu_worker.sampler import Sampler
 from gpu_worker.stops import StopIds
 from protocol.columns import Int32
 from protocol.messages import DEAD, NAN, STOPPED
+
+if TYPE_CHECKING:
+    from gpu_worker.cuda.forward import Forward  # needs triton
+
+
+def report(step: Step, forward: Forward) -> list[RowScores]:
+    """What the rows of a step report of their prompts; the forward pass of all its tokens has been enqueued."""
+    reported = asked(step)
+    return [] if reported is None else prompt_scores(reported, lambda part: forward.logits_behind(reported.behind[part]))
 
 
 def needs_general(record: Record) -> bool:

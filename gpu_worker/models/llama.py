@@ -27,10 +27,10 @@ class Llama:
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, attention: Attention, begun: Callable[[], None]
     ) -> torch.Tensor:
-        """The logits behind some tokens of a step.
+        """The final hidden states of some tokens of a step, for `logits`.
 
-        ids, positions: int64 [tokens]. last: int64 [n], which tokens' logits are wanted. `attention.begin` has been called.
-        begun: called as each layer begins. Returns float32 [n, vocab].
+        ids, positions: int64 [tokens]. last: int64 [n], which tokens are wanted. `attention.begin` has been called.
+        begun: called as each layer begins. Returns [n, hidden].
         """
         config, weights = self.config, self.weights
         x = weights.embedding.lookup(ids)
@@ -41,9 +41,15 @@ class Llama:
             if i == config.layers - 1:
                 x = x[last]
                 if not len(last):
-                    return x.new_zeros(0, config.vocab_size, dtype=torch.float32)
+                    return x
             x = x + layer.down(silu_mul(layer.gate_up(rms_norm(x, layer.post_norm, config.norm_eps))))
-        return weights.head(rms_norm(x, weights.norm, config.norm_eps)).float()
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What follows each of these tokens, float32 [n, vocab]. hidden: [n, hidden] of `forward`."""
+        if not len(hidden):
+            return hidden.new_zeros(0, self.config.vocab_size, dtype=torch.float32)
+        return self.weights.head(rms_norm(hidden, self.weights.norm, self.config.norm_eps)).float()
 
     def _attention(
         self, index: int, layer: LayerWeights, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention

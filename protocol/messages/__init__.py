@@ -19,7 +19,18 @@ Words
 
 from __future__ import annotations
 
-from protocol.messages.base import MAX_TOKENS_ANYWHERE, PROTOCOL, PROTOCOL_OLDEST, Defaults, Geometry, Message, ModelInfo, Part
+from protocol.messages.base import (
+    MAX_TOKENS_ANYWHERE,
+    PROTOCOL,
+    PROTOCOL_OLDEST,
+    SCORES_SINCE,
+    Defaults,
+    Geometry,
+    Message,
+    ModelInfo,
+    Part,
+    Scores,
+)
 from protocol.messages.opening import Drained, FileChunk, FileRequest, Hello, Join, Models, Phase, Ready, Refused, Stale, Welcome
 from protocol.messages.requests import (
     Abort,
@@ -31,15 +42,20 @@ from protocol.messages.requests import (
     Gone,
     Journal,
     Moved,
+    PromptScores,
     Resumed,
     SamplingParams,
     Submit,
     Tokens,
 )
-from protocol.messages.steps import DEAD, NAN, STOPPED, Admit, Plan, Progress, Result
+from protocol.messages.steps import DEAD, NAN, STOPPED, Admit, Plan, Progress, Result, Scored
 
-ToScheduler = Hello | Stale | Join | Phase | Ready | FileRequest | FileChunk | Submit | Abort | Done | Attach | Resumed | Result | Progress
-FromScheduler = Welcome | Refused | Models | FileRequest | FileChunk | Journal | Gone | Moved | Failed | Credit | Tokens | Plan | Drained
+ToScheduler = (
+    Hello | Stale | Join | Phase | Ready | FileRequest | FileChunk | Submit | Abort | Done | Attach | Resumed | Result | Progress | Scored
+)
+FromScheduler = (
+    Welcome | Refused | Models | FileRequest | FileChunk | Journal | Gone | Moved | Failed | Credit | Tokens | Plan | Drained | PromptScores
+)
 Any = ToScheduler | FromScheduler
 
 __all__ = [
@@ -48,6 +64,7 @@ __all__ = [
     "NAN",
     "PROTOCOL",
     "PROTOCOL_OLDEST",
+    "SCORES_SINCE",
     "STOPPED",
     "Abort",
     "Admit",
@@ -75,11 +92,14 @@ __all__ = [
     "Phase",
     "Plan",
     "Progress",
+    "PromptScores",
     "Ready",
     "Refused",
     "Result",
     "Resumed",
     "SamplingParams",
+    "Scored",
+    "Scores",
     "Stale",
     "Submit",
     "ToScheduler",

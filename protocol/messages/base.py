@@ -5,10 +5,12 @@ from __future__ import annotations
 import msgspec
 from numpy import int64
 
-from protocol.columns import BadMessage, Int32, rows, within
+from protocol.columns import BadMessage, Int32, equal_rows, rows, within
 
-PROTOCOL = 2  # newest version spoken: 2 added DRAINED, and what ATTACH says beyond the id
+PROTOCOL = 3  # newest version spoken: 2 added DRAINED, and what ATTACH says beyond the id; 3 the prompt's log probabilities
 PROTOCOL_OLDEST = 1  # oldest version spoken
+
+SCORES_SINCE = 3  # the protocol in which a prompt's log probabilities travel
 
 MAX_TOKENS_ANYWHERE = 1 << 24
 INT32_MAX = 2**31 - 1
@@ -84,3 +86,30 @@ def check_logprobs(lp_counts: bytes, counts: Int32, ids: bytes, values: bytes, r
         raise BadMessage("lp_ids", "must be as many as lp_counts say")
     if rows(ranks, "lp_ranks") != int(((per_token > 0) * counts).sum()):
         raise BadMessage("lp_ranks", "must be one per token with logprobs")
+
+
+class Scores(Part, frozen=True):
+    """Log probabilities of the prompt's own tokens at positions first, first + 1, …; the first position of all has none.
+
+    Each position has as many (id, value) pairs: its own token's, then the alternatives from the most likely on.
+    """
+
+    first: int
+    ids: bytes
+    values: bytes  # float32
+    ranks: bytes  # of the prompt's own tokens, one a position
+
+    @property
+    def count(self) -> int:
+        """How many positions."""
+        return len(self.ranks) // 4
+
+    def check(self) -> None:
+        """Raise BadMessage if the columns do not belong together."""
+        count, pairs = rows(self.ranks, "ranks"), equal_rows(("ids", self.ids), ("values", self.values))
+        if not count:
+            raise BadMessage("ranks", "is empty")
+        if pairs % count or not pairs:
+            raise BadMessage("ids", "must be as many for each position")
+        if not 1 <= self.first <= MAX_TOKENS_ANYWHERE - count:
+            raise BadMessage("first", "is out of range")

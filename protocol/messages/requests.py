@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 from protocol.columns import BadMessage, equal_rows, finite, rows, unpack_floats, within
-from protocol.messages.base import INT32_MAX, MAX_TOKENS_ANYWHERE, Geometry, Message, Part, check_id, check_logprobs, check_seed
+from protocol.messages.base import INT32_MAX, MAX_TOKENS_ANYWHERE, Geometry, Message, Part, Scores, check_id, check_logprobs, check_seed
 
 
 class SamplingParams(Part, frozen=True):
@@ -22,7 +22,7 @@ class SamplingParams(Part, frozen=True):
     min_tokens: int = 0
     stop_ids: bytes = b""  # ids that end a choice, EOS included unless it is ignored
     logprobs: int = -1  # alternatives reported per token; −1: none, 0: the sampled token's own
-    prompt_logprobs: int = -1
+    prompt_logprobs: int = -1  # the same of each prompt token
     bias_ids: bytes = b""
     bias_values: bytes = b""  # float32
     allowed_ids: bytes = b""  # empty: all
@@ -83,6 +83,7 @@ class Submit(Message, tag="submit", frozen=True):
     cache_salt: bytes = b""
     cached: int = -1  # cached_tokens as at first admission; −1: not yet admitted
     header: bytes = b""  # what another frontend needs to go on answering; opaque to the scheduler
+    scored: int = 1  # the first prompt position whose log probabilities the journal lacks, where they are asked for
 
     def check(self, geometry: Geometry | None = None) -> None:
         check_id(self.request)
@@ -99,6 +100,8 @@ class Submit(Message, tag="submit", frozen=True):
             rows(choice.known, "known")
             within(choice.known, "known", 0, INT32_MAX)
             check_seed(choice.seed)
+        if not 1 <= self.scored <= MAX_TOKENS_ANYWHERE:
+            raise BadMessage("scored", "is out of range")
         self.params.check()
 
 
@@ -229,3 +232,15 @@ class Tokens(Message, tag="tokens", frozen=True):
             if rows(self.lp_counts, "lp_counts") != n:
                 raise BadMessage("lp_counts", "must be one per row")
             check_logprobs(self.lp_counts, counts, self.lp_ids, self.lp_values, self.lp_ranks)
+
+
+class PromptScores(Message, tag="prompt_scores", frozen=True):
+    """Scheduler → frontend: log probabilities of a request's prompt, in the order of the positions. Since protocol 3."""
+
+    handle: int
+    scores: Scores
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        if not 0 <= self.handle <= INT32_MAX:
+            raise BadMessage("handle", "is out of range")
+        self.scores.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numpy import int64
 
 from protocol.columns import BadMessage, equal_rows, rows, within
-from protocol.messages.base import Geometry, Message, Part, check_logprobs, check_seed
+from protocol.messages.base import Geometry, Message, Part, Scores, check_logprobs, check_seed
 from protocol.messages.requests import SamplingParams
 
 
@@ -27,6 +27,7 @@ class Plan(Message, tag="plan", frozen=True):
     A position below the record's known length is read from its history, else it is the slot's last sampled token.
     Forks: the logits of row fork_rows[i] are sampled for slot fork_slots[i] as well.
     The outputs of a step are, in this order: the rows with outputs > 0, then the forks.
+    Scores: row i reports the log probabilities of its prompt at positions scores[i] … starts[i] + counts[i] (0: none).
     """
 
     step: int
@@ -64,6 +65,7 @@ class Plan(Message, tag="plan", frozen=True):
     outputs: bytes = b""
     fork_rows: bytes = b""
     fork_slots: bytes = b""
+    scores: bytes = b""  # empty: no row has any. Since protocol 3
 
     def check(self, geometry: Geometry | None = None) -> None:
         if geometry is None:
@@ -110,6 +112,12 @@ class Plan(Message, tag="plan", frozen=True):
             raise BadMessage("counts", "sum to more than max_step_tokens")
         within(self.outputs, "outputs", 0, 2)
         self._check_group("fork", ("rows", "slots"), (max(n, 1), g.slots))
+        if self.scores:
+            if rows(self.scores, "scores") != n:
+                raise BadMessage("scores", "must be one per row")
+            firsts = within(self.scores, "scores", 0, g.max_model_len + 1)
+            if ((firsts > 0) & ((firsts <= starts) | (firsts > starts + counts))).any():
+                raise BadMessage("scores", "names a position that its row does not predict")
 
     def _check_group(self, kind: str, parts: tuple[str, ...], highs: tuple[int, ...]) -> None:
         """Columns `kind_part` that belong together: of equal rows, each below its bound. Most plans have few of them."""
@@ -156,6 +164,21 @@ class Result(Message, tag="result", frozen=True):
             if rows(self.lp_counts, "lp_counts") != n:
                 raise BadMessage("lp_counts", "must be one per output")
             check_logprobs(self.lp_counts, counts, self.lp_ids, self.lp_values, self.lp_ranks)
+
+
+class Scored(Message, tag="scored", frozen=True):
+    """Worker → scheduler, before the step's result: what one of its rows reports of its prompt, in slices. Since protocol 3."""
+
+    step: int
+    row: int
+    scores: Scores
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        if self.row < 0:
+            raise BadMessage("row", "is negative")
+        self.scores.check()
+        if geometry is not None:
+            within(self.scores.ids, "ids", 0, geometry.vocab_size)
 
 
 class Progress(Message, tag="progress", frozen=True):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from protocol.messages import PROTOCOL
 from tests.e2e.stack import Process, eventually
 from tests.faults.fleet import Fleet, fleet
 from tests.faults.load import Load
@@ -43,8 +44,8 @@ def speak(message):
 
 codec.encode = speak
 """
-UP, DOWN = (2, 3), (0, 1)
-TWO_UP, TWO_DOWN = (3, 4), (-1, 0)
+UP, DOWN = (PROTOCOL, PROTOCOL + 1), (0, 1)
+TWO_UP, TWO_DOWN = (PROTOCOL + 1, PROTOCOL + 2), (-1, 0)
 
 
 def speaking(running: Fleet, role: str, name: str, versions: tuple[int, int]) -> Process:

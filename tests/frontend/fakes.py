@@ -31,7 +31,9 @@ from protocol.messages import (
     Message,
     ModelInfo,
     Models,
+    PromptScores,
     Resumed,
+    Scores,
     Submit,
     Tokens,
     Welcome,
@@ -60,6 +62,18 @@ def text(tokens: int, choice: int = 0) -> str:
     return "".join(chr(ord("a") + (i + choice) % 26) for i in range(tokens))
 
 
+def scores_of(submit: Submit) -> Scores:
+    """Each prompt token is a quarter less likely than the one before; the alternatives are A, B, C, …."""
+    tokens, more = unpack(submit.prompt).tolist(), submit.params.prompt_logprobs
+    positions = range(submit.scored, len(tokens))
+    return Scores(
+        submit.scored,
+        pack([id for p in positions for id in (tokens[p], *range(ord("A"), ord("A") + more))]),
+        pack_floats([value for p in positions for value in (-0.25 * p, *(-1.0 - i for i in range(more)))]),
+        pack([p + 1 for p in positions]),
+    )
+
+
 class Engine:
     """Answers requests: each `step` gives one token to every choice that goes on. Ends like the journal would, by length."""
 
@@ -86,6 +100,8 @@ class Engine:
                 self.live[message.request] = message
                 self.tokens[message.request] = [len(choice.known) // 4 for choice in message.choices]
                 self.ended[message.request] = {choice.index for choice in message.choices if choice.ended}
+                if message.params.prompt_logprobs >= 0 and message.scored < len(message.prompt) // 4:
+                    self.out.append(PromptScores(message.handle, scores_of(message)))
             case Abort():
                 if message.request in self.live:
                     choices = unpack(message.choices).tolist() if message.choices else range(len(self.live[message.request].choices))

@@ -272,7 +272,7 @@ class TestStreams:
 
     def test_logprobs_and_ids_come_with_their_tokens(self, tmp_path):
         data = events(chat(tmp_path, stream=True, max_tokens=2, logprobs=True, return_token_ids=True))
-        assert data[0]["choices"][0]["prompt_token_ids"] == [*b"user: hi\nassistant: "]
+        assert data[0]["prompt_token_ids"] == [*b"user: hi\nassistant: "]
         content = [d["choices"][0] for d in data[1:3]]
         assert [c["token_ids"] for c in content] == [[97], [98]]
         assert [c["logprobs"]["content"][0]["token"] for c in content] == ["a", "b"]
@@ -533,8 +533,9 @@ BAD = [
     ({"prompt": "x", "bad_words": [" "]}, "bad_words"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
     ({"prompt": "x", "n": 3, "best_of": 2}, "best_of"),
-    ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
-    ({"prompt": "x", "prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt": "x", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"prompt": "x", "stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
     ({"prompt": "x", "stream_options": {"include_everything": True}}, "stream_options.include_everything"),
     ({"prompt": "x", "nonsense": 1}, "nonsense"),
 ]

@@ -84,7 +84,8 @@ def _logits(folder: Path, ids: list[int], maker: LinearMaker) -> torch.Tensor:
         )
         attention.begin(rows)
         positions = torch.arange(start, stop)
-        outputs.append(model.forward(torch.tensor(ids[start:stop]), positions, torch.arange(stop - start), attention, lambda: None))
+        hidden = model.forward(torch.tensor(ids[start:stop]), positions, torch.arange(stop - start), attention, lambda: None)
+        outputs.append(model.logits(hidden))
     return torch.cat(outputs)
 
 

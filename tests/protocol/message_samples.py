@@ -27,11 +27,14 @@ from protocol.messages import (
     Phase,
     Plan,
     Progress,
+    PromptScores,
     Ready,
     Refused,
     Result,
     Resumed,
     SamplingParams,
+    Scored,
+    Scores,
     Stale,
     Submit,
     Tokens,
@@ -78,7 +81,9 @@ SUBMIT = Submit(
     cache_salt=b"salt",
     cached=16,
     header=b"\x80",
+    scored=2,
 )
+SCORES = Scores(2, pack([7, 11, 9, 9]), pack_floats([-1.5, -0.25, -0.5, -0.5]), pack([4, 1]))
 
 SAMPLES: dict[str, Message] = {
     "hello": Hello("frontend", "frontend-0", 123, 1),
@@ -172,6 +177,7 @@ SAMPLES: dict[str, Message] = {
         outputs=pack([1, 0]),
         fork_rows=pack([0]),
         fork_slots=pack([3]),
+        scores=pack([2, 0]),
     ),
     "result": Result(1, b"", b"", b""),
     "result, full": Result(
@@ -188,4 +194,6 @@ SAMPLES: dict[str, Message] = {
         lp_ranks=pack([1]),
     ),
     "progress": Progress(3, 17),
+    "scored": Scored(3, 0, SCORES),
+    "prompt scores": PromptScores(3, SCORES),
 }

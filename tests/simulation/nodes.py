@@ -12,7 +12,7 @@ from math import inf
 
 from frontend.entries import Entry, NewRequest
 from frontend.journal import Journal
-from gpu_worker.core import WorkerCore
+from gpu_worker.core import WorkerCore, scored
 from gpu_worker.oracle import OracleRunner, StepError
 from gpu_worker.runner import Step
 from gpu_worker.settings import WorkerSettings
@@ -341,6 +341,8 @@ class WorkerNode(PeerNode):
         outcome = self.runner.finish(step)
         result = self.core.result(step, outcome)
         if self.dialer.session == session:
+            for message in scored(step, outcome):
+                self.dialer.send(message, self.clock.now)
             self.dialer.send(result, self.clock.now)
             self._progress_at = self.clock.now + self._times.heartbeat if self._running else inf
         elif not self._running:

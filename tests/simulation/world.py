@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 
 from frontend.entries import Entry, NewRequest
-from gpu_worker.oracle import expected
+from gpu_worker.oracle import expected, expected_prompt_logprobs
 from gpu_worker.settings import WorkerSettings
-from protocol.columns import pack
+from protocol.columns import pack, unpack
 from protocol.messages import SamplingParams
 from protocol.times import Times
 from scheduler_svc.settings import SchedulerSettings
@@ -56,6 +56,7 @@ class Mix:
     holds: int = 0
     leaving: float = 0.0  # share of the clients that leave early
     poison: str = ""  # what computing the poison token does to a worker
+    scoring: bool = False  # some requests ask for log probabilities of their prompts, a few for nothing else
     forks: float = 0.2  # share of requests with n > 1
     prefixes: int = 3  # different ones, which requests share
     prefix: tuple[int, ...] = (0, 0, 9, 20)  # tokens that a request has of one
@@ -81,6 +82,11 @@ MIXES = {
         Mix("poison crashes", poison="crash", workers=3),
         Mix("poison hangs", poison="hang", workers=3),
         Mix("nan", poison="nan"),
+        Mix("prompt scores", scoring=True, worker_crashes=3, scheduler_crashes=1),
+        Mix("prompt scores, small pool", scoring=True, blocks=20, slots=4, workers=1, leaving=0.2),
+        Mix("prompt scores, frontends crash", scoring=True, frontend_crashes=4, frontends=3, weather=Weather(loss=0.01, duplication=0.01)),
+        Mix("prompt scores, nan", scoring=True, poison="nan"),
+        Mix("prompt scores, raises", scoring=True, poison="raise"),
         Mix("standby", schedulers=2, scheduler_crashes=2),
         Mix("standby, pauses", schedulers=2, pauses=5),
         Mix("standby, long pauses", schedulers=2, pauses=4, pause=(1.5, 8.0)),
@@ -244,7 +250,7 @@ class World:
         if client.ended:
             return
         node = client.frontend = self.rng.choice([node for node in self.frontends.values() if node.alive])
-        if client.entry.choices:  # else that frontend died before it had the answer to its ATTACH
+        if client.entry.choices and not client.entry.unscored:  # else that frontend had nothing to tell
             client.told = [max(len(choice.tokens), told) for choice, told in zip(client.entry.choices, client.told, strict=True)]
         if any(client.told):
             self.resumed += 1
@@ -252,6 +258,7 @@ class World:
         else:
             client.new = replace(client.new, request=self.rng.getrandbits(128).to_bytes(16, "little"))
             client.entry = node.submit(client.new)
+            self._ended_at_once(client)
 
     def _pause(self) -> None:
         nodes = [*self.schedulers.values(), *self.workers.values(), *self.frontends.values()]
@@ -288,6 +295,8 @@ class World:
             stop_ids=pack([EOS] if rng.random() < 0.7 else []),
             logprobs=rng.choice((-1, -1, 2)),
         )
+        if self.mix.scoring and i % 4 == 3:
+            params = replace_params(params, prompt_logprobs=i % 3, max_tokens=0 if i % 16 in (7, 11) else params.max_tokens)
         params = replace_params(params, min_tokens=min(params.min_tokens, params.max_tokens))
         seeds = [rng.getrandbits(64) for _ in range(n)]
         new = NewRequest(rng.getrandbits(128).to_bytes(16, "little"), "oracle", pack(prompt), params, seeds)
@@ -302,6 +311,7 @@ class World:
             entry = node.submit(new)
             client = Client(new, streams, poisoned, leaves_at, entry, node, told=[0] * n)
             self.clients.append(client)
+            self._ended_at_once(client)
             if leaves_at < float("inf"):
                 self.clock.at(leaves_at, lambda: client.frontend.run(lambda: self._leave(client.frontend, client)))
 
@@ -324,6 +334,7 @@ class World:
         for choice, stream in zip(entry.choices, client.streams, strict=bool(entry.choices)):
             if choice.tokens != stream[: len(choice.tokens)]:
                 raise self.broken(f"choice {choice.index} of {entry.request.hex()[:8]}: {choice.tokens} is no beginning of {stream}")
+        self._check_scores(client)
         if entry.ended:
             client.ended += 1
             if client.ended > 1:
@@ -331,10 +342,28 @@ class World:
             self._judge(client)
             node.journal.done(entry, self.clock.now)
 
+    def _ended_at_once(self, client: Client) -> None:
+        """A request that asks for nothing had its news before its client listened."""
+        if client.entry.ended:
+            self._touched(client.frontend, client.entry)
+
+    def _check_scores(self, client: Client) -> None:
+        entry, params = client.entry, client.new.params
+        if params.prompt_logprobs >= 0 and entry.error is None:
+            owed = expected_prompt_logprobs(unpack(client.new.prompt).tolist(), params.prompt_logprobs)
+            had = [list(zip(one.ids, one.values, strict=True)) for one in entry.scores]
+            if had != owed[entry.scored - 1 - len(had) : entry.scored - 1]:
+                raise self.broken(f"{entry.request.hex()[:8]}: {had} are no log probabilities before position {entry.scored} of {owed}")
+            if len(had) < entry.scored - 1 and not any(client.told):
+                raise self.broken(f"{entry.request.hex()[:8]} lacks log probabilities that nobody has told")
+
     def _judge(self, client: Client) -> None:
         entry = client.entry
         if client.poisoned:
-            if self.mix.poison == "nan" and entry.error is None:
+            prompt = unpack(client.new.prompt).tolist()
+            # the last token of a prompt that is only scored is computed by nobody
+            computed = POISON in (prompt if client.new.params.max_tokens else prompt[:-1])
+            if self.mix.poison == "nan" and computed and entry.error is None:
                 raise self.broken("a request that computes NaN ended well")
             return
         if entry.error is not None:
@@ -342,7 +371,7 @@ class World:
         for choice, stream in zip(entry.choices, client.streams, strict=True):
             if choice.tokens != stream:
                 raise self.broken(f"choice {choice.index} ended at {len(choice.tokens)} of {len(stream)} tokens")
-            wanted = "stop" if stream[-1] == EOS and client.new.params.stop_ids else "length"
+            wanted = "stop" if stream[-1:] == [EOS] and client.new.params.stop_ids else "length"
             if choice.finish_reason != wanted:
                 raise self.broken(f"ended by {choice.finish_reason}, not {wanted}")
 
