@@ -66,6 +66,7 @@ def make_app(client: Client) -> Starlette:
         routes=ROUTES,
         exception_handlers=HANDLERS,
     )
+    app.router.redirect_slashes = False  # to a host that the client's own header names
     app.state.client = client
     app.state.accounts = accounts
     app.state.started = int(time.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import pytest
 
 from frontend.access import MAX_HEADERS, OPEN_PATHS, ApiKeys, check_exposure, check_tls
 from frontend.api.openapi import GETS, POSTS
+from frontend.api.routes import ROUTES
 from protocol.service import CannotRun
 from tests.frontend.fakes import Engine, LocalClient
 from tests.frontend.test_http import serve, submitted
 
 ALICE, BOB = "alice-key-0123456789", "bob-key-0123456789"
-PATHS = [("GET", path.replace("{name}", "oracle")) for path in GETS] + [("POST", path) for path in POSTS]
+TABLE = Path(__file__).parents[2] / "docs" / "access.md"
+ROWS = {  # (path, method) -> status without a key, with a wrong one, with a right one; as the docs say
+    (path, method): tuple(map(int, statuses))
+    for path, method, *statuses in re.findall(r"^\| `(/\S+)` \| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", TABLE.read_text(), re.MULTILINE)
+}
+SERVED = [(route.path.replace(":path}", "}"), method) for route in ROUTES for method in sorted(route.methods or ()) if method != "HEAD"]
 BODIES: dict[str, Any] = {
     "/v1/completions": {"prompt": "hi", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
@@ -40,21 +47,36 @@ def ask(tmp_path: Path, method: str, path: str, headers: dict[str, str], engine:
     return serve(scenario, tmp_path, engine, **settings)
 
 
-@pytest.mark.parametrize(("method", "path"), PATHS)
-def test_every_path_but_health_needs_a_right_key(method: str, path: str, tmp_path: Path, key_file: str) -> None:
+@pytest.mark.parametrize(("path", "method"), SERVED)
+def test_every_path_answers_by_key_as_the_docs_say(path: str, method: str, tmp_path: Path, key_file: str) -> None:
     def status(headers: dict[str, str]) -> int:
-        return ask(tmp_path, method, path, headers, api_key_file=key_file).status_code
+        return ask(tmp_path, method, path.replace("{name}", "oracle"), headers, api_key_file=key_file).status_code
 
-    refused = 200 if path in OPEN_PATHS else 401
-    assert status({}) == refused
-    assert status({"authorization": "Bearer nobody-has-this-key"}) == refused
-    assert status({"authorization": f"Basic {ALICE}"}) == refused
-    assert status({"authorization": f"Bearer {ALICE}"}) == 200
-    assert status({"authorization": f"Bearer {BOB}"}) == 200
+    none, wrong, right = ROWS[path, method]
+    assert status({}) == none
+    assert status({"authorization": "Bearer nobody-has-this-key"}) == wrong
+    assert status({"authorization": f"Basic {ALICE}"}) == wrong
+    assert status({"authorization": f"Bearer {ALICE}x"}) == wrong
+    assert status({"authorization": f"Bearer {ALICE}"}) == right
+    assert status({"authorization": f"Bearer {BOB}"}) == right
+    assert none == (200 if path in OPEN_PATHS else 401)
 
 
-def test_a_path_that_does_not_exist_is_closed_as_well(tmp_path: Path, key_file: str) -> None:
-    assert ask(tmp_path, "GET", "/v1/secrets", {}, api_key_file=key_file).status_code == 401
+def test_the_docs_and_the_description_name_the_paths_that_are_served() -> None:
+    assert sorted(ROWS) == sorted(SERVED)
+    assert {path for path, _ in SERVED} == set(GETS) | set(POSTS)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+def test_a_path_that_does_not_exist_is_closed_as_well(method: str, tmp_path: Path, key_file: str) -> None:
+    for path in ("/v1/secrets", "/metrics", "/docs", "/", "//v1/models", "/v1/models/../secrets", "/health/", "/Health"):
+        for headers, expected in (({}, 401), ({"authorization": f"Bearer {ALICE}"}, 404)):
+            assert ask(tmp_path, method, path, headers, api_key_file=key_file).status_code == expected, path
+
+
+def test_a_wrong_method_is_closed_as_well(tmp_path: Path, key_file: str) -> None:
+    assert ask(tmp_path, "DELETE", "/v1/models", {}, api_key_file=key_file).status_code == 401
+    assert ask(tmp_path, "DELETE", "/v1/models", {"authorization": f"Bearer {ALICE}"}, api_key_file=key_file).status_code == 405
 
 
 def test_a_refusal_has_openais_shape(tmp_path: Path, key_file: str) -> None:
