@@ -134,4 +134,5 @@ class Ledger:
             request.frontend.unsent -= request.unsent
             request.unsent = 0
             self._kept_bytes -= self._kept.pop(request.id)
-            request.choices = []  # it and they refer to each other: without this it would wait for the garbage collector
+            # it and these refer to each other: it would wait for the garbage collector
+            request.choices, request.scorer = [], None

@@ -21,6 +21,7 @@ from protocol.service import CannotRun, Service
 from protocol.sockets import Context, Socket, monitor, news, received, router, send
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
+from scheduler_svc import collector
 from scheduler_svc.core import Core, Did
 from scheduler_svc.settings import SchedulerSettings
 
@@ -106,6 +107,7 @@ class _Loop:
 
     def run(self) -> None:
         """Until the service is asked to stop."""
+        collector.begin()
         while not self._service.stopping.is_set():
             wait = min(self.core.next_time(), self._published + TELEMETRY_LATEST) - time.monotonic()
             self._turn(dict(self._poller.poll(max(0, int(wait * 1000) + 1) if wait > 0 else 0)))
@@ -216,6 +218,8 @@ class _Loop:
         values["memory_bytes"] = float(self._process.memory_info().rss)
         values["epoch"] = float(self.core.epochs.epoch >> 32)
         self._publisher.publish(values, self.core.engine.series(), self.core.engine.pictures())
+        if self.core.engine.at_rest:
+            collector.at_rest()
         if self._publisher.trace.on != (self.core.done is not None):
             self.core.done = [] if self._publisher.trace.on else None
 

@@ -27,7 +27,7 @@ class SchedulerSettings:
     max_num_partial_prefills: int = 0  # prompts under way at once; 0: any number
     preemption: str = "auto"  # recompute, swap, or whichever is predicted to be cheaper
     routing: str = "prefix"  # among workers of one model: by cached prefix and load, by load, or round-robin
-    check_when_idle: bool = True  # verify all accounts whenever everything has come to rest
+    check_when_idle: bool = True  # verify all accounts whenever everything has come to rest, and a worker's when it is drained
     max_waiting_requests: int = 10_000
     max_waiting_tokens: int = 50_000_000
     hash_key_file: str = ""
