@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,9 @@ class Profiled:
 
     def reset(self) -> None:
         self._runner.reset()
+
+    def idle(self, interrupted: Callable[[], bool]) -> bool:
+        return self._runner.idle(interrupted)
 
     def start(self, step: Step) -> None:
         decode = len(step.slots) > 0 and bool((step.counts == 1).all())

@@ -101,6 +101,9 @@ class OracleRunner:
         self._tables.clear()
         self._dead.fill(False)
 
+    def idle(self, interrupted: Callable[[], bool]) -> bool:
+        return False
+
     def start(self, step: Step) -> None:
         """Run the step. Raises StepError for a token marked so."""
         began = self._clock()

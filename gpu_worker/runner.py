@@ -8,6 +8,7 @@ runner on the CPU computes there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,6 +68,11 @@ class Step:
     bind_slots: Int32  # slots bound by this plan, their records beside them
     bind_records: list[Record]
     scores: Int32 = field(default_factory=lambda: EMPTY)  # per row: the first prompt position it reports, 0 for none; or empty
+
+    @classmethod
+    def nothing(cls) -> Step:
+        """A step without rows."""
+        return cls(Plan(step=0), [], EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, [], EMPTY, [])
 
     @property
     def output_slots(self) -> Int32:
@@ -144,3 +150,9 @@ class Runner(Protocol):
 
     def reset(self) -> None:
         """The session is over: forget all slots. Blocks keep their content, nothing is in flight."""
+
+    def idle(self, interrupted: Callable[[], bool]) -> bool:
+        """Prepare a little of what later steps may need, while nothing is in flight; main thread. Returns whether there is more.
+
+        Gives up early once `interrupted()` is true: something has arrived.
+        """

@@ -14,18 +14,20 @@ import os
 import sys
 import threading
 import time
-from queue import SimpleQueue
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
 
 from gpu_worker.core import WorkerCore, scored
 from gpu_worker.errors import LoadError
 from gpu_worker.faults import KillSwitch
-from gpu_worker.network import Network, PlanArrived, SessionClosed, SessionOpened, Stop
+from gpu_worker.network import Item, Network, PlanArrived, SessionClosed, SessionOpened, Stop
 from gpu_worker.runner import Runner, Step
 from gpu_worker.runners import make_runner
 from gpu_worker.settings import WorkerSettings
 from protocol.messages import Plan
 from protocol.service import CannotRun, Service
 
+IDLE_AFTER = 0.02  # seconds without a plan, and without a step in flight, before idle work is done
 SWITCH_INTERVAL = 0.0001  # seconds; at Python's 5 ms the output thread waited that long for a busy main thread
 
 
@@ -74,9 +76,16 @@ class _Output(threading.Thread):
         self.switch = switch
         self._steps: SimpleQueue[tuple[int, Step] | threading.Event | None] = SimpleQueue()
         self._failed = False
+        self._given = self._finished = 0  # steps; the first is the main thread's to count, the second this one's
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether every step handed over is finished."""
+        return self._given == self._finished
 
     def finish(self, session: int, step: Step) -> None:
         """Finish a step that has been started; its result goes to `session`."""
+        self._given += 1
         self._steps.put((session, step))
 
     def drain(self) -> None:
@@ -98,6 +107,7 @@ class _Output(threading.Thread):
             elif not self._failed:
                 try:
                     self._finish(*item)
+                    self._finished += 1
                 except Exception as error:
                     self._failed = True
                     self.network.inbox.put(Stop(error))
@@ -128,11 +138,12 @@ class _Loop:
         self._network = output.network
         self._switch = output.switch
         self._session = 0  # the session in which READY was said and nothing has failed
+        self._idle_work = True  # whether the runner may have some
 
     def run(self) -> None:
         """Until asked to stop: the running step is finished, plans not begun are left. Raises what a thread raised."""
         while True:
-            item = self._network.inbox.get()
+            item = self._next()
             if isinstance(item, Stop) and item.error is not None:
                 raise item.error
             if isinstance(item, Stop) or self._service.stopping.is_set():
@@ -148,6 +159,26 @@ class _Loop:
                         self._session = session
                 case SessionClosed():
                     self._reset()
+
+    def _next(self) -> Item:
+        """The next item, waited for; as long as the runner has idle work, that is done meanwhile, a slice at a time."""
+        inbox = self._network.inbox
+        while self._idle_work:
+            try:
+                return inbox.get(timeout=IDLE_AFTER)
+            except Empty:
+                if self._output.at_rest:
+                    self._idle(lambda: not inbox.empty())
+        return inbox.get()
+
+    def _idle(self, interrupted: Callable[[], bool]) -> None:
+        try:
+            self._idle_work = self._runner.idle(interrupted)
+        except Exception as error:
+            if _device_is_lost(error):
+                raise
+            self._service.log.exception("idle work failed, no more is done")
+            self._idle_work = False
 
     def _step(self, plan: Plan) -> None:
         self._switch.reached("plan_received")

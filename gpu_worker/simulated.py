@@ -70,6 +70,9 @@ class SimulatedRunner:
         """The session is over. The device's time goes on."""
         self._started.clear()
 
+    def idle(self, interrupted: Callable[[], bool]) -> bool:
+        return False
+
     def start(self, step: Step) -> None:
         """Enter the step into virtual time, arriving now."""
         start = max(self._end, self._clock())

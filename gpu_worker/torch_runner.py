@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpu_worker.cpu_threads import choose_threads
@@ -54,6 +55,9 @@ class TorchRunner:
         assert self._step is not None
         self._step.reset()
         self._outcomes = queue.SimpleQueue()
+
+    def idle(self, interrupted: Callable[[], bool]) -> bool:
+        return False
 
     def _begun(self) -> None:
         self.counter += 1

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gpu_worker.cuda.forward import Forward
+from gpu_worker.cuda.forward import Forward, Layers
 from gpu_worker.cuda.general import General, report
-from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, mixed_bucket
+from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, likely_shapes, mixed_bucket
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import ModelWeights
 from gpu_worker.errors import LoadError
@@ -36,6 +37,7 @@ class Options:
     num_blocks: int = 0  # 0: what is left under `utilization`
     utilization: float = 0.9
     graphs: bool = True
+    capture_idle: bool = True  # graphs of likely sizes before they are met, while nothing runs
     pdl: bool = True
     few: bool = True  # linear.cu for few tokens
     few_attention: int = 8  # rows up to which decode attention is decode_few.cu's
@@ -95,7 +97,8 @@ class Engine:
             few_attention=options.few_attention,
         )
         self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
-        self.graphs = Graphs(self._body, options.graphs)
+        self.graphs = Graphs(self._body, self.forward.layers, options.graphs)
+        self._likely = likely_shapes(self.geometry) if options.capture_idle else []
         self.general = General(self.state)
         self._pending: deque[_Running] = deque()
         self._room_in_results = threading.Semaphore(self.state.results - 2)
@@ -155,6 +158,22 @@ class Engine:
         self._room_in_results.release()
         return outcome
 
+    def idle(self, interrupted: Callable[[], bool]) -> bool:
+        """Capture a graph of a size that is likely to be met, unless `interrupted()` becomes true; returns whether any is left.
+
+        Nothing may be in flight.
+        """
+        shape = self.graphs.missing(self._likely)
+        if shape is None:
+            return False
+        with torch.cuda.stream(self.stream):
+            if not self.graphs.met(shape):
+                (number,) = self.state.write(Step.nothing(), self._next_result)
+                self.graphs.warm_up(shape)
+                self.state.guards[number] = self._event()
+            self.graphs.capture(shape, interrupted)
+        return True
+
     def reset(self) -> None:
         """Forget all slots. Nothing may be in flight."""
         with torch.cuda.stream(self.stream):
@@ -179,16 +198,16 @@ class Engine:
         if sampling:
             forward.sample(stream, outputs)
 
-    def _body(self, shape: Shape) -> None:
+    def _body(self, shape: Shape, layers: Layers | None) -> None:
         """What a graph of this size holds."""
         stream, forward = self.stream.cuda_stream, self.forward
         if shape.tokens:
             tiles = min(-(-shape.tokens // self.state.tile_tokens) + shape.rows, self.state.max_tiles)
             forward.prepare(stream, shape.rows, False, shape.tokens, tiles)
-            forward.prefill(stream, shape.rows, shape.tokens, tiles, shape.rows)
+            forward.prefill(stream, shape.rows, shape.tokens, tiles, shape.rows, layers)
         else:
             forward.prepare(stream, shape.rows, decode=True)
-            forward.decode(stream, shape.rows)
+            forward.decode(stream, shape.rows, layers)
         if shape.sampling:
             forward.sample(stream, shape.rows)
 

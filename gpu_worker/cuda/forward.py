@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,8 @@ from gpu_worker.cuda.state import TILE, DeviceState, least_tiles, max_items, spl
 from gpu_worker.cuda.triton_kernel import TritonKernel
 from gpu_worker.cuda.weights import LayerWeights, ModelWeights
 from gpu_worker.loading.config import ModelConfig
+
+Layers = Iterable[tuple[int, LayerWeights]]
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # macro DTYPE
 LONG_ROWS = 2048  # tokens a row, on average, from which prefill attention gains by larger tiles
@@ -45,6 +48,7 @@ class Forward:
         so many rows decode attention is `decode_few.cu`'s."""
         self.config, self.weights, self.state, self.cache = config, weights, state, cache
         self.cosines, self.sines = angles
+        self.layers = list(enumerate(weights.layers))
         g, device, dtype = state.geometry, cache.device, cache.dtype
         properties = torch.cuda.get_device_properties(device)
         hopper = properties.major == 9  # clusters, wgmma; elsewhere cuBLAS and Triton do it
@@ -188,12 +192,12 @@ class Forward:
         g = self.state.geometry
         return max_items(bucket, g.max_model_len, self.state.spread) if bucket else 0
 
-    def decode(self, stream: int, bucket: int) -> None:
-        """Embedding to logits of `bucket` rows."""
+    def decode(self, stream: int, bucket: int, layers: Layers | None = None) -> None:
+        """Embedding to logits of `bucket` rows, through all layers or those given."""
         self.k_embed(
             stream, (bucket, 1), self.state.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), self.config.hidden
         )
-        for index, layer in enumerate(self.weights.layers):
+        for index, layer in self.layers if layers is None else layers:
             self._qkv(stream, layer, bucket)
             self._decode_attention(stream, index, layer, bucket)
             self._rest(stream, layer, bucket)
@@ -205,14 +209,14 @@ class Forward:
         caches = (source.data_ptr(), source.shape[1], target.data_ptr(), target.shape[1])
         self.k_copy(stream, (count, self.config.layers), *s.inputs_arguments, s.ring.data_ptr(), s.entry_words, first, *caches, vectors)
 
-    def prefill(self, stream: int, rows: int, tokens: int, tiles: int, logit_rows: int) -> None:
-        """Rows of any length, embedding to logits of the rows that sample."""
+    def prefill(self, stream: int, rows: int, tokens: int, tiles: int, logit_rows: int, layers: Layers | None = None) -> None:
+        """Rows of any length, embedding to logits of the rows that sample, through all layers or those given."""
         s, c, g = self.state, self.config, self.state.geometry
         ring = (s.ring.data_ptr(), s.entry_words)
         lanes = 1 << (c.head_dim * self.h.element_size() // 16 - 1).bit_length()  # threads per head
         self.k_expand(stream, (rows, max(1, min(64, tokens // rows // 256))), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
         self.k_embed(stream, (tokens, 1), s.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), c.hidden)
-        for index, layer in enumerate(self.weights.layers):
+        for index, layer in self.layers if layers is None else layers:
             self._qkv(stream, layer, tokens)
             self.k_rotate(
                 stream,

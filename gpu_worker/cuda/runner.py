@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpu_worker.errors import LoadError
@@ -53,3 +54,7 @@ class CudaRunner:
     def reset(self) -> None:
         assert self._engine is not None
         self._engine.reset()
+
+    def idle(self, interrupted: Callable[[], bool]) -> bool:
+        assert self._engine is not None
+        return self._engine.idle(interrupted)

@@ -16,6 +16,7 @@ from tests.gpu_worker.cuda.reference import Reference, error
 
 if torch.cuda.is_available():
     from gpu_worker.cuda.engine import Engine, Options
+    from gpu_worker.cuda.graphs import likely_shapes
     from gpu_worker.cuda.weights import load_weights
 
 QWEN3 = ModelConfig(
@@ -108,6 +109,26 @@ def test_graphs_change_no_bit(rows: int) -> None:
         tokens.append([s.tokens for s, _ in new])
     assert tokens[0] == tokens[1]
     assert all(len(t) == 30 for t in tokens[0])
+
+
+def test_graphs_captured_while_idle_change_no_bit_and_are_given_up_for_what_arrives() -> None:
+    tokens = []
+    for idle in (True, False):
+        engine, _ = make(QWEN3, torch.bfloat16, capture_idle=idle)
+        player = Player(engine)
+        if idle:
+            assert engine.idle(lambda: True)
+            assert engine.graphs.captured == []
+        while engine.idle(lambda: False):
+            pass
+        new = [player.add(p, 30, temperature=0.7, seed=i) for i, p in enumerate(prompts([20, 40, 90], 2048))]
+        for i, pair in enumerate(new):
+            player.send([*((s, 1) for s, _ in new[:i]), (pair[0], len(pair[0].prompt))], [pair])
+        player.decode([s for s, _ in new], 20)
+        player.settle()
+        tokens.append([s.tokens for s, _ in new])
+        assert len(engine.graphs.captured) >= (len(likely_shapes(engine.geometry)) if idle else 1)
+    assert tokens[0] == tokens[1]
 
 
 def test_a_dead_slot_runs_on_without_tokens_and_leaves_its_blocks_alone() -> None:
