@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from protocol.codec import decode, encode
-from protocol.columns import pack, unpack
+from protocol.columns import pack, pack_floats, unpack, unpack_floats
 from protocol.counters import Counters
 from protocol.messages import (
     DEAD,
@@ -31,10 +31,13 @@ from protocol.messages import (
     Models,
     Moved,
     Plan,
+    PromptScores,
     Ready,
     Result,
     Resumed,
     SamplingParams,
+    Scored,
+    Scores,
     Submit,
     Tokens,
 )
@@ -57,6 +60,19 @@ def prefix(before: int, token: int) -> int:
 
 def sample(seed: int, position: int, before: int) -> int:
     return digest("draw", seed, position, before) % VOCABULARY
+
+
+def likelihood(before: int) -> float:
+    return -float(digest("likelihood", before) % 1024)
+
+
+def expected_scores(prompt: list[int]) -> list[float]:
+    """What is told of each prompt token but the first, computed without blocks."""
+    state, told = 0, []
+    for token in prompt:
+        told.append(likelihood(state))
+        state = prefix(state, token)
+    return told[1:]
 
 
 def expected(prompt: list[int], seed: int, max_tokens: int, stop: bool = True) -> list[int]:
@@ -121,7 +137,9 @@ class FakeWorker:
         self.plans.clear()
 
     def step(self, now: float) -> None:
-        self.engine.worker_message(self.session, through(self.run(self.plans.popleft()), self.geometry), now)
+        result = self.run(self.plans.popleft())
+        for message in (*self.scored, result):
+            self.engine.worker_message(self.session, through(message, self.geometry), now)
 
     def run(self, plan: Plan) -> Result:
         for record in unpack(plan.drops).tolist():
@@ -157,7 +175,9 @@ class FakeWorker:
             for offset in range(self.geometry.block_size):
                 self.kv[target, offset] = self.host.get((source, offset), -1)
         outputs = []
-        rows = []
+        rows: list[tuple[int, int, int]] = []
+        self.scored: list[Scored] = []
+        scores = unpack(plan.scores).tolist()
         named = (plan.slots, plan.generations, plan.starts, plan.counts, plan.outputs)
         for slot, generation, start, count, output in zip(*(unpack(c).tolist() for c in named), strict=True):
             bound = self.slots[slot]
@@ -165,6 +185,8 @@ class FakeWorker:
             rows.append((slot, start + count, self.compute(bound, start, count)))
             if output:
                 outputs.append(rows[-1])
+            if scores and scores[len(rows) - 1]:
+                self.scored += self.score(plan.step, len(rows) - 1, bound, scores[len(rows) - 1], start + count)
         for row, slot in zip(unpack(plan.fork_rows).tolist(), unpack(plan.fork_slots).tolist(), strict=True):
             outputs.append((slot, rows[row][1], rows[row][2]))
         for source, target in zip(unpack(plan.out_from).tolist(), unpack(plan.out_to).tolist(), strict=True):
@@ -197,6 +219,32 @@ class FakeWorker:
             assert block not in self.hashes, "a sealed block is written"
             self.kv[block, position % size] = state
         return state
+
+    def score(self, step: int, row: int, bound: Slot, first: int, last: int) -> list[Scored]:
+        """Two messages where there are enough positions; each value is made of what the table holds before it."""
+        tokens, _, params, length = self.records[bound.record]
+        size, state, made = self.geometry.block_size, 0, []
+        for position in range(min(last, length - 1) + 1):
+            if position >= first:
+                value = float("nan") if self.nan_tokens & set(tokens[:position]) else likelihood(state)
+                made.append((position, tokens[position], value))
+            stored = self.kv.get((bound.table[position // size], position % size), -1) if position < last else 0
+            state = stored if stored == prefix(state, tokens[position]) else digest(state, stored)
+        pairs = 1 + params.prompt_logprobs
+        parts = [part for part in (made[: len(made) // 2], made[len(made) // 2 :]) if part]
+        return [
+            Scored(
+                step,
+                row,
+                Scores(
+                    part[0][0],
+                    pack([id for _, id, _ in part for _ in range(pairs)]),
+                    pack_floats([value for *_, value in part for _ in range(pairs)]),
+                    pack([1] * len(part)),
+                ),
+            )
+            for part in parts
+        ]
 
     @staticmethod
     def token(bound: Slot, tokens: list[int], position: int) -> int:
@@ -239,10 +287,13 @@ class Stream:
     cached: int = -1
     aborted: bool = False
     stopped: set[int] = field(default_factory=set)  # choices ended by a stop string
+    scores: list[float] = field(default_factory=list)  # of the prompt
+    scored: int = 1
 
     @property
     def complete(self) -> bool:
-        return len(self.ended) == len(self.known)
+        wanted = len(self.submit.prompt) // 4 if self.submit.params.prompt_logprobs >= 0 else 0
+        return len(self.ended) == len(self.known) and self.scored >= wanted
 
 
 @dataclass
@@ -267,11 +318,11 @@ class FakeFrontend:
 
     def submit(self, prompt: list[int], now: float, max_tokens: int = 10, n: int = 1, seed: int = 1, stop: bool = True, **more) -> Stream:
         self.handles += 1
-        params = SamplingParams(max_tokens, stop_ids=pack([STOP]) if stop else b"")
+        params = SamplingParams(max_tokens, stop_ids=pack([STOP]) if stop else b"", prompt_logprobs=more.pop("prompt_logprobs", -1))
         choices = [Choice(i, digest(seed, i)) for i in range(n)]
         id = digest("id", self.incarnation, self.handles).to_bytes(8, "little") * 2
         submit = Submit(id, self.handles, more.pop("model", "m"), pack(prompt), params, choices, **more)
-        stream = self.streams[self.handles] = Stream(submit, [[] for _ in range(n)])
+        stream = self.streams[self.handles] = Stream(submit, [[] for _ in range(n)], ended=set() if max_tokens else set(range(n)))
         self.send(submit, now)
         return stream
 
@@ -293,6 +344,7 @@ class FakeFrontend:
                     age=old.age,
                     cached=stream.cached,
                     priority=old.priority,
+                    scored=stream.scored,
                 ),
                 now,
             )
@@ -306,13 +358,14 @@ class FakeFrontend:
         if stream.complete:
             self.send(Done(stream.submit.request), now)
 
-    def attach(self, request: bytes, now: float) -> None:
+    def attach(self, request: bytes, now: float, told: tuple[int, ...] = ()) -> None:
         self.handles += 1
-        self.send(Attach(request, self.handles), now)
+        self.send(Attach(request, self.handles, pack(told)), now)
 
     def journal(self, submit: Submit, now: float) -> None:
         stream = self.streams[submit.handle] = Stream(submit, [unpack(c.known).tolist() for c in submit.choices], cached=submit.cached)
         stream.stopped = {choice.index for choice in submit.choices if choice.ended}
+        stream.scored = submit.scored
         for choice, known in zip(submit.choices, stream.known, strict=True):
             if choice.ended or len(known) == submit.params.max_tokens or (known and known[-1] in unpack(submit.params.stop_ids)):
                 stream.ended.add(choice.index)
@@ -343,6 +396,15 @@ class FakeFrontend:
                 self.newest(message.request).moved = True
             case Journal():
                 self.journal(message.submit, now)
+            case PromptScores():
+                self.unacked += message.scores.count if self.silent else 0
+                stream = self.streams[message.handle]
+                assert message.scores.first == stream.scored, "log probabilities that were told, or a gap"
+                assert len(message.scores.ids) // 4 == message.scores.count * (1 + stream.submit.params.prompt_logprobs)
+                stream.scores += unpack_floats(message.scores.values)[:: 1 + stream.submit.params.prompt_logprobs].tolist()
+                stream.scored += message.scores.count
+                if stream.complete:
+                    self.send(Done(stream.submit.request), now)
             case Tokens():
                 self.unacked += len(unpack(message.ids)) if self.silent else 0
                 at = 0
@@ -437,7 +499,8 @@ class Stage:
                         self.plans.append(message)
                 elif session in self.frontends:
                     message = through(message)
-                    assert weight == (len(unpack(message.ids)) if isinstance(message, Tokens) else 0)
+                    tokens = len(unpack(message.ids)) if isinstance(message, Tokens) else 0
+                    assert weight == (message.scores.count if isinstance(message, PromptScores) else tokens)
                     self.frontends[session].take(message, self.now)
             while engine.fence:
                 session, _ = engine.fence.pop()
