@@ -16,31 +16,13 @@ import torch
 from gpu_worker.cuda.forward import Forward, Layers
 from gpu_worker.cuda.general import General, report
 from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, likely_shapes, mixed_bucket
+from gpu_worker.cuda.memory import Options, blocks_that_fit
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import ModelWeights
-from gpu_worker.errors import LoadError
 from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.runner import Outcome, RowScores, Step
 from protocol.messages import Geometry
-
-
-@dataclass(frozen=True)
-class Options:
-    """Sizes and switches of an engine; every optimisation can be turned off."""
-
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    max_model_len: int = 4096
-    block_size: int = 16
-    host_blocks: int = 0
-    num_blocks: int = 0  # 0: what is left under `utilization`
-    utilization: float = 0.9
-    graphs: bool = True
-    capture_idle: bool = True  # graphs of likely sizes before they are met, while nothing runs
-    pdl: bool = True
-    few: bool = True  # linear.cu for few tokens
-    few_attention: int = 8  # rows up to which decode attention is decode_few.cu's
 
 
 @dataclass(slots=True)
@@ -71,7 +53,8 @@ class Engine:
         tile_rows = 32 if dtype == torch.float32 else 128
         properties = torch.cuda.get_device_properties(self.device)
         spread = max(4, properties.multi_processor_count * 2 // config.kv_heads)  # items that fill the card, measured
-        blocks = options.num_blocks or self._room(weights)
+        element = weights.embedding.element_size()
+        blocks = options.num_blocks or blocks_that_fit(config, options, element, *torch.cuda.mem_get_info(self.device))
         self.geometry = Geometry(
             block_size=options.block_size,
             blocks=blocks,
@@ -224,20 +207,3 @@ class Engine:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
-
-    def _room(self, weights: ModelWeights) -> int:
-        """Blocks that fit beside weights and buffers under `utilization` of the card's memory."""
-        c, o = self.config, self.options
-        size = weights.embedding.element_size()
-        width = c.hidden * 2 + c.q_size * 2 + 2 * c.kv_size + 3 * c.intermediate
-        buffers = size * (o.max_num_batched_tokens * width + o.max_num_seqs * c.vocab_size) + (512 << 20)  # and cuBLAS, graphs, tables
-        free, total = torch.cuda.mem_get_info(self.device)
-        block = c.layers * 2 * c.kv_heads * o.block_size * c.head_dim * size
-        blocks = int((free - (1 - o.utilization) * total - buffers) // block) - 1
-        needed = -(-o.max_model_len // o.block_size)
-        if blocks < needed:
-            raise LoadError(
-                f"not enough memory on the card: {free >> 20} MiB are free beside the weights, {needed} blocks of {block >> 10} KiB "
-                "are needed for one sequence; lower --max-model-len or raise --gpu-memory-utilization"
-            )
-        return blocks

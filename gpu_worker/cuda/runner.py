@@ -33,6 +33,8 @@ class CudaRunner:
         self.counter = 0  # steps enqueued and steps finished: it stands still while a step hangs on the card
 
     def load(self) -> Description:
+        if not has_card():
+            raise LoadError("no NVIDIA driver with a device is found (libcuda.so.1); --device cpu serves without one")
         try:
             from gpu_worker.cuda.loading import load_engine
         except ImportError as error:
