@@ -22,7 +22,7 @@ def byte_geometry(settings: WorkerSettings) -> Geometry:
         host_blocks=settings.num_cpu_blocks,
         slots=settings.max_num_seqs,
         max_model_len=settings.max_model_len or 4096,
-        max_step_tokens=settings.max_num_batched_tokens,
+        max_step_tokens=settings.step_tokens(),
         vocab_size=VOCAB,
     )
 

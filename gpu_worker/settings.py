@@ -7,6 +7,9 @@ from pathlib import Path
 
 from protocol.times import Times
 
+STEP_TOKENS = 8192
+CPU_STEP_TOKENS = 512  # a CPU computes larger steps no faster, and every stream waits for them
+
 
 @dataclass(frozen=True)
 class WorkerSettings:
@@ -30,11 +33,16 @@ class WorkerSettings:
     num_cpu_blocks: int = 0
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = 0  # 0: `step_tokens`
     max_model_len: int = 0  # 0: min(4096, the model's)
     seed: int = 0  # of dummy weights
     threads: int = 0  # CPU threads of the model; 0: chosen
     step_time: float = 0.002  # of the simulated runner, seconds
     log_level: str = "info"
     telemetry: str = ""
+    otlp_traces_endpoint: str = ""  # URL of an OpenTelemetry collector; empty: no traces
     times: Times = field(default_factory=Times)
+
+    def step_tokens(self, *, cpu: bool = False) -> int:
+        """Tokens of one step: the setting, or what suits a model on a card or on the CPU."""
+        return self.max_num_batched_tokens or (CPU_STEP_TOKENS if cpu else STEP_TOKENS)

@@ -76,7 +76,7 @@ class TorchStep:
             host_blocks=settings.num_cpu_blocks,
             slots=settings.max_num_seqs,
             max_model_len=length,
-            max_step_tokens=settings.max_num_batched_tokens,
+            max_step_tokens=settings.step_tokens(cpu=device.type == "cpu"),
             vocab_size=config.vocab_size,
         )
         attention = make_backend(settings.attention, cache, shape, config.heads)

@@ -41,6 +41,7 @@ FLAGS: dict[str, Flag] = {
     "server_key": Flag("File with the scheduler's public key.", empty="none", own=True),
     "allow_file": Flag("File with the public keys that may connect, and the role of each.", empty="none", own=True),
     "telemetry": Flag("Endpoint of the admin server's collector.", empty="in the run directory"),
+    "otlp_traces_endpoint": Flag("URL of an OpenTelemetry collector (OTLP/HTTP) that gets spans of every request.", empty="no traces"),
     "log_level": Flag("Least level that is logged.", choices=("debug", "info", "warning", "error")),
     "times": Flag("Factor on every time constant (for tests).", hidden=True, name="--times-factor"),
     # frontend
@@ -70,7 +71,7 @@ FLAGS: dict[str, Flag] = {
     "num_cpu_blocks": Flag("KV blocks in host memory, for swapping.", low=0),
     "gpu_memory_utilization": Flag("Share of the device's memory to use, 0 to 1.", low=0.0, high=1.0),
     "max_num_seqs": Flag("Sequences that run at once.", low=1, high=65536),
-    "max_num_batched_tokens": Flag("Tokens of one step.", low=1, high=1 << 20),
+    "max_num_batched_tokens": Flag("Tokens of one step.", empty="8192, on a CPU 512", low=0, high=1 << 20),
     "max_model_len": Flag("Tokens of prompt and output together.", empty="4096, or less if the model's is", low=0),
     "seed": Flag("Seed of dummy weights.", low=0),
     "threads": Flag("CPU threads of the model.", empty="chosen by the cores", low=0),

@@ -21,7 +21,7 @@ class SchedulerSettings:
     policy: str = "fcfs"
     depth: int = 0  # plans in flight per worker; 0: by measurement
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = 0  # 0: what each worker announces
     enable_prefix_caching: bool = True
     long_prefill_token_threshold: int = 0  # 0: a prefill chunk may fill the step
     max_num_partial_prefills: int = 0  # prompts under way at once; 0: any number
@@ -34,4 +34,5 @@ class SchedulerSettings:
     standby: bool = False  # wait until workers have been without an active scheduler for the standby time
     log_level: str = "info"
     telemetry: str = ""
+    otlp_traces_endpoint: str = ""  # URL of an OpenTelemetry collector; empty: no traces
     times: Times = field(default_factory=Times)

@@ -164,7 +164,7 @@ class Worker:
         self.blocks = BlockManager(geometry.blocks)
         self.host = HostBlocks(geometry.host_blocks, self.blocks)
         self.depth = Depth(settings.depth)
-        self.budget = min(geometry.max_step_tokens, settings.max_num_batched_tokens)
+        self.budget = min(geometry.max_step_tokens, settings.max_num_batched_tokens or geometry.max_step_tokens)
         self.caching = settings.enable_prefix_caching
         self.ready = True
 

@@ -51,7 +51,7 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
         weights = load_weights(files.tensors(device, dtype), config, device, dtype, Shard())
         options = Options(
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_batched_tokens=settings.step_tokens(),
             max_model_len=length,
             block_size=settings.block_size,
             num_blocks=settings.num_gpu_blocks,

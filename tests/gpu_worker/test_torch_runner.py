@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,12 @@ def _plan(step: int, start: int, count: int, slots: tuple[int, ...] = (0,), para
         }
     rows = {"slots": pack(slots), "generations": pack([1] * n), "starts": pack([start] * n), "counts": pack([count] * n)}
     return Plan(step, **opening, **rows, outputs=pack([1] * n))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("asked", "announced"), [(0, 512), (2000, 2000)])
+def test_a_cpu_announces_short_steps_unless_the_settings_name_a_size(tmp_path: Path, asked: int, announced: int) -> None:
+    loaded = load_tiny(tmp_path, max_num_batched_tokens=asked, device="cpu")
+    assert loaded.description.geometry.max_step_tokens == announced
 
 
 def test_a_stop_id_ends_the_choice_and_later_rows_of_its_slot_are_dead(tiny: Loaded) -> None:
