@@ -44,6 +44,8 @@ def test_a_seed_that_once_failed_passes(name: str, seed: int) -> None:
         ("link", ["lost", "duplicated", "reordered", "link_resent", "link_duplicate", "link_reordered"]),
         ("cuts", ["held"]),
         ("small pool", ["scheduler_preemptions"]),
+        ("swaps", ["scheduler_swaps_out", "scheduler_swaps_in"]),
+        ("swaps, workers crash", ["scheduler_swaps_out", "scheduler_swaps_in", "scheduler_workers_lost"]),
         ("workers crash", ["scheduler_workers_lost"]),
         ("scheduler crashes", ["scheduler_blocks_adopted"]),
         ("pauses", ["session_closed", "session_stale"]),

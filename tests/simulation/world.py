@@ -46,6 +46,8 @@ class Mix:
     schedulers: int = 1
     weather: Weather = field(default_factory=Weather)
     blocks: int = 64
+    host_blocks: int = 0
+    preemption: str = "auto"
     slots: int = 8
     step_time: tuple[float, float] = (0.002, 0.01)
     worker_crashes: int = 0
@@ -67,6 +69,19 @@ MIXES = {
     for mix in (
         Mix("calm"),
         Mix("small pool", blocks=20, slots=4, workers=1),
+        Mix("swaps", blocks=20, host_blocks=30, preemption="swap", slots=4, workers=1),
+        Mix(
+            "swaps, workers crash",
+            blocks=20,
+            host_blocks=16,
+            preemption="swap",
+            slots=4,
+            workers=1,
+            requests=48,
+            worker_crashes=3,
+            leaving=0.2,
+            weather=Weather(loss=0.01, duplication=0.01, reordering=0.02),
+        ),
         Mix("link", weather=Weather(loss=0.02, duplication=0.02, reordering=0.05)),
         Mix("far", weather=Weather(delay=(0.005, 0.02))),
         Mix("slow steps", step_time=(0.05, 0.4), requests=10),
@@ -158,7 +173,9 @@ class World:
         self.story.append(f"{self.clock.now:9.4f} {what}")
 
     def start_scheduler(self, name: str, standby: bool = False) -> None:
-        settings = SchedulerSettings(RUN_DIR, name, max_num_seqs=self.mix.slots, max_num_batched_tokens=64, times=self.times)
+        settings = SchedulerSettings(
+            RUN_DIR, name, max_num_seqs=self.mix.slots, max_num_batched_tokens=64, preemption=self.mix.preemption, times=self.times
+        )
         self.tell(f"{name} starts")
         rng = random.Random(f"{self.seed}/{name}/{self._incarnation()}")
         self.schedulers[name] = SchedulerNode(name, self.clock, self.network, settings, rng, self.store, standby)
@@ -170,6 +187,7 @@ class World:
             runner="oracle",
             block_size=4,
             num_gpu_blocks=self.mix.blocks,
+            num_cpu_blocks=self.mix.host_blocks,
             max_num_seqs=self.mix.slots,
             max_num_batched_tokens=64,
             max_model_len=128,
