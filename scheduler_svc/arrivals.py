@@ -122,23 +122,28 @@ class Arrivals:
             self._ledger.fail(request, now, 503, "deadline_exceeded", "The request waited longer than its deadline allows.")
 
     def steal(self, worker: Worker) -> None:
-        """An idle worker takes the first in line of one that has no room."""
+        """An idle worker fills its free slots with the first in line of workers that have no room."""
         for other in worker.model.workers:
-            if other is worker or not other.queue or (other.slots.free and other.stuck is None):
-                continue
-            choice = other.queue.first(lambda _: False, 0)
-            if choice is None:
-                continue
-            chained = not self._settings.enable_prefix_caching or (
-                worker.block_size in choice.chains and choice.chains[worker.block_size].complete
-            )
-            if worker.can_hold(choice) and chained:
-                other.queue.remove(choice)
-                if choice.worker is not None:
-                    choice.worker.host.void(choice)
-                    choice.worker.drop_record(choice)
-                worker.queue.add(choice)
-                return
+            while len(worker.queue) < len(worker.slots.free) and self._moves(other, worker):
+                pass
+
+    def _moves(self, other: Worker, worker: Worker) -> bool:
+        """Move the first in line to another worker, if it waits for room there and not here."""
+        if other is worker or not other.queue or (other.slots.free and other.stuck is None):
+            return False
+        choice = other.queue.first(lambda _: False, 0)
+        size = worker.block_size
+        chained = choice is not None and (
+            not self._settings.enable_prefix_caching or (size in choice.chains and choice.chains[size].complete)
+        )
+        if choice is None or not chained or not worker.can_hold(choice):
+            return False
+        other.queue.remove(choice)
+        if choice.worker is not None:
+            choice.worker.host.void(choice)
+            choice.worker.drop_record(choice)
+        worker.queue.add(choice)
+        return True
 
     def waiting_for(self, model: Model) -> int:
         """Choices of a model that wait."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from scheduler_svc.requests import Choice
 from scheduler_svc.worker import Worker
 
-APART, TOGETHER = 0.25, 0.1  # of a worker's KV blocks: difference in load at which balancing begins, and ends
+APART, TOGETHER = 0.25, 0.1  # difference in load (`Worker.load`) at which balancing begins, and ends
 
 
 class Router:
@@ -32,16 +32,15 @@ class Router:
             self._turn += 1
             return able[self._turn % len(able)]
         loads = [worker.load for worker in able]
-        if self._policy == "load" or self._balances(choice.request.model.name, able, loads):
+        if self._policy == "load" or self._balances(choice.request.model.name, loads):
             return able[loads.index(min(loads))]
         return min(zip(able, loads, strict=True), key=lambda pair: (-_hits(pair[0], choice), pair[1]))[0]
 
-    def _balances(self, model: str, workers: Sequence[Worker], loads: Sequence[int]) -> bool:
+    def _balances(self, model: str, loads: Sequence[float]) -> bool:
         apart = max(loads) - min(loads)
-        capacity = min(worker.blocks.count * worker.block_size for worker in workers)
-        if apart > APART * capacity and max(loads) > 1.5 * min(loads):
+        if apart > APART and max(loads) > 1.5 * min(loads):
             self._balancing.add(model)
-        elif apart < TOGETHER * capacity:
+        elif apart < TOGETHER:
             self._balancing.discard(model)
         return model in self._balancing
 

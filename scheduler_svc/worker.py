@@ -179,9 +179,10 @@ class Worker:
         return self.slots.count - len(self.slots.free)
 
     @property
-    def load(self) -> int:
-        """Tokens of all sequences running or waiting here."""
-        return int(self.slots.length.sum()) + self.queue.tokens
+    def load(self) -> float:
+        """Share of its KV blocks, or of its slots if that is more, which all sequences running or waiting here take; may exceed 1."""
+        tokens = int(self.slots.length.sum()) + self.queue.tokens
+        return max(tokens / (self.blocks.count * self.block_size), (self.running + len(self.queue)) / self.slots.count)
 
     @property
     def has_news(self) -> bool:

@@ -295,3 +295,47 @@ def test_a_journal_that_lacks_tokens_with_logprobs_gets_them_sampled_again() -> 
     stage.run()
     assert stream.complete
     frontend.verify()
+
+
+def test_a_worker_that_returns_empty_takes_what_waits_at_the_other_at_once() -> None:
+    stage = Stage()
+    stage.worker(incarnation=1, slots=4)
+    frontend = stage.frontend()
+    streams = [frontend.submit([i, *PROMPT], stage.now, max_tokens=20, n=2, stop=False) for i in range(6)]
+    for _ in range(3):
+        stage.turn()
+    returned = stage.worker(incarnation=2, slots=4)
+    stage.turn()
+    assert stage.engine.workers[returned.session].running == 4
+    stage.run()
+    frontend.verify()
+    assert all(stream.complete for stream in streams)
+
+
+def test_a_worker_that_returns_empty_takes_new_load_though_the_prefix_is_at_the_other() -> None:
+    stage = Stage()
+    first, second = (stage.worker(incarnation=i, slots=8, blocks=4000) for i in (1, 2))
+    frontend = stage.frontend()
+    common = PROMPT * 3
+
+    def come(count: int) -> None:
+        for i in range(count):
+            frontend.submit([*common, i % 50], stage.now, max_tokens=60, stop=False)
+            stage.turn()
+
+    come(6)
+    lose(stage, first)
+    first.hashes.clear()
+    first.kv.clear()
+    first.incarnation = 3
+    for _ in range(10):  # those whose step was lost run on their own at first
+        stage.turn()
+    assert stage.engine.workers[second.session].running == 6
+    stage.reopen(first)
+    first.ready(stage.now)
+    come(6)
+    running = [stage.engine.workers[worker.session].running for worker in (first, second)]
+    assert sum(running) == 12
+    assert abs(running[0] - running[1]) <= 2
+    stage.run()
+    frontend.verify()
