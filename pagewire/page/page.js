@@ -48,6 +48,7 @@ function showFigures({ now, minute, totals }) {
   const top = Math.max(1, ...history);
   const points = history.map((value, i) => `${120 - history.length + i + 1},${(29 - (27 * value) / top).toFixed(1)}`);
   $("history").firstElementChild.setAttribute("points", points.join(" "));
+  $("peak").textContent = `Tokens per second in the last two minutes, at most ${whole(Math.max(...history))}`;
 }
 
 const known = new Map(); // name → {pid, diedAt}
@@ -81,7 +82,10 @@ function showEvents(events) {
   $("events").replaceChildren(...events.map(({ time, text }) => element("li", `${new Date(time * 1000).toLocaleTimeString()}  ${text}`)));
 }
 
+let shownBlocks = [];
+
 function showBlocks(workers) {
+  shownBlocks = workers;
   const style = getComputedStyle(document.documentElement);
   const colours = KINDS.map((kind) => style.getPropertyValue(`--${kind}`));
   const figures = workers.map(({ worker, stride, cells }) => {
@@ -112,6 +116,10 @@ function showBlocks(workers) {
   });
   $("blocks").replaceChildren(...(figures.length ? figures : [element("p", "no worker is ready", "legend")]));
 }
+
+// A canvas keeps its colours and its width: it is drawn anew when either changes.
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => showBlocks(shownBlocks));
+addEventListener("resize", () => showBlocks(shownBlocks));
 
 async function look() {
   try {

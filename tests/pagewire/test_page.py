@@ -67,6 +67,8 @@ def test_the_page_fits_a_phone_and_follows_dark_and_light(stack: Stack, window: 
     window.open(stack.admin)
     eventually(lambda: window.run("return document.querySelectorAll('#services tr').length") >= 4)
     assert window.run("return document.documentElement.scrollWidth") <= 390
+    eventually(lambda: "MiB" in window.text(f"{ROW} td:last-child"))
+    assert window.run("const table = document.querySelector('.wide'); return table.scrollWidth <= table.clientWidth"), "nothing is cut off"
     dark = window.run("return getComputedStyle(document.body).backgroundColor")
     window.media("light", 390, 844)
     assert window.run("return getComputedStyle(document.body).backgroundColor") != dark
