@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 TORCH_FREE := tests/frontend tests/scheduler_svc
-EXTRAS := frontend,scheduler,worker,transformers,bench,tui,docs,dev
+EXTRAS := frontend,scheduler,worker,transformers,bench,tui,otel,docs,dev
 
 .PHONY: serve test test-fast simulate soak docs lint format install
 .DEFAULT_GOAL := serve
@@ -47,7 +47,7 @@ soak: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate
-	$(BIN)/sphinx-build -q -W --keep-going -n docs build/docs
+	$(BIN)/sphinx-build -q -E -W --keep-going -n docs build/docs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
