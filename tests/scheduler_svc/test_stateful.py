@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.scheduler_svc.play import FakeFrontend, Stage, Stream
+from tests.scheduler_svc.play import FakeFrontend, FakeWorker, Stage, Stream
 
 WORKERS = st.integers(0, 1)
 
 
 class Serving(RuleBasedStateMachine):
     """Two workers with few blocks in device and host memory, one frontend."""
+
+    happened: Counter[str] = Counter()  # over all examples
 
     @initialize(
         mode=st.sampled_from(("recompute", "swap", "auto")),
@@ -36,19 +40,22 @@ class Serving(RuleBasedStateMachine):
         return [s for s in self.frontend.streams.values() if not (s.complete or s.aborted or s.failed)]
 
     @rule(
+        count=st.integers(1, 4),
         shared=st.integers(0, 14),
         own=st.integers(1, 9),
         text=st.integers(0, 1),
-        max_tokens=st.integers(1, 24),
+        max_tokens=st.integers(1, 30),
         n=st.sampled_from((1, 1, 2, 3)),
         seed=st.integers(0, 50),
         priority=st.integers(0, 2),
     )
-    def arrive(self, shared: int, own: int, text: int, max_tokens: int, n: int, seed: int, priority: int) -> None:
-        prompt = [(7 * i + text) % 50 for i in range(shared)] + [(seed + i) % 60 for i in range(own)]
-        self.frontend.submit(prompt, self.stage.now, max_tokens=max_tokens, n=n, seed=seed, priority=priority)
+    def arrive(self, count: int, shared: int, own: int, text: int, max_tokens: int, n: int, seed: int, priority: int) -> None:
+        for each in range(seed, seed + count):
+            prompt = [(7 * i + text) % 50 for i in range(shared)] + [(each + i) % 60 for i in range(own)]
+            more = {"n": n, "seed": each, "priority": priority, "stop": each % 3 == 0}
+            self.frontend.submit(prompt, self.stage.now, max_tokens=max_tokens, **more)
 
-    @rule(turns=st.integers(1, 6))
+    @rule(turns=st.integers(1, 12))
     def serve(self, turns: int) -> None:
         for _ in range(turns):
             self.stage.turn()
@@ -64,21 +71,28 @@ class Serving(RuleBasedStateMachine):
             self.stage.deliver()
 
     @precondition(lambda self: self.living)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        self.frontend.abort(data.draw(st.sampled_from(self.living)), self.stage.now)
+    @rule(data=st.data(), by_text=st.booleans())
+    def end_early(self, data: st.DataObject, by_text: bool) -> None:
+        """A stop string is found in a choice, or the client leaves."""
+        stream = data.draw(st.sampled_from(self.living))
+        if by_text:
+            choices = [i for i in range(len(stream.known)) if i not in stream.ended]
+            self.frontend.stop(stream, data.draw(st.sampled_from(choices)), self.stage.now)
+        else:
+            self.frontend.abort(stream, self.stage.now)
 
     @precondition(lambda self: self.living)
-    @rule(data=st.data())
-    def find_a_stop_string(self, data: st.DataObject) -> None:
-        stream = data.draw(st.sampled_from(self.living))
-        choices = [i for i in range(len(stream.known)) if i not in stream.ended]
-        self.frontend.stop(stream, data.draw(st.sampled_from(choices)), self.stage.now)
+    @rule(which=st.integers(0, 2), heard=st.integers(0, 3), keeps=st.booleans())
+    def lose(self, which: int, heard: int, keeps: bool) -> None:
+        """A worker, or the frontend; not more often than anything else happens."""
+        if which == 2:
+            self._lose_the_frontend()
+        else:
+            self._lose_a_worker(self.workers[which], heard, keeps)
 
-    @rule(which=WORKERS, heard=st.integers(0, 3), keeps=st.booleans())
-    def lose_a_worker(self, which: int, heard: int, keeps: bool) -> None:
+    def _lose_a_worker(self, worker: FakeWorker, heard: int, keeps: bool) -> None:
         """It runs some plans of which nobody hears; its blocks survive or not."""
-        stage, worker = self.stage, self.workers[which]
+        stage = self.stage
         stage.workers.pop(worker.session)
         for _ in range(min(heard, len(worker.plans))):
             worker.run(worker.plans.popleft())
@@ -91,8 +105,7 @@ class Serving(RuleBasedStateMachine):
         stage.reopen(worker)
         worker.ready(stage.now)
 
-    @rule()
-    def lose_the_frontend(self) -> None:
+    def _lose_the_frontend(self) -> None:
         stage, frontend = self.stage, self.frontend
         stage.frontends.pop(frontend.session)
         frontend.close(stage.now)
@@ -119,6 +132,26 @@ class Serving(RuleBasedStateMachine):
         assert stats["blocks_used"] == stats["requests_running"] == stats["requests_waiting"] == 0
         assert stats["host_blocks_free"] == stats["host_blocks"]
         assert not self.stage.engine.ledger.requests
+        self._note(stats)
+
+    def _note(self, stats: dict[str, float]) -> None:
+        streams, plans = self.frontend.streams.values(), self.stage.plans
+        Serving.happened.update(
+            {
+                "arrivals": len(streams),
+                "finishes": int(stats["requests_finished"]),
+                "aborts": sum(stream.aborted for stream in streams),
+                "stop strings": sum(bool(stream.stopped) for stream in streams),
+                "preemptions": int(stats["preemptions"]),
+                "swaps out": int(stats["swaps_out"]),
+                "swaps in": int(stats["swaps_in"]),
+                "forks": sum(len(plan.fork_slots) // 4 for plan in plans),
+                "copies of partial blocks": sum(len(plan.copy_to) // 4 for plan in plans),
+                "prefix hits": int(stats["prefix_hits"]),
+                "workers lost": self.stage.counters.get("scheduler_workers_lost", 0),
+                "blocks adopted": self.stage.counters.get("scheduler_blocks_adopted", 0),
+            }
+        )
 
 
 def machine(examples: int, steps: int) -> type:
@@ -133,3 +166,14 @@ def machine(examples: int, steps: int) -> type:
 
 TestServing = machine(15, 30)
 TestServingLong = pytest.mark.slow(machine(150, 60))
+
+
+def test_what_the_rules_are_to_drive_really_happens() -> None:
+    """The rules prove nothing of what never comes about; this run is the same each time."""
+    Serving.happened.clear()
+    common = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    drive = settings(max_examples=30, stateful_step_count=40, deadline=None, database=None, derandomize=True, suppress_health_check=common)
+    run_state_machine_as_test(Serving, settings=drive)
+    missing = [what for what, n in Serving.happened.items() if not n]
+    assert len(Serving.happened) == 12
+    assert not missing, Serving.happened
