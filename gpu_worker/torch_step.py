@@ -29,9 +29,6 @@ from protocol.tokenizer_files import bundle_hash
 
 _CACHE_BYTES = 2 << 30  # of keys and values on the CPU, unless the number of blocks is given
 _CACHE_SHARE = 0.4  # of the memory available, at most
-# Up to these sizes, what stands between the linears is computed on one thread: waking another takes longer.
-_SMALL_TOKENS = 4
-_SMALL_CONTEXT = 2048
 
 
 class TorchStep:
@@ -65,7 +62,7 @@ class TorchStep:
         if length > config.max_length:
             raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
         config.check_length(length)
-        device, dtype, packed, maker = _placement(settings, files, threads)
+        device, dtype, packed, maker = _placement(settings, files)
         check_backend(settings.attention, device, dtype, settings.block_size, config.head_dim)
         weights = load_weights(config, files.tensors(device, dtype), maker)
         shape = _cache_shape(settings, config, length, device, dtype)
@@ -101,8 +98,7 @@ class TorchStep:
         self._apply(step)
         if not len(step.slots):
             return Outcome(tokens=np.zeros(0, np.int32), flags=np.zeros(0, np.uint8), copied=step.plan.step)
-        small = int(step.counts.sum()) <= _SMALL_TOKENS and int((step.starts + step.counts).sum()) <= _SMALL_CONTEXT
-        torch.set_num_threads(1 if small else self._threads)
+        torch.set_num_threads(self._threads)
         reported = asked(step)
         logits, hidden = self._forward(step, reported)
         slots = step.output_slots
@@ -179,7 +175,7 @@ class TorchStep:
         return torch.from_numpy(values.astype(np.int64)).to(self._device)
 
 
-def _placement(settings: WorkerSettings, files: ModelFiles, threads: int) -> tuple[torch.device, torch.dtype, bool, LinearMaker]:
+def _placement(settings: WorkerSettings, files: ModelFiles) -> tuple[torch.device, torch.dtype, bool, LinearMaker]:
     """Device, dtype of activations and cache, whether weights stay packed, and the maker of linears."""
     if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
@@ -190,7 +186,7 @@ def _placement(settings: WorkerSettings, files: ModelFiles, threads: int) -> tup
     if settings.dtype not in ("auto", "float32"):
         raise LoadError(f"dtype {settings.dtype} is not supported on the CPU; float32 and auto (a GGUF's weights kept packed) are")
     packed = settings.dtype == "auto" and files.quantised
-    return torch.device("cpu"), torch.float32, packed, CpuMaker(packed, threads)
+    return torch.device("cpu"), torch.float32, packed, CpuMaker(packed)
 
 
 def _cache_shape(settings: WorkerSettings, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> CacheShape:

@@ -23,6 +23,7 @@ from gpu_worker.attention.interface import CacheShape, Rows, cache_rows
 TILE = 128  # keys of a tile
 _PART = 32  # keys that are gathered at once, at most; divides every number of keys in `_round_up`
 _QUERIES = (1, 8, 64)  # queries of a unit; the last is also how a long prefill is cut
+_SMALL = 1 << 18  # elements of scratch memory up to which one thread is faster than several
 _GROUP_BYTES = 8 << 20  # of keys, values and scores at once: they stay in the processor's cache
 
 _Ints = npt.NDArray[np.int64]
@@ -33,17 +34,27 @@ class _Group:
     """Units (a row's queries, up to 64 of them) that are computed together: as many queries, as many keys.
 
     M is the number of query rows of one key/value head: queries × heads that share it, padded to a multiple of 4.
+    Batch is units · kv_heads. What a layer computes lies in the backend's scratch memory, and every view of it that a layer
+    needs is made here once: making one takes as long as a small operation.
     """
 
-    units: int
-    keys: int
     everything: bool  # the group is the whole step: one query each, in the step's order
     tokens: torch.Tensor  # [units · queries] flat token of each query, the unit's last one repeated
     real: torch.Tensor  # [n] which of those are no repetition
-    pages: torch.Tensor  # [2 · units · kv_heads · parts] rows of the cache: keys, then values
-    hidden: torch.Tensor  # [units, 1, M, keys] bool: what a query does not see
-    padded: torch.Tensor  # [units, kv_heads, M, head_dim] zeros, to be filled with scaled queries
-    asked: torch.Tensor  # [units, queries, kv_heads, heads per kv_head, head_dim]: the part of `padded` to fill
+    pages: torch.Tensor  # [2 · batch · parts] rows of the cache: keys, then values
+    asked: torch.Tensor  # [units, queries, kv_heads, heads per kv_head, head_dim], one query left out: the part of `queries` to fill
+    queries: torch.Tensor  # [batch, M, head_dim] zeros, to be filled with scaled queries
+    gathered: torch.Tensor  # [2 · batch · parts, part · head_dim], where `pages` are copied to
+    keys: torch.Tensor  # [batch, head_dim, keys]: the first half of that
+    values: torch.Tensor  # [batch, keys, head_dim], or in tiles [batch · tiles, TILE, head_dim]: the second half
+    scores: torch.Tensor  # [batch, M, keys]
+    veiled: torch.Tensor  # [units, kv_heads, M, late keys]: the part of `scores` that holds keys which some query does not see
+    veil: torch.Tensor  # [units, 1, M or 1, late keys]: −∞ for a key that a query does not see, else 0
+    weights: torch.Tensor  # [batch, M, keys]
+    mixed: torch.Tensor  # [batch, M, head_dim]
+    answers: torch.Tensor  # the part of `mixed` that was asked for, of `asked`'s shape
+    out: torch.Tensor  # [units · queries, heads · head_dim], where answers are copied to, for one layer after another
+    out_by_head: torch.Tensor  # the same, of `asked`'s shape
 
 
 class TorchAttention:
@@ -54,17 +65,21 @@ class TorchAttention:
     def __init__(self, cache: torch.Tensor, shape: CacheShape, heads: int) -> None:
         self._shape = shape
         self._heads = heads
+        self._threads = self._used_threads = 1
         self._per_kv = heads // shape.kv_heads
         self._part = math.gcd(shape.block_size, _PART)  # tokens of a cache row in the view below
         self._parts = shape.block_size // self._part
         self._dtype = cache.dtype
         self._device = cache.device
         self._scale = shape.head_dim**-0.5
-        self._gather_from = cache.view(shape.layers, -1, self._part * shape.head_dim)
-        self._write_to = cache.view(shape.layers, -1, shape.head_dim)
+        self._gather_from = cache.view(shape.layers, -1, self._part * shape.head_dim).unbind()
+        self._write_to = cache.view(shape.layers, -1, shape.head_dim).unbind()
+        self._scratch = torch.empty(0, dtype=self._dtype, device=self._device)
         self._written = torch.empty(0, dtype=torch.int64)  # cache rows of each token's keys and values, token by token
         self._groups: list[_Group] = []
         self._all_real = True
+        self._q: torch.Tensor | None = None
+        self._asking = self._scratch  # `_q` in the shape of the only group's `asked`
 
     # ------------------------------------------------------------ once a step
 
@@ -72,6 +87,8 @@ class TorchAttention:
         counts = rows.counts.astype(np.int64)
         self._written = self._index(cache_rows(self._shape, rows))
         self._all_real = not rows.dead.any()
+        self._q = None
+        self._threads = torch.get_num_threads()
         self._groups = self._plan(rows, np.cumsum(counts) - counts)
 
     def _plan(self, rows: Rows, first_token: _Ints) -> list[_Group]:
@@ -84,42 +101,73 @@ class TorchAttention:
                 size = next(q for q in _QUERIES if q >= n)
                 by_size.setdefault((size, _round_up(start + n)), []).append((i, start, n))
                 start, left = start + n, left - n
-        groups = []
+        cut = []
         for (queries, keys), units in sorted(by_size.items()):
-            per_key = 2 * self._shape.head_dim + self._rows(queries)
-            most = max(1, _GROUP_BYTES // (4 * keys * self._shape.kv_heads * per_key))
-            for at in range(0, len(units), most):
-                groups.append(self._group(rows, first_token, queries, keys, np.array(units[at : at + most])))
-        return groups
+            most = max(1, _GROUP_BYTES // (4 * self._elements(1, queries, keys)))
+            cut += [(queries, keys, np.array(units[at : at + most])) for at in range(0, len(units), most)]
+        needed = max((self._elements(len(units), queries, keys) for queries, keys, units in cut), default=0)
+        self._used_threads = 1 if needed <= _SMALL else self._threads
+        if needed > len(self._scratch):
+            self._scratch = torch.empty(needed, dtype=self._dtype, device=self._device)
+        return [self._group(rows, first_token, *sizes) for sizes in cut]
 
     def _rows(self, queries: int) -> int:
         """Query rows of one key/value head, M."""
         return -(-queries * self._per_kv // 4) * 4
 
+    def _elements(self, units: int, queries: int, keys: int) -> int:
+        """Scratch memory of a group: keys, values, scores, weights, what they mix."""
+        dim, m = self._shape.head_dim, self._rows(queries)
+        return units * self._shape.kv_heads * (keys * (2 * dim + 2 * m) + m * dim)
+
     def _group(self, rows: Rows, first_token: _Ints, queries: int, keys: int, units: _Ints) -> _Group:
-        shape = self._shape
         row, start, n = units.T
         nth = np.arange(queries)
         # queries beyond a unit's own repeat its last one
         position = start[:, None] + np.minimum(nth, n[:, None] - 1)  # [units, queries]
         tokens = first_token[row][:, None] + position - rows.starts[row][:, None]
-        m = self._rows(queries)
-        by_row = np.repeat(position, self._per_kv, axis=1) if queries > 1 else position
-        if queries > 1:
-            by_row = np.pad(by_row, ((0, 0), (0, m - by_row.shape[1])), mode="edge")
-        padded = torch.zeros(len(row), shape.kv_heads, m, shape.head_dim, dtype=self._dtype, device=self._device)
-        asked = padded[:, :, : queries * self._per_kv].view(len(row), shape.kv_heads, queries, self._per_kv, -1).transpose(1, 2)
+        kv_heads, dim, m = self._shape.kv_heads, self._shape.head_dim, self._rows(queries)
+        batch, tiles = len(row) * kv_heads, -(-keys // TILE)
+        padded = torch.zeros(batch, m, dim, dtype=self._dtype, device=self._device)
+        sizes = (2 * batch * keys * dim, batch * m * keys, batch * m * keys, batch * m * dim)
+        gathered, scores, weights, mixed = torch.split_with_sizes(self._scratch[: sum(sizes)], sizes)
+        keys_gathered, values_gathered = gathered.view(2, batch, keys, dim)
+        late = int(start.min()) + 1  # keys before this one are seen by all
+        veil = np.where(np.arange(late, keys) > self._by_query_row(position, m)[:, None, :, None], -np.inf, 0.0)
+
+        def by_query(x: torch.Tensor) -> torch.Tensor:
+            """[units, queries, kv_heads, heads per kv_head, dim] of [batch, M, dim]; one query has no dimension of its own."""
+            asked = x.view(len(row), kv_heads, m, dim)[:, :, : queries * self._per_kv]
+            return asked if queries == 1 else asked.view(len(row), kv_heads, queries, self._per_kv, dim).transpose(1, 2)
+
+        asked = by_query(padded)
+        out = torch.empty(tokens.size, self._heads * dim, dtype=self._dtype, device=self._device)
         return _Group(
-            units=len(row),
-            keys=keys,
             everything=queries == 1 and np.array_equal(tokens[:, 0], np.arange(int(rows.counts.sum()))),
             tokens=self._index(tokens),
             real=self._index(np.flatnonzero(nth < n[:, None])),
             pages=self._index(self._pages(rows, row, start + n, keys)),
-            hidden=torch.from_numpy(np.arange(keys) > by_row[:, None, :, None]).to(self._device),
-            padded=padded,
             asked=asked,
+            queries=padded,
+            gathered=gathered.view(-1, self._part * dim),
+            keys=keys_gathered.transpose(1, 2),
+            values=values_gathered if tiles == 1 else values_gathered.view(-1, TILE, dim),
+            scores=scores.view(batch, m, keys),
+            veiled=scores.view(len(row), kv_heads, m, keys)[..., late:],
+            veil=torch.from_numpy(veil).to(self._device, self._dtype),
+            weights=weights.view(batch, m, keys),
+            mixed=mixed.view(batch, m, dim),
+            answers=by_query(mixed.view(batch, m, dim)),
+            out=out,
+            out_by_head=out.view(asked.shape),
         )
+
+    def _by_query_row(self, position: _Ints, m: int) -> _Ints:
+        """The position that each query row stands at, [units, M], or [units, 1] where all of a unit stand at one."""
+        if position.shape[1] == 1:
+            return position
+        by_row = np.repeat(position, self._per_kv, axis=1)
+        return np.pad(by_row, ((0, 0), (0, m - by_row.shape[1])), mode="edge")
 
     def _pages(self, rows: Rows, row: _Ints, end: _Ints, keys: int) -> _Ints:
         """Cache rows of each unit's keys and values: [2, units, kv_heads, parts]."""
@@ -137,35 +185,47 @@ class TorchAttention:
 
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         self._write_to[layer].index_copy_(0, self._written, kv.reshape(-1, self._shape.head_dim).to(self._dtype))
-        if len(self._groups) == 1 and self._groups[0].everything:
-            return self._attend(layer, q, self._groups[0]).to(q.dtype)
+        # waking a thread takes longer than what it could do for a small step
+        torch.set_num_threads(self._used_threads)
+        try:
+            if len(self._groups) == 1 and self._groups[0].everything:
+                return self._attend_to_all(layer, q, self._groups[0])
+            return self._attend_in_groups(layer, q)
+        finally:
+            torch.set_num_threads(self._threads)
+
+    def _attend_to_all(self, layer: int, q: torch.Tensor, group: _Group) -> torch.Tensor:
+        if q is not self._q:  # a model may hand in the same tensor, filled anew, for every layer
+            self._q, self._asking = q, q.view(group.asked.shape)
+        return self._attend(layer, self._asking, group).to(q.dtype)
+
+    def _attend_in_groups(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         new = q.new_empty if self._all_real else q.new_zeros
         out = new(q.shape[0], self._heads * self._shape.head_dim)
         for group in self._groups:
-            mixed = self._attend(layer, q.index_select(0, group.tokens), group)
-            out[group.tokens[group.real]] = mixed[group.real].to(out.dtype)
+            told = self._attend(layer, q.index_select(0, group.tokens).view(group.asked.shape), group)
+            out[group.tokens[group.real]] = told[group.real].to(out.dtype)
         return out
 
     def _attend(self, layer: int, q: torch.Tensor, group: _Group) -> torch.Tensor:
-        """q: [units · queries, heads, head_dim]. Returns [units · queries, heads · head_dim]."""
-        kv_heads, dim = self._shape.kv_heads, self._shape.head_dim
-        units, keys = group.units, group.keys
-        m = group.padded.shape[2]
-        cached = self._gather_from[layer].index_select(0, group.pages).view(2, units * kv_heads, keys, dim)
-        torch.mul(q.reshape(group.asked.shape), self._scale, out=group.asked)
-        scores = torch.bmm(group.padded.view(-1, m, dim), cached[0].transpose(1, 2))
-        scores.view(units, kv_heads, m, keys).masked_fill_(group.hidden, -torch.inf)
-        weights = torch.softmax(scores, dim=2)
-        if keys <= TILE:
-            mixed = torch.bmm(weights, cached[1])
+        """q: of `group.asked`'s shape. Returns `group.out`."""
+        torch.index_select(self._gather_from[layer], 0, group.pages, out=group.gathered)
+        torch.mul(q, self._scale, out=group.asked)
+        torch.bmm(group.queries, group.keys, out=group.scores)
+        group.veiled.add_(group.veil)
+        torch.softmax(group.scores, 2, out=group.weights)
+        if len(group.values) == len(group.weights):
+            torch.bmm(group.weights, group.values, out=group.mixed)
         else:
-            tiles = keys // TILE
-            weights = weights.view(-1, m, tiles, TILE).transpose(1, 2).reshape(-1, m, TILE)
-            mixed = torch.bmm(weights, cached[1].view(-1, TILE, dim)).view(-1, tiles, m, dim).sum(dim=1)
-        queries = group.asked.shape[1]
-        mixed = mixed.view(units, kv_heads, m, dim)[:, :, : queries * self._per_kv]
-        mixed = mixed.view(units, kv_heads, queries, self._per_kv, dim).transpose(1, 2)
-        return mixed.reshape(units * queries, self._heads * dim)
+            self._mix_tiles(group)
+        group.out_by_head.copy_(group.answers)
+        return group.out
+
+    def _mix_tiles(self, group: _Group) -> None:
+        batch, m, keys = group.weights.shape
+        weights = group.weights.view(batch, m, -1, TILE).transpose(1, 2).reshape(-1, m, TILE)
+        tiles = torch.bmm(weights, group.values).view(batch, keys // TILE, m, -1)
+        torch.sum(tiles, dim=1, out=group.mixed)
 
 
 def _round_up(keys: int) -> int:

@@ -5,14 +5,10 @@ beside it (measured; `F.linear` in float32 differs for 1, 2, 3 and 5 rows, where
 
 * oneDNN's prepacked float32 linear, also the fastest for 1 to 64 rows;
 * torch's own 4-bit and 8-bit weight kernels, with bfloat16 activations.
-
-They use all threads whatever number is set around them: what stands between the linears of a small step is faster on one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -25,7 +21,7 @@ _ROWS_HINT = 16  # rows that oneDNN chooses its blocking for; with 1 the result 
 
 
 class Linear(Protocol):
-    """y = x · Wᵀ + b for x of shape [rows, in]; returns [rows, out]."""
+    """y = x · Wᵀ + b for x of shape [rows, in]; returns [rows, out], in x's dtype or in that of the linear's kernel."""
 
     out_features: int
 
@@ -44,40 +40,26 @@ class DenseLinear:
         return F.linear(x, self.weight, self.bias)
 
 
-@contextmanager
-def all_threads(threads: int) -> Iterator[None]:
-    """Use this many threads for a while (setting the number takes 0.1 µs)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class PrepackedLinear:
     """Float32 on the CPU, weights in oneDNN's blocked layout."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         self._bias = bias
         self.out_features = weight.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        with all_threads(self._threads):
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return y
 
 
 class FourBitLinear:
-    """4-bit weights in groups of 32 on the CPU, float32 in and out, computed from bfloat16 activations.
+    """4-bit weights in groups of 32 on the CPU; bfloat16 activations and results, or float32 results with a bias.
 
     The kernel computes (q − 8) · scale + zero with bfloat16 scales and zeros, which moves the weights by 0.19%.
     """
 
-    def __init__(self, weights: FourBit, bias: torch.Tensor | None, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, weights: FourBit, bias: torch.Tensor | None) -> None:
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weights.q.to(torch.int32), 1)
         groups = torch.stack((weights.scale.t(), weights.zero.t()), dim=-1)  # [in / 32, out, 2]
         self._groups = groups.to(torch.bfloat16).contiguous()
@@ -85,10 +67,8 @@ class FourBitLinear:
         self.out_features = weights.q.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(torch.bfloat16)
-        with all_threads(self._threads):
-            y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._groups)
-        return y.float() if self._bias is None else y + self._bias
+        y: torch.Tensor = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self._packed, GROUP, self._groups)
+        return y if self._bias is None else y + self._bias
 
     @staticmethod
     def fits(out_features: int, in_features: int) -> bool:
@@ -99,9 +79,8 @@ class FourBitLinear:
 class EightBitRows:
     """int8 weights with one scale a row, on the CPU: an embedding and an output matrix in one."""
 
-    def __init__(self, weight: torch.Tensor, threads: int) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         """weight: float32 [rows, columns]; rounded to 1/127 of each row's largest magnitude."""
-        self._threads = threads
         self._scale = (weight.abs().amax(dim=1) / 127).clamp_(min=1e-12).to(torch.bfloat16)
         self._q = torch.round(weight / self._scale.float()[:, None]).clamp_(-127, 127).to(torch.int8)
         self.out_features = weight.shape[0]
@@ -111,7 +90,5 @@ class EightBitRows:
         return self._q[ids].float() * self._scale[ids].float()[:, None]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(torch.bfloat16)
-        with all_threads(self._threads):
-            y: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, self._q, self._scale)
-        return y.float()
+        y: torch.Tensor = torch._weight_int8pack_mm(x.bfloat16(), self._q, self._scale)
+        return y

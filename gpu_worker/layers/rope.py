@@ -10,7 +10,7 @@ from gpu_worker.loading.config import ModelConfig, RopeScaling
 
 
 def rope_table(config: ModelConfig, length: int) -> torch.Tensor:
-    """What functions.rotate_ multiplies by at every position below `length`: float32 [length, 2, head_dim].
+    """Cosines and sines of every position below `length`, each head's first half paired with its second: float32 [length, 2, head_dim].
 
     First the cosines, once for each half of a head, then the sines, negated for the first half.
     """
@@ -18,6 +18,20 @@ def rope_table(config: ModelConfig, length: int) -> torch.Tensor:
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)), dim=1) * magnitude
+
+
+def turns(config: ModelConfig, length: int) -> torch.Tensor:
+    """What functions.rotation multiplies by at every position below `length`: complex64 [length, 1, head_dim / 2]."""
+    cos, sin = rope_table(config, length)[:, :, config.head_dim // 2 :].unbind(1)
+    return torch.complex(cos.contiguous(), sin.contiguous()).unsqueeze(1)
+
+
+def pairs_side_by_side(config: ModelConfig, heads: int) -> torch.Tensor:
+    """Which rows of a query or key matrix to take, int64 [heads · head_dim], so that what is rotated together lies together.
+
+    Checkpoints pair a head's first half with its second. Products of queries and keys do not feel the order.
+    """
+    return torch.arange(heads * config.head_dim).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
 def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

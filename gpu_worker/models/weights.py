@@ -8,13 +8,17 @@ from typing import Protocol
 import torch
 
 from gpu_worker.layers.linear import DenseLinear, EightBitRows, FourBitLinear, Linear, PrepackedLinear
+from gpu_worker.layers.rope import pairs_side_by_side
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.source import FourBit, Piece, Shard, TensorSource, layer_pieces
 
 
 @dataclass
 class LayerWeights:
-    """One decoder layer. Rows of `qkv`: query heads, key heads, value heads; of `gate_up`: gate, then up."""
+    """One decoder layer. Rows of `qkv`: query heads, key heads, value heads; of `gate_up`: gate, then up.
+
+    Within a query or key head, elements that are rotated together are neighbours.
+    """
 
     input_norm: torch.Tensor  # [hidden]
     qkv: Linear
@@ -56,8 +60,10 @@ class Weights:
 class LinearMaker(Protocol):
     """How linears are kept on a device."""
 
-    def linear(self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None) -> Linear:
-        """One linear from pieces stacked by rows."""
+    def linear(
+        self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None, order: torch.Tensor | None = None
+    ) -> Linear:
+        """One linear from pieces stacked by rows, which are then put in `order` (int64 [rows]); the bias is in order already."""
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
         """A norm's weight or a bias, as the device wants it."""
@@ -73,8 +79,10 @@ class DenseMaker:
         self._device = device
         self._dtype = dtype
 
-    def linear(self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None) -> Linear:
-        return DenseLinear(stack_rows(source, pieces, self._device, self._dtype), bias)
+    def linear(
+        self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None, order: torch.Tensor | None = None
+    ) -> Linear:
+        return DenseLinear(_ordered(stack_rows(source, pieces, self._device, self._dtype), order), bias)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(self._device, self._dtype)
@@ -87,15 +95,16 @@ class DenseMaker:
 class CpuMaker:
     """float32 in oneDNN's layout; with `packed`, what a file stores in 4 or 8 bits stays in 4 or 8 bits."""
 
-    def __init__(self, packed: bool, threads: int) -> None:
+    def __init__(self, packed: bool) -> None:
         self._packed = packed
-        self._threads = threads
 
-    def linear(self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None) -> Linear:
-        four_bit = self._four_bit(source, pieces) if self._packed else None
+    def linear(
+        self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None, order: torch.Tensor | None = None
+    ) -> Linear:
+        four_bit = self._four_bit(source, pieces, order) if self._packed else None
         if four_bit is not None and FourBitLinear.fits(*four_bit.q.shape):
-            return FourBitLinear(four_bit, bias, self._threads)
-        return PrepackedLinear(_float32(source, pieces), bias, self._threads)
+            return FourBitLinear(four_bit, bias)
+        return PrepackedLinear(_ordered(_float32(source, pieces), order), bias)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
         return values.float().contiguous()
@@ -104,25 +113,25 @@ class CpuMaker:
         packed = self._packed and source.eight_bit(table)
         weight = _float32(source, (table,))
         if packed and output is None:
-            rows = EightBitRows(weight, self._threads)
+            rows = EightBitRows(weight)
             return rows, rows
-        embedding = EightBitRows(weight, self._threads) if packed else DenseEmbedding(weight)
+        embedding = EightBitRows(weight) if packed else DenseEmbedding(weight)
         return embedding, self._head(source, table if output is None else output)
 
     def _head(self, source: TensorSource, output: Piece) -> Linear:
         weight = _float32(source, (output,))
         if self._packed and source.eight_bit(output):
-            return EightBitRows(weight, self._threads)
-        return PrepackedLinear(weight, None, self._threads)
+            return EightBitRows(weight)
+        return PrepackedLinear(weight, None)
 
-    def _four_bit(self, source: TensorSource, pieces: tuple[Piece, ...]) -> FourBit | None:
+    def _four_bit(self, source: TensorSource, pieces: tuple[Piece, ...], order: torch.Tensor | None) -> FourBit | None:
         parts = []
         for piece in pieces:
             part = source.four_bit(piece)
             if part is None:
                 return None
             parts.append(part)
-        return FourBit(*(torch.cat([getattr(p, field) for p in parts]) for field in ("q", "scale", "zero")))
+        return FourBit(*(_ordered(torch.cat([getattr(p, field) for p in parts]), order) for field in ("q", "scale", "zero")))
 
 
 def stack_rows(source: TensorSource, pieces: tuple[Piece, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -162,17 +171,22 @@ def _layer(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard:
     def vector(name: str) -> torch.Tensor:
         return maker.vector(source.vector(prefix + name))
 
+    def head_vector(name: str) -> torch.Tensor:
+        return maker.vector(source.vector(prefix + name)[pairs_side_by_side(config, 1)])
+
+    queries, keys, values = (piece.rows[1] - piece.rows[0] for piece in pieces.qkv)
+    order = torch.cat((pairs_side_by_side(config, (queries + keys) // config.head_dim), torch.arange(values) + queries + keys))
     qkv_bias = None
     if config.qkv_bias:
         parts = [source.vector(p.name.replace(".weight", ".bias"))[slice(*p.rows)] for p in pieces.qkv]
-        qkv_bias = maker.vector(torch.cat(parts))
+        qkv_bias = maker.vector(torch.cat(parts)[order])
     # a bias behind a sum over ranks must be added once
     o_bias = vector("self_attn.o_proj.bias") if config.o_bias and shard.rank == 0 else None
     return LayerWeights(
         input_norm=vector("input_layernorm.weight"),
-        qkv=maker.linear(source, pieces.qkv, qkv_bias),
-        q_norm=vector("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=vector("self_attn.k_norm.weight") if config.qk_norm else None,
+        qkv=maker.linear(source, pieces.qkv, qkv_bias, order),
+        q_norm=head_vector("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=head_vector("self_attn.k_norm.weight") if config.qk_norm else None,
         o=maker.linear(source, pieces.o, o_bias),
         post_norm=vector("post_attention_layernorm.weight"),
         gate_up=maker.linear(source, pieces.gate_up, None),
@@ -182,3 +196,7 @@ def _layer(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard:
 
 def _float32(source: TensorSource, pieces: tuple[Piece, ...]) -> torch.Tensor:
     return stack_rows(source, pieces, torch.device("cpu"), torch.float32)
+
+
+def _ordered(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return rows if order is None else rows[order.to(rows.device)]

@@ -117,20 +117,20 @@ def test_linears_give_a_row_the_same_bits_beside_any_others(shape: tuple[int, in
     scale = torch.rand(shape[0], shape[1] // 32, generator=generator)
     packed = type("Packed", (), {"q": q, "scale": scale, "zero": scale * 0.3})
     bias = torch.randn(shape[0], generator=generator)
-    for linear in (PrepackedLinear(weight, bias, 2), FourBitLinear(packed, bias, 2), EightBitRows(weight, 2)):  # type: ignore[arg-type]
+    for linear in (PrepackedLinear(weight, bias), FourBitLinear(packed, bias), EightBitRows(weight)):  # type: ignore[arg-type]
         assert torch.equal(linear(x[:rows]), linear(x)[:rows])
 
 
 def test_packed_linears_are_off_by_the_rounding_of_their_formats() -> None:
     weight = torch.randn(64, 96)
     x = torch.randn(9, 96)
-    eight = EightBitRows(weight, 1)
+    eight = EightBitRows(weight)
     assert float((eight(x) - x @ weight.T).abs().max() / (x @ weight.T).abs().max()) < 0.02
     assert float((eight.lookup(torch.arange(64)) - weight).abs().max()) < float(weight.abs().max()) / 127
     q = torch.randint(0, 16, (64, 96), dtype=torch.uint8)
     packed = type("Packed", (), {"q": q, "scale": torch.rand(64, 3), "zero": torch.rand(64, 3)})
     exact = x @ ((q.float() - 8) * packed.scale.repeat_interleave(32, 1) + packed.zero.repeat_interleave(32, 1)).T
-    assert float((FourBitLinear(packed, None, 1)(x) - exact).abs().max() / exact.abs().max()) < 0.02  # type: ignore[arg-type]
+    assert float((FourBitLinear(packed, None)(x) - exact).abs().max() / exact.abs().max()) < 0.02  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

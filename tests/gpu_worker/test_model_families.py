@@ -97,7 +97,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
     ids = torch.randint(0, 120, (90,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
-        for maker in (CpuMaker(packed=False, threads=1), DenseMaker(CPU, torch.float32)):
+        for maker in (CpuMaker(packed=False), DenseMaker(CPU, torch.float32)):
             assert torch.allclose(_logits(tmp_path, ids, maker), expected, atol=2e-4, rtol=1e-4)
 
 
