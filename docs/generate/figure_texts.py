@@ -87,6 +87,7 @@ EVENTS = {
     "scheduler_prefix_queries": "prompt tokens looked up there",
     "scheduler_refused_full": "requests refused because the queue was full",
     "scheduler_resumed_miscounted": "a frontend named another number of requests than it counted",
+    "scheduler_returns_awaited": "choices that waited for a lost worker, whose cached prefix saved more than the move time",
     "scheduler_rows_ownerless": "results of rows whose choice has ended meanwhile",
     "scheduler_rows_without_credit": "rows left out of plans because their frontend does not take its tokens",
     "scheduler_swaps_in": "preempted choices copied back",

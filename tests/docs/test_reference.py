@@ -16,6 +16,7 @@ import click
 import httpx
 import pytest
 
+from frontend.api.openapi import description
 from pagewire.cli import main
 from protocol import messages
 from tests.e2e.stack import eventually, stack
@@ -89,6 +90,16 @@ def test_every_command_and_flag_is_there(generate: typing.Callable[[str], Module
         return count
 
     assert look(main, click.Context(main), "pagewire") == len(sections) >= 18
+
+
+def test_every_field_of_the_api_has_a_text(generate: typing.Callable[[str], ModuleType]) -> None:
+    texts = generate("api_page").FIELDS
+    schemas = description()["components"]["schemas"]
+    fields = {field for name, schema in schemas.items() if name != "Error" for field in schema["properties"]}
+    assert fields - texts.keys() == set(), "write into docs/generate/api_page.py what these mean"
+    assert texts.keys() - fields == set(), "the API has these no more"
+    page: str = generate("api_page").api_page()
+    assert all(f"`{path}`" in page for path in ("POST /v1/completions", "GET /v1/models", "POST /tokenize"))
 
 
 def test_every_message_and_field_is_there(generate: typing.Callable[[str], ModuleType]) -> None:
