@@ -31,13 +31,13 @@ def seeds_of(seed: int | None, n: int) -> list[int]:
 def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
     """Tokens that a choice may have: what was asked for, else the default, as far as the context goes.
 
-    Raises ApiError (400, `context_length_exceeded`) if the prompt, or the prompt with what was asked for, is too long.
+    Raises ApiError (400, `context_length_exceeded`) if the prompt (`param`), or the prompt with what was asked for, is too long.
     """
     left = info.max_model_len - prompt_tokens
     if left < (1 if asked is None else asked):
         wanted = f"{prompt_tokens} of the prompt" + (f" and {asked} to generate" if asked is not None else " and at least one to generate")
         message = f"this model's context has {info.max_model_len} tokens; the request needs {wanted}"
-        raise ApiError(400, message, param, "context_length_exceeded")
+        raise ApiError(400, message, "max_tokens" if left > 0 and asked else param, "context_length_exceeded")
     if asked is not None:
         return asked
     return left if default is None else min(default, left)

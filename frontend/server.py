@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 
+import msgspec
 import psutil
 import uvicorn
 import uvloop
@@ -17,6 +18,7 @@ import zmq
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from frontend.access import ApiKeys, Guard, check_exposure, check_tls
 from frontend.accounts import Accounts, Counted
@@ -97,6 +99,16 @@ class ProcessRecorder:
         self._tap.close()
 
 
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP, which answers what is no HTTP in JSON like every other error."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = msgspec.json.encode(ApiError(400, msg, code="invalid_http").body())
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """uvicorn, without its signal handling (the process has its own) and without looking ten times a second whether to stop."""
 
@@ -140,7 +152,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

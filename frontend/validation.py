@@ -17,11 +17,12 @@ MAX_STOP_LENGTH = 1024  # characters
 MAX_IDS = 4096  # entries of an id list or of logit_bias
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 256
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may know fewer
 
 T = TypeVar("T")
 Number = float | int
 N = Annotated[int, msgspec.Meta(ge=1, le=MAX_N)]
-Tokens = Annotated[int, msgspec.Meta(ge=0)]  # 0: only the prompt's log probabilities, or its echo
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]  # 0: only the prompt's log probabilities, or its echo
 Stops = str | Annotated[list[str], msgspec.Meta(max_length=MAX_STOPS)] | None
 Ids = Annotated[list[int], msgspec.Meta(max_length=MAX_IDS)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
@@ -56,7 +57,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool = False
     stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool = False
-    min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    min_tokens: Tokens = 0
     skip_special_tokens: bool = True
     logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]] | None = None
     allowed_token_ids: Ids | None = None
@@ -106,7 +107,7 @@ class GenerateBody(msgspec.Struct, forbid_unknown_fields=True):
     """The body of `POST /generate`."""
 
     prompt: str
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 100
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 100
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
     model: str | None = None
 
@@ -132,8 +133,20 @@ def parse(body: bytes, kind: type[T]) -> T:
             raise ApiError(400, f"{param} is required", param, "missing_required_parameter") from None
         why = _PATH.sub("", text)
         raise ApiError(400, f"{param}: {why}" if param else why, param.split("[")[0].split(".")[0], "invalid_value") from None
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+    except UnicodeDecodeError:
+        at = _bad_byte(body)  # the error counts from the beginning of a string
+        raise ApiError(400, f"the body is not UTF-8: byte 0x{body[at]:02x} at offset {at}", code="invalid_json") from None
+    except (msgspec.DecodeError, RecursionError, OverflowError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+
+
+def _bad_byte(body: bytes) -> int:
+    """Offset of the first byte that is no UTF-8."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    raise AssertionError("the body is UTF-8")
 
 
 def require(condition: bool, param: str, message: str, code: str = "invalid_value") -> None:
@@ -156,7 +169,14 @@ def check_chat(body: ChatBody) -> None:
     both = bool(body.add_generation_prompt) and body.continue_final_message
     require(not both, "continue_final_message", "contradicts add_generation_prompt")
     for i, message in enumerate(body.messages):
-        require(isinstance(message.get("role"), str), "messages", f"message {i} has no role")
+        role = message.get("role")
+        require(role in ROLES, f"messages[{i}].role", f"must be one of {', '.join(ROLES)}, not {_brief(role)}" if role else "is missing")
+
+
+def _brief(value: object) -> str:
+    """A value of a client's, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "…"
 
 
 def check_completion(body: CompletionBody) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import socket
 import ssl
@@ -71,6 +72,8 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise Usage(f"--host {host}: {error.strerror}; it must be an address or a name of this host") from None
         raise Usage(f"cannot listen on {host}:{port}: {error.strerror}; name another with {flag}") from None
 
 

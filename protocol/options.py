@@ -23,7 +23,7 @@ import click
 
 from protocol.flags import FLAGS, TABLES, UP, UP_OWN, Flag
 from protocol.rundir import RunDirError, default_run_dir
-from protocol.service import EXIT_FAILED, CannotRun, die_with_parent, refuse
+from protocol.service import EXIT_FAILED, CannotRun, die_with_parent, log_early_crash, refuse
 from protocol.times import Times
 
 Settings = Any  # a dataclass instance; which one, the service knows
@@ -39,8 +39,14 @@ def service_command(role: str, settings: type, load: Callable[[], Callable[[Sett
     def callback(**values: Any) -> None:
         die_with_parent()
         try:
-            run = _loaded(role, load)
-            run(build(settings, values))
+            built = build(settings, values)
+            try:
+                _loaded(role, load)(built)
+            except (CannotRun, RunDirError):
+                raise
+            except Exception as error:
+                log_early_crash(built.run_dir, built.name, error)
+                raise
         except (CannotRun, RunDirError) as error:
             refuse(error)
 

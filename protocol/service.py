@@ -171,6 +171,13 @@ class Service:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def log_early_crash(run_dir: Path, name: str, error: Exception) -> None:
+    """Log what ends a service before its logging has started; the caller raises on, so that stderr has it too."""
+    with contextlib.suppress(OSError, RunDirError):
+        start_logging(RunDir(run_dir).logs / f"{name}.log", name, "info", to_stderr=False)
+        logging.critical("died of %s before it had started", type(error).__name__, exc_info=error)
+
+
 def leave() -> NoReturn:
     """End the process after its orderly end, without the interpreter's teardown: with torch in it that takes a second."""
     logging.shutdown()
@@ -213,15 +220,14 @@ class _File(logging.handlers.RotatingFileHandler):
         return stream
 
 
-def start_logging(path: Path, name: str, level: str) -> None:
-    """Send the process's logging to a rotated file and to stderr; fatal signals and SIGUSR1 write all stacks there."""
+def start_logging(path: Path, name: str, level: str, *, to_stderr: bool = True) -> None:
+    """Send the process's logging to a rotated file, and to stderr as a rule; fatal signals and SIGUSR1 write all stacks there."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise RunDirError(f"log level {level!r}: name one of debug, info, warning, error")
-    handlers: list[logging.Handler] = [
-        _File(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"),
-        logging.StreamHandler(sys.stderr),
-    ]
+    handlers: list[logging.Handler] = [_File(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")]
+    if to_stderr:
+        handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
         handler.setFormatter(_Fields(name))
     logging.basicConfig(level=number, handlers=handlers, force=True)

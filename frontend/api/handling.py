@@ -36,7 +36,10 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, bounded. Raises ApiError (413)."""
+    """The body, bounded. Raises ApiError: 413, and 415 for one that is compressed."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise ApiError(415, f"Content-Encoding {encoding[:40]!r} is not supported: send the body as it is", code="unsupported_encoding")
     limit = client_of(request).settings.max_body
     too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
     announced = request.headers.get("content-length", "0")

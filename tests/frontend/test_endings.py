@@ -175,6 +175,11 @@ WAYS: dict[str, tuple[Act, list[Sample], Engine | None]] = {
         None,
     ),
     "a stream that nobody has": (lambda s: resume_gone(s), [http(404, "stream_gone")], None),
+    "compressed": (
+        lambda s: s.http.post(COMPLETIONS, content=b"x", headers={"content-encoding": "gzip"}),
+        [http(415, "unsupported_encoding")],
+        None,
+    ),
     "not JSON": (lambda s: s.http.post(COMPLETIONS, content=b"{"), [http(400, "invalid_json")], None),
     "a wrong value": (lambda s: s.complete(temperature=-1), [http(400, "invalid_value")], None),
     "an unknown model": (lambda s: s.complete(model="nobody"), [http(404, "model_not_found")], None),
@@ -244,7 +249,7 @@ def test_every_code_of_the_sources_has_a_way() -> None:
     """A new kind of end is not to be forgotten here."""
     told = {sample[-1] for _, expected, _ in WAYS.values() for sample in expected if sample[0] == "pagewire_http_requests"}
     alike = {  # refused like others that stand above, before anything is begun
-        *("invalid_token", "stream_open", "no_chat_template", "unsupported"),
+        *("invalid_token", "stream_open", "no_chat_template", "unsupported", "invalid_http"),
     }
     known = told | alike
     for folder in ("frontend", "scheduler_svc"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -80,6 +81,18 @@ def error(response: httpx.Response, status: int, param: str | None) -> dict[str,
     assert set(body) == {"message", "type", "param", "code"}
     assert body["param"] == param, body
     return body
+
+
+def test_a_body_that_is_no_utf_8_is_told_where(tmp_path):
+    body = b'{"prompt": "caf\xe9", "max_tokens": 3}'
+    assert error(post("/v1/completions", body, tmp_path), 400, None)["message"] == "the body is not UTF-8: byte 0xe9 at offset 15"
+
+
+def test_a_compressed_body_is_refused_and_not_misread(tmp_path):
+    body = json.dumps({"prompt": "hi", "max_tokens": 3}).encode()
+    refused = error(post("/v1/completions", gzip.compress(body), tmp_path, headers={"content-encoding": "gzip"}), 415, None)
+    assert "gzip" in refused["message"]
+    assert post("/v1/completions", body, tmp_path, headers={"content-encoding": "identity"}).status_code == 200
 
 
 class TestCompletions:
@@ -193,7 +206,11 @@ class TestChat:
             ({"response_format": {"type": "json_object"}}, "response_format"),
             ({"top_logprobs": 2}, "top_logprobs"),
             ({"messages": []}, "messages"),
-            ({"messages": [{"content": "x"}]}, "messages"),
+            ({"messages": [{"content": "x"}]}, "messages[0].role"),
+            ({"messages": [{"role": "user", "content": "x"}, {"role": "wizard", "content": "x"}]}, "messages[1].role"),
+            ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+            ({"max_tokens": 10**30}, "max_tokens"),
+            ({"max_tokens": 10**9}, "max_tokens"),
             ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
             ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
             ({"functions": []}, "functions"),
@@ -201,6 +218,11 @@ class TestChat:
     )
     def test_what_is_not_done_is_refused_by_name(self, fields, param, tmp_path):
         error(chat(tmp_path, **fields), 400, param)
+
+    @pytest.mark.parametrize("role", ["system", "developer", "tool", "function", "assistant"])
+    def test_every_role_of_openai_reaches_the_template(self, role, tmp_path):
+        response = chat(tmp_path, messages=[{"role": role, "content": "x"}, {"role": "user", "content": "hi"}])
+        assert response.status_code == 200
 
     def test_harmless_fields_of_clients_are_taken(self, tmp_path):
         harmless = {
@@ -504,7 +526,7 @@ BAD = [
     ({"prompt": [258]}, "prompt"),
     ({"prompt": [2**70]}, "prompt"),
     ({"prompt": "x" * 512}, "prompt"),
-    ({"prompt": "x", "max_tokens": 512}, "prompt"),
+    ({"prompt": "x", "max_tokens": 512}, "max_tokens"),
     ({"prompt": ["x"] * 33, "n": 128}, "n"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
     ({"prompt": "x", "max_tokens": 1.5}, "max_tokens"),

@@ -164,6 +164,21 @@ def test_a_socket_handed_over_is_served(run_dir, scheduled):
 
 
 @pytest.mark.slow
+def test_what_is_no_http_is_refused_in_json(run_dir):
+    frontend = Frontend(run_dir)
+    try:
+        host, _, port = frontend.url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    finally:
+        assert frontend.stop() == 0
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
 def test_a_port_that_is_taken_gets_one_clear_line(run_dir):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -188,6 +188,15 @@ def test_a_taken_port_is_said_in_one_line(run_dir: Path) -> None:
             assert f"cannot listen on 127.0.0.1:{port}" in program.output
 
 
+@pytest.mark.parametrize("host", ["999.1.1.1", "192.0.2.1"])
+def test_an_address_that_is_not_this_host_s_is_said_in_one_line(run_dir: Path, host: str) -> None:
+    command = [*PAGEWIRE, "up", *ORACLE, "--host", host, "--no-auth", "--port", "0", "--run-dir", str(run_dir)]
+    with running(command) as program:
+        assert program.wait(20) != 0
+        assert program.output.count("\n") == 1
+        assert f"--host {host}: " in program.output
+
+
 def test_a_model_that_is_not_there_ends_up_with_the_worker_s_line(run_dir: Path) -> None:
     with running([*PAGEWIRE, "serve", "/nowhere/model", "--port", "0", "--admin-port", "0", "--run-dir", str(run_dir)]) as program:
         assert program.wait(60) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,22 @@ def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(
     result = CliRunner().invoke(service_command("frontend", Sample, load, ""), ["--run-dir", "/somewhere"])
     assert result.exit_code == EXIT_REFUSED
     assert result.output == "pagewire: uvicorn is not installed: pip install 'pagewire[frontend]'\n"
+
+
+def test_a_crash_before_the_service_has_a_log_is_in_its_log(tmp_path: Path) -> None:
+    program = (
+        "from protocol.options import service_command\n"
+        "from scheduler_svc.settings import SchedulerSettings\n"
+        "def load(): raise RuntimeError('a library is broken')\n"
+        "service_command('scheduler', SchedulerSettings, load, '')()\n"
+    )
+    arguments = ["--run-dir", str(tmp_path), "--name", "early"]
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "RuntimeError: a library is broken" in ended.stderr
+    log = (tmp_path / "logs" / "early.log").read_text()
+    assert "died of RuntimeError before it had started" in log
+    assert "RuntimeError: a library is broken" in log
 
 
 def test_help_shows_defaults_and_units() -> None:
