@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from math import inf
 
+from protocol.counters import Counters
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.models import Model
 from scheduler_svc.prefix import Chain, Hasher
 from scheduler_svc.requests import Choice, Request, State
-from scheduler_svc.routing import Router
+from scheduler_svc.routing import Router, cached_tokens
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.worker import Worker
 
@@ -21,11 +22,14 @@ ARRIVALS = 64  # choices routed between two plans
 class Arrivals:
     """Choices on their way. The work is done in slices, between plans."""
 
-    def __init__(self, settings: SchedulerSettings, ledger: Ledger, models: dict[str, Model], loading: Callable[[], int]) -> None:
+    def __init__(
+        self, settings: SchedulerSettings, ledger: Ledger, models: dict[str, Model], counters: Counters, loading: Callable[[], int]
+    ) -> None:
         """`loading()`: workers that have not said READY yet."""
         self._settings = settings
         self._ledger = ledger
         self._models = models
+        self._counters = counters
         self.loading = loading
         self._router = Router(settings.routing)
         self.hasher: Hasher
@@ -110,6 +114,32 @@ class Arrivals:
             self._ledger.fail(request, now, 503, "no_worker", "No worker has been able to take the request.", retry_after=times.move)
             return
         self._ledger.later(min(end, settled) if settled > now else end, request, self._hold)
+
+    def leave(self, lost: Worker, choices: list[Choice], now: float) -> None:
+        """The choices of a lost worker go to others at once, but for those that do better to wait for its return."""
+        for choice in choices:
+            if self._awaits(lost, choice):
+                self._counters.add("scheduler_returns_awaited")
+                choice.request.model.queue.add(choice)
+                choice.request.held_since = now
+                self._ledger.later(now + self._settings.times.move, choice.request, self._move)
+            else:
+                self.enqueue(choice, now)
+
+    def _awaits(self, lost: Worker, choice: Choice) -> bool:
+        """Whether to compute what the lost worker may still hold takes every other worker longer than the move time."""
+        others = [worker for worker in choice.request.model.workers if worker.can_hold(choice)]
+        if not others or lost.leaving or lost.hung:
+            return False
+        held = cached_tokens(lost, choice)
+        return min((held - cached_tokens(worker, choice)) * worker.costs.token for worker in others) > self._settings.times.move
+
+    def _move(self, request: Request, now: float) -> None:
+        """The lost worker has not come back in time."""
+        for choice in request.work:
+            if choice.queue is request.model.queue:
+                choice.queue.remove(choice)
+                self.enqueue(choice, now)
 
     def review(self, now: float) -> None:
         """Workers have changed: judge again what waits for one."""

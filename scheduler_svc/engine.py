@@ -82,7 +82,7 @@ class Engine:
         self.ledger = Ledger(counters, self.timers, settings.times.grace)
         self.suspects = Suspects()
         self.files = FileRelay(self.ledger, self.frontends)
-        self.arrivals = Arrivals(settings, self.ledger, self.models, self.loading)
+        self.arrivals = Arrivals(settings, self.ledger, self.models, counters, self.loading)
         self.progress = ProgressWatch(settings.times, self.timers, self._fence)
         self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.arrivals)
         self._told: list[ModelInfo] = []
@@ -217,8 +217,7 @@ class Engine:
             if not worker.leaving:
                 worker.model.workers.remove(worker)
                 worker.model.lost_at = now
-            for choice in self._strip(worker):
-                self.arrivals.enqueue(choice, now)
+            self.arrivals.leave(worker, self._strip(worker), now)
         self._fail_suspects(fatal, now)
         self.files.lost(session, list(self.workers.values()))
         self._announce()

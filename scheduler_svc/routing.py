@@ -34,7 +34,7 @@ class Router:
         loads = [worker.load for worker in able]
         if self._policy == "load" or self._balances(choice.request.model.name, loads):
             return able[loads.index(min(loads))]
-        return min(zip(able, loads, strict=True), key=lambda pair: (-_hits(pair[0], choice), pair[1]))[0]
+        return min(zip(able, loads, strict=True), key=lambda pair: (-cached_tokens(pair[0], choice), pair[1]))[0]
 
     def _balances(self, model: str, loads: Sequence[float]) -> bool:
         apart = max(loads) - min(loads)
@@ -45,7 +45,7 @@ class Router:
         return model in self._balancing
 
 
-def _hits(worker: Worker, choice: Choice) -> int:
+def cached_tokens(worker: Worker, choice: Choice) -> int:
     """Tokens of the choice that the worker has cached."""
     size = worker.block_size
     if size not in choice.chains or choice.no_hits:

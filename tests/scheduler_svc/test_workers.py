@@ -5,7 +5,7 @@ from __future__ import annotations
 from protocol.columns import pack
 from protocol.messages import Phase, Progress, Result, SamplingParams
 from scheduler_svc.requests import Choice
-from tests.scheduler_svc.play import FakeWorker, Stage
+from tests.scheduler_svc.play import FakeWorker, Stage, Stream
 
 PROMPT = list(range(1, 19))
 
@@ -339,3 +339,50 @@ def test_a_worker_that_returns_empty_takes_new_load_though_the_prefix_is_at_the_
     assert abs(running[0] - running[1]) <= 2
     stage.run()
     frontend.verify()
+
+
+def lost_with_a_long_prefix(seconds_per_token: float) -> tuple[Stage, FakeWorker, FakeWorker, Stream]:
+    """A worker is lost; the other one takes so long to compute a token of a prompt."""
+    stage = Stage()
+    first = stage.worker(incarnation=1)
+    frontend = stage.frontend()
+    stream = frontend.submit(PROMPT * 4, stage.now, max_tokens=12, stop=False)
+    for _ in range(5):
+        stage.turn()
+    second = stage.worker(incarnation=2)
+    stage.engine.workers[second.session].costs.token = seconds_per_token
+    lose(stage, first)
+    stage.turn()
+    return stage, first, second, stream
+
+
+def test_a_prefix_that_takes_longer_to_compute_than_the_move_time_waits_for_its_worker() -> None:
+    stage, first, second, stream = lost_with_a_long_prefix(seconds_per_token=0.2)  # 14 s for 72 tokens
+    for _ in range(5):
+        stage.turn(0.5)
+    assert second.written == 0
+    before = first.written
+    stage.reopen(first)
+    first.ready(stage.now)
+    stage.run()
+    assert stream.complete
+    assert second.written == 0
+    assert first.written - before <= 12 + 8, "its blocks were found"
+
+
+def test_it_waits_for_its_worker_no_longer_than_the_move_time() -> None:
+    stage, _, second, stream = lost_with_a_long_prefix(seconds_per_token=0.2)
+    stage.turn(stage.settings.times.move - 0.1)
+    assert second.written == 0
+    stage.turn(0.2)
+    stage.run()
+    assert stream.complete
+    assert second.written > len(PROMPT) * 4
+
+
+def test_a_prefix_that_is_soon_computed_again_waits_for_nobody() -> None:
+    stage, _, second, stream = lost_with_a_long_prefix(seconds_per_token=0.1)
+    stage.turn()
+    assert second.written > 0
+    stage.run()
+    assert stream.complete
