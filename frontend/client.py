@@ -23,6 +23,7 @@ from frontend.fetch import Fetch
 from frontend.journal import Journal
 from frontend.resume import revive
 from frontend.settings import FrontendSettings
+from frontend.spans import RequestSpans
 from frontend.streams import Stream
 from frontend.tokenizer import Tokenizer
 from frontend.wire import Wire
@@ -81,6 +82,7 @@ class Client:
         self.journal = Journal(incarnation, settings.times, self.counters, self._revive)
         self.totals = Totals()
         self.trace = Trace()  # a process puts its publisher's here
+        self.spans: RequestSpans | None = None  # and these if requests are traced
         self._recorder = recorder
         self._endpoints = settings.schedulers or (RunDir(settings.run_dir).frontends,)
         self._keys = client_keys(settings.key_file, settings.server_key)
@@ -173,19 +175,26 @@ class Client:
             self.trace.note("tokenize", "tokenize", begun, time.monotonic())
         return done
 
-    def submit(self, requests: Sequence[NewRequest], arrived: float = 0.0) -> Stream:
+    def submit(self, requests: Sequence[NewRequest], arrived: float = 0.0, parent: str = "") -> Stream:
         """Submit requests that are answered together. Their stream must be closed in the end (`Stream.close`).
 
-        `arrived`: when the client asked, on the monotonic clock, if that was before now.
+        `arrived`: when the client asked, on the monotonic clock, if that was before now. `parent`: its traceparent.
         """
         now = time.monotonic()  # the loop's own time goes by milliseconds
-        stream = Stream([self.journal.submit(new, now) for new in requests], self._close, now)
+        stream = Stream([self._submit(new, arrived or now, parent, now) for new in requests], self._close, now)
         for entry in stream.entries:
             entry.listener = stream
-            entry.arrived = arrived or now
         self._streams.add(stream)
         self._pump()
         return stream
+
+    def _submit(self, new: NewRequest, arrived: float, parent: str, now: float) -> Entry:
+        span = None
+        if self.spans is not None:
+            new, span = self.spans.begin(new, parent, arrived, now)
+        entry = self.journal.submit(new, now)
+        entry.arrived, entry.span = arrived, span
+        return entry
 
     def attach(self, requests: Mapping[bytes, Sequence[int]], tenant: str) -> Stream:
         """Take over requests of another frontend, with the tokens of each choice that the client has.
@@ -271,6 +280,8 @@ class Client:
             else:
                 self.totals.aborted += 1
             entry.measures.ended(entry, now)
+            if self.spans is not None and entry.span is not None:
+                self.spans.end(entry, now)
             self.journal.done(entry, now)
             if self.trace.on:
                 self.trace.note("requests", "request", entry.submitted, now, entry.request.hex())

@@ -59,6 +59,7 @@ class NewRequest:
     tenant: str = ""
     cache_salt: bytes = b""
     header: bytes = b""
+    trace: str = ""  # traceparent of its span, if it is traced
 
 
 class Choice:
@@ -172,6 +173,7 @@ class Entry:
         self.moved = False  # another frontend answers it now
         self.attaching: Attach | None = None  # asked for with this, not yet answered
         self.listener: object = None  # the shell's: whom to wake
+        self.span: object = None  # the shell's: the span of a request that it traces
         self.choices: list[Choice] = []
         self.unfinished = 0
         self.scores: list[TokenLogprobs] = []  # of the prompt's tokens, the first left out; committed like tokens
@@ -227,5 +229,6 @@ class Entry:
             cache_salt=new.cache_salt,
             cached=self.cached,
             header=new.header,
+            trace=new.trace,
             scored=self.scored,
         )

@@ -126,4 +126,5 @@ def revive(submit: Submit, tokenizer: Tokenizer) -> NewRequest:
         tenant=submit.tenant,
         cache_salt=submit.cache_salt,
         header=submit.header,
+        trace=submit.trace,
     )

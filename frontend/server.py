@@ -27,12 +27,14 @@ from frontend.api.routes import ROUTES
 from frontend.client import Client
 from frontend.errors import ApiError
 from frontend.settings import FrontendSettings
+from frontend.spans import RequestSpans
 from frontend.tokenizer import TokenizerError
 from protocol.endpoints import http_url
 from protocol.service import CannotRun, Service
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
 from protocol.tokenizer_files import BundleError
+from protocol.tracing import tracer
 
 KEEP_ALIVE = 15.0  # seconds without an event after which a waiting stream gets a comment line
 BEAT = 1.0  # seconds between two looks at what has become quiet, and two publications of figures
@@ -148,6 +150,9 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         settings.telemetry or process.rundir.telemetry, "frontend", settings.name, process.incarnation, os.getpid(), context
     )
     client.trace = publisher.trace
+    traces = tracer(settings.otlp_traces_endpoint, "frontend", settings.name)
+    if traces is not None:
+        client.spans = RequestSpans(traces)
     app = make_app(client)
     server = _Server(
         uvicorn.Config(
@@ -204,6 +209,8 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         _publish(app, publisher)
     finally:
         await client.stop()
+        if traces is not None:
+            traces.close()
         publisher.close()
         recorder.close()
         context.term()

@@ -32,4 +32,5 @@ class FrontendSettings:
     ssl_keyfile: str = ""
     log_level: str = "info"
     telemetry: str = ""  # endpoint; empty: the run directory's
+    otlp_traces_endpoint: str = ""  # URL of an OpenTelemetry collector; empty: no traces
     times: Times = field(default_factory=Times)

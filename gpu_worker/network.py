@@ -25,6 +25,7 @@ import zmq
 from gpu_worker.core import file_chunk
 from gpu_worker.runner import Description, Runner
 from gpu_worker.settings import WorkerSettings
+from gpu_worker.spans import RequestSpans
 from gpu_worker.wire import CHANNELS, Wire
 from protocol.counters import Counters
 from protocol.endpoints import check_endpoint
@@ -35,6 +36,7 @@ from protocol.sessions import Closed, Dialer, Event, Opened, Received, TurnedAwa
 from protocol.sockets import Context
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
+from protocol.tracing import tracer
 
 DRAINING_SINCE = 2  # the protocol's version
 TELEMETRY = 0.9  # seconds after which figures are published, with whatever wakes the thread
@@ -97,6 +99,7 @@ class Network(threading.Thread):
         self._runner = runner
         self._counters = Counters()
         self._figures = Figures()
+        self._spans: RequestSpans | None = None
         self._description: Description | None = None
         self._endpoints = settings.schedulers or (service.rundir.workers,)
         self._keys = client_keys(settings.key_file, settings.server_key)
@@ -178,6 +181,10 @@ class Network(threading.Thread):
         self._publisher = Publisher(telemetry, "worker", self._settings.name, self._service.incarnation, os.getpid(), context)
         stack.callback(self._publisher.close)
         self.trace = self._publisher.trace
+        traces = tracer(self._settings.otlp_traces_endpoint, "worker", self._settings.name)
+        if traces is not None:
+            stack.callback(traces.close)
+            self._spans = RequestSpans(traces)
         self._process = psutil.Process()
         watched = (self._wake_fd, self._service.stop_fd, self._service.drain_fd)
         self._wire = Wire(context, self._endpoints, watched, tap, self._service.flight, self._counters, self._keys)
@@ -255,6 +262,8 @@ class Network(threading.Thread):
                         self._service.fenced(reason)
                         self._say_state()
                     self.inbox.put(SessionClosed(session))
+                    if self._spans is not None:
+                        self._spans.closed()
                 case TurnedAway(reason, endpoint):
                     if reason != self._refusal:
                         self._service.log.error("the scheduler at %s refuses this worker: %s", self._endpoints[endpoint], reason)
@@ -270,6 +279,8 @@ class Network(threading.Thread):
                     now = time.monotonic()
                     self.trace.note("network", "receive", now, now, f"{self.session}:{message.step}")
                 self.inbox.put(PlanArrived(self.session, message))
+                if self._spans is not None:
+                    self._spans.planned(message, time.monotonic())
                 time.sleep(0)  # lets go of the interpreter: the main thread begins the step while this one acknowledges
             case Drained():
                 self._service.log.info("drained")
@@ -295,6 +306,8 @@ class Network(threading.Thread):
             self._answered = message.step
             self._progress_at = now + self._settings.times.heartbeat if self._planned > message.step else inf
             self._count(message)
+            if self._spans is not None:
+                self._spans.answered(message, now)
 
     def _report_progress(self, now: float) -> None:
         """Work is outstanding and no result came lately: say whether the running step still moves."""

@@ -294,6 +294,7 @@ def journal_of(request: Request, now: float) -> Submit:
         cached=request.cached,
         header=told.header,
         scored=request.scored,
+        trace=told.trace,
     )
 
 

@@ -13,6 +13,7 @@ from scheduler_svc.waiting import Queue, Shares
 from scheduler_svc.worker import Worker
 
 RECENT = 256  # outputs that a prediction looks back on
+TRACED = 10_000  # admissions of traced requests that are kept until they are exported
 GUESS = 256  # tokens expected before any output has ended
 
 
@@ -40,6 +41,7 @@ class Tally:
         self.queries = self.hits = 0  # tokens looked up in the prefix cache, and found there
         self.preemptions = 0
         self.steps = Histogram("vllm:iteration_tokens_total")
+        self.traced: deque[tuple[str, float, float]] = deque(maxlen=TRACED)  # (traceparent, arrival, first admission)
 
 
 class Model:

@@ -266,7 +266,8 @@ class Planner:
         if not choice.cached_record:
             worker.records += 1
             choice.cached_record = worker.records
-            self.draft.admits.append(Admit(worker.records, request.submit.prompt, pack(choice.tokens), choice.seed, request.params))
+            told = request.submit
+            self.draft.admits.append(Admit(worker.records, told.prompt, pack(choice.tokens), choice.seed, told.params, told.trace))
         self.draft.binds.append((slot, int(worker.slots.generation[slot]), choice.cached_record))
         return slot
 
@@ -393,6 +394,8 @@ class Planner:
         if request.cached < 0:
             request.cached, request.queued = len(hits) * size, self.now - request.arrival
             request.frontend.admitted.append((request.handle, request.cached, request.queued))
+            if request.submit.trace:
+                worker.model.tally.traced.append((request.submit.trace, request.arrival, self.now))
         request.admitted = True
         self._chunk(slot)
         return True

@@ -21,6 +21,7 @@ from protocol.service import CannotRun, Service
 from protocol.sockets import Context, Socket, monitor, news, received, router, send
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
+from protocol.tracing import Tracer, tracer
 from scheduler_svc import collector
 from scheduler_svc.core import Core, Did
 from scheduler_svc.settings import SchedulerSettings
@@ -60,7 +61,10 @@ def run(settings: SchedulerSettings) -> None:
             settings.telemetry or service.rundir.telemetry, "scheduler", settings.name, service.incarnation, psutil.Process().pid, context
         )
         stack.callback(publisher.close)
-        loop = _Loop(settings, service, sockets, authenticator, counters, tap, publisher)
+        traces = tracer(settings.otlp_traces_endpoint, "scheduler", settings.name)
+        if traces is not None:
+            stack.callback(traces.close)
+        loop = _Loop(settings, service, sockets, authenticator, counters, tap, publisher, traces)
         stack.callback(loop.close)
         loop.run()
 
@@ -77,6 +81,7 @@ class _Loop:
         connections: Counters,
         tap: Tap,
         publisher: Publisher,
+        traces: Tracer | None,
     ) -> None:
         self._service = service
         self._sockets = sockets
@@ -84,6 +89,7 @@ class _Loop:
         self._connections = connections  # counts who was not let in
         self._tap = tap
         self._publisher = publisher
+        self._tracer = traces
         self._process = psutil.Process()
         key_file = Path(settings.hash_key_file) if settings.hash_key_file else None
         self._key_file = key_file
@@ -212,7 +218,16 @@ class _Loop:
             self._service.present("a worker")
             self._service.state("ready")
 
+    def _export(self) -> None:
+        """The queue spans of traced requests that have been admitted since the last call."""
+        for model in self.core.engine.models.values():
+            traced = model.tally.traced
+            while traced and self._tracer is not None:
+                trace, arrival, admitted = traced.popleft()
+                self._tracer.span("queue", trace, arrival, admitted)
+
     def _publish(self) -> None:
+        self._export()
         counts = (*self.core.counters.items(), *self._connections.items())
         values = {**self.core.engine.stats(), **{f"wire_{name}": float(n) for name, n in counts}}
         values["memory_bytes"] = float(self._process.memory_info().rss)

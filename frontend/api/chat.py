@@ -5,10 +5,9 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from frontend.accounts import BEGUN
 from frontend.api.answers import ChatAnswer
 from frontend.api.completions import form_of, header_of, new_request, text_options
-from frontend.api.handling import client_of, read_body, respond, tenant_of
+from frontend.api.handling import client_of, read_body, respond, submit, tenant_of
 from frontend.api.resuming import LAST_EVENT, resume
 from frontend.client import Model
 from frontend.entries import NewRequest
@@ -32,7 +31,7 @@ async def chat_completions(request: Request) -> ASGIApp:
     form = form_of(client, model, body, bool(body.logprobs), [])
     if body.stream:
         [new] = with_headers([new], header_of("chat", form, text_options(body, body.continue_final_message)), [])
-    stream = client.submit([new], request.scope[BEGUN])
+    stream = submit(request, [new])
     return await respond(request, stream, ChatAnswer(stream, model.tokenizer, form), bool(body.stream))
 
 

@@ -11,9 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from frontend.accounts import BEGUN
 from frontend.api.answers import CompletionAnswer, Form
-from frontend.api.handling import client_of, json_response, read_body, respond, tenant_of, wait_whole
+from frontend.api.handling import client_of, json_response, read_body, respond, submit, tenant_of, wait_whole
 from frontend.api.resuming import LAST_EVENT, resume
 from frontend.client import Client, Model
 from frontend.entries import NewRequest
@@ -55,7 +54,7 @@ async def completions(request: Request) -> ASGIApp:
         form = replace(form, echo_logprobs=body.logprobs)
     if body.stream:
         new = with_headers(new, header_of("completion", form, text_options(body, True)), echoes)
-    stream = client.submit(new, request.scope[BEGUN])
+    stream = submit(request, new)
     return await respond(request, stream, CompletionAnswer(stream, model.tokenizer, form), bool(body.stream))
 
 
@@ -72,7 +71,7 @@ async def generate(request: Request) -> Response:
         max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
         return new_request(model, sampling, ids, max_tokens, -1, tenant_of(request), True)
 
-    stream = client.submit([await client.offload(prepare)], request.scope[BEGUN])
+    stream = submit(request, [await client.offload(prepare)])
     try:
         await wait_whole(request, stream)
         [entry] = stream.entries

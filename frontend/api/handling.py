@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,9 +13,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from frontend.access import ENDING, KEY_NAME
-from frontend.accounts import CLIENT_GONE
+from frontend.accounts import BEGUN, CLIENT_GONE
 from frontend.api.answers import Answer
 from frontend.client import Client
+from frontend.entries import NewRequest
 from frontend.errors import ApiError, from_failed
 from frontend.sse import EventStream, Watch
 from frontend.streams import Stream
@@ -58,6 +60,11 @@ def tenant_of(request: Request) -> str:
     """Whose request this is, for the scheduler's fairness: the name of its API key, else what it says of itself."""
     name: str = request.scope.get(KEY_NAME, "")
     return name or request.headers.get("x-tenant", "")[:MAX_TENANT]
+
+
+def submit(request: Request, new: Sequence[NewRequest]) -> Stream:
+    """Submit what an HTTP request asks for: it began when that came, and is traced as that says."""
+    return client_of(request).submit(new, request.scope[BEGUN], request.headers.get("traceparent", ""))
 
 
 async def wait_whole(request: Request, stream: Stream) -> None:

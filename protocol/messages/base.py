@@ -9,6 +9,7 @@ from protocol.columns import BadMessage, Int32, equal_rows, rows, within
 
 PROTOCOL = 3  # newest version spoken: 2 added DRAINED, and what ATTACH says beyond the id; 3 the prompt's log probabilities
 PROTOCOL_OLDEST = 1  # oldest version spoken
+TRACEPARENT = 55  # characters
 
 SCORES_SINCE = 3  # the protocol in which a prompt's log probabilities travel
 
@@ -72,6 +73,12 @@ class ModelInfo(Part, frozen=True):
 def check_id(request: bytes) -> None:
     if len(request) != 16:
         raise BadMessage("request", "must be 16 bytes")
+
+
+def check_trace(trace: str) -> None:
+    """Raise BadMessage for what is longer than a W3C traceparent."""
+    if len(trace) > TRACEPARENT:
+        raise BadMessage("trace", "is longer than a traceparent")
 
 
 def check_seed(seed: int) -> None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from math import inf
 
 from protocol.columns import BadMessage, equal_rows, finite, rows, unpack_floats, within
-from protocol.messages.base import INT32_MAX, MAX_TOKENS_ANYWHERE, Geometry, Message, Part, Scores, check_id, check_logprobs, check_seed
+from protocol.messages.base import (
+    INT32_MAX,
+    MAX_TOKENS_ANYWHERE,
+    Geometry,
+    Message,
+    Part,
+    Scores,
+    check_id,
+    check_logprobs,
+    check_seed,
+    check_trace,
+)
 
 
 class SamplingParams(Part, frozen=True):
@@ -84,6 +95,7 @@ class Submit(Message, tag="submit", frozen=True):
     cached: int = -1  # cached_tokens as at first admission; −1: not yet admitted
     header: bytes = b""  # what another frontend needs to go on answering; opaque to the scheduler
     scored: int = 1  # the first prompt position whose log probabilities the journal lacks, where they are asked for
+    trace: str = ""  # traceparent of the request's span (W3C), if somebody traces it
 
     def check(self, geometry: Geometry | None = None) -> None:
         check_id(self.request)
@@ -100,6 +112,7 @@ class Submit(Message, tag="submit", frozen=True):
             rows(choice.known, "known")
             within(choice.known, "known", 0, INT32_MAX)
             check_seed(choice.seed)
+        check_trace(self.trace)
         if not 1 <= self.scored <= MAX_TOKENS_ANYWHERE:
             raise BadMessage("scored", "is out of range")
         self.params.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numpy import int64
 
 from protocol.columns import BadMessage, equal_rows, rows, within
-from protocol.messages.base import Geometry, Message, Part, Scores, check_logprobs, check_seed
+from protocol.messages.base import Geometry, Message, Part, Scores, check_logprobs, check_seed, check_trace
 from protocol.messages.requests import SamplingParams
 
 
@@ -17,6 +17,7 @@ class Admit(Part, frozen=True):
     known: bytes  # tokens sampled before
     seed: int
     params: SamplingParams
+    trace: str = ""  # traceparent of the request's span, if somebody traces it
 
 
 class Plan(Message, tag="plan", frozen=True):
@@ -86,6 +87,7 @@ class Plan(Message, tag="plan", frozen=True):
             if rows(admit.prompt, "prompt") + rows(admit.known, "known") > g.max_model_len:
                 raise BadMessage("prompt", "is longer than max_model_len")
             check_seed(admit.seed)
+            check_trace(admit.trace)
             admit.params.check(g.vocab_size)
         if self.bind_slots or self.bind_generations or self.bind_records:
             equal_rows(("bind_slots", self.bind_slots), ("bind_generations", self.bind_generations), ("bind_records", self.bind_records))

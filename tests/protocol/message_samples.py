@@ -65,6 +65,7 @@ PARAMS = SamplingParams(
     bad_words=[pack([1, 2]), pack([3])],
     grammar=b"root ::= 'x'",
 )
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 SUBMIT = Submit(
     request=REQUEST,
     handle=3,
@@ -82,6 +83,7 @@ SUBMIT = Submit(
     cached=16,
     header=b"\x80",
     scored=2,
+    trace=TRACE,
 )
 SCORES = Scores(2, pack([7, 11, 9, 9]), pack_floats([-1.5, -0.25, -0.5, -0.5]), pack([4, 1]))
 
@@ -154,7 +156,7 @@ SAMPLES: dict[str, Message] = {
         seals=pack([4, 5]),
         seal_hashes=HASHES,
         withdrawals=pack([6]),
-        admits=[Admit(9, pack([1, 2, 3]), pack([4]), 2**64 - 1, PARAMS)],
+        admits=[Admit(9, pack([1, 2, 3]), pack([4]), 2**64 - 1, PARAMS, TRACE)],
         bind_slots=pack([2]),
         bind_generations=pack([8]),
         bind_records=pack([9]),

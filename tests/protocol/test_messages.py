@@ -317,6 +317,7 @@ def test_an_index_outside_the_geometry_is_refused(name: str, field: str, limit: 
         ({"counts": pack([0, 1])}, "counts"),
         ({"counts": pack([65, 1])}, "counts"),
         ({"admits": [Admit(9, b"", b"", 0, PARAMS)]}, "prompt"),
+        ({"admits": [Admit(9, pack([1]), b"", 0, PARAMS, "0" * 56)]}, "trace"),
         ({"admits": [Admit(9, pack([1000]), b"", 0, PARAMS)]}, "prompt"),
         ({"admits": [Admit(9, pack([1]), pack([-1]), 0, PARAMS)]}, "known"),
         ({"admits": [Admit(9, pack([1])[:3], b"", 0, PARAMS)]}, "prompt"),

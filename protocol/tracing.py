@@ -1,0 +1,84 @@
+"""OpenTelemetry spans of requests, if `--otlp-traces-endpoint` names a collector (extra `pagewire[otel]`).
+
+Every service exports the spans of its own part, as `service.name` pagewire-ROLE, over OTLP/HTTP. What ties them together
+is the W3C `traceparent` of the request's span: the client's on the way in, then a field of SUBMIT and of a plan's ADMIT.
+Services measure on their monotonic clock, and a span is made when its end is known.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from protocol.service import CannotRun
+
+EXPORT_EVERY = 1000  # milliseconds
+LAST_WORDS = 1.5  # seconds that a closing service waits for its collector
+
+
+class Tracer:
+    """A service's way to the collector. Raises CannotRun if the packages are not there. Any thread may call it."""
+
+    def __init__(self, endpoint: str, role: str, name: str) -> None:
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError as error:
+            raise CannotRun(f"--otlp-traces-endpoint needs OpenTelemetry ({error}): install pagewire[otel]") from None
+        self._propagator = TraceContextTextMapPropagator()
+        self._provider = TracerProvider(resource=Resource.create({"service.name": f"pagewire-{role}", "service.instance.id": name}))
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=2)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY))
+        self._tracer = self._provider.get_tracer("pagewire")
+
+    def begin(self, name: str, parent: str, at: float) -> Any:
+        """A span that others will be children of, begun at a time of the monotonic clock. An unusable parent is none."""
+        return self._tracer.start_span(name, self._context(parent), start_time=wall(at))
+
+    def traceparent(self, span: Any) -> str:
+        """What children are to be told; empty if the span is not recorded, since its trace was not chosen to be."""
+        if not span.is_recording():
+            return ""
+        from opentelemetry.trace import set_span_in_context
+
+        carrier: dict[str, str] = {}
+        self._propagator.inject(carrier, set_span_in_context(span))
+        return carrier["traceparent"]
+
+    def end(self, span: Any, at: float, attributes: dict[str, str | int | float], error: str = "") -> None:
+        """End a span that has been begun."""
+        span.set_attributes(attributes)
+        if error:
+            from opentelemetry.trace import Status, StatusCode
+
+            span.set_status(Status(StatusCode.ERROR, error))
+        span.end(wall(at))
+
+    def span(self, name: str, parent: str, begin: float, end: float, attributes: dict[str, str | int | float] | None = None) -> None:
+        """A whole span, a child of the traceparent."""
+        self.end(self.begin(name, parent, begin), end, attributes or {})
+
+    def close(self) -> None:
+        """Export what there is, unless the collector takes too long."""
+        closing = threading.Thread(target=self._provider.shutdown, name="otlp", daemon=True)
+        closing.start()
+        closing.join(LAST_WORDS)
+
+    def _context(self, parent: str) -> Any:
+        from opentelemetry.context import Context
+
+        return self._propagator.extract({"traceparent": parent}, Context())
+
+
+def tracer(endpoint: str, role: str, name: str) -> Tracer | None:
+    """The service's tracer; None if no endpoint is named. Raises CannotRun as Tracer does."""
+    return Tracer(endpoint, role, name) if endpoint else None
+
+
+def wall(at: float) -> int:
+    """A time of the monotonic clock, in nanoseconds since 1970."""
+    return time.time_ns() - time.monotonic_ns() + int(at * 1e9)
