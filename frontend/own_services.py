@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.flags import FLAGS
+from protocol.guardian import Guardian
 from protocol.service import PARENT
 
 END_WITHIN = 6.0  # seconds from SIGTERM to SIGKILL
@@ -43,6 +43,7 @@ class OwnServices:
         if unknown:
             raise TypeError(f"there is no setting {sorted(unknown)[0]!r}")
         self.run_dir = Path(tempfile.mkdtemp(prefix="pagewire-llm-"))
+        self._guardian = Guardian(self.run_dir)  # removes it even if this program is killed
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for name, module, known in (("worker-0", "gpu_worker", WORKER), ("scheduler-0", "scheduler_svc", SCHEDULER)):
             arguments = [word for key, value in settings.items() if key in known for word in _argument(key, value)]
@@ -56,6 +57,7 @@ class OwnServices:
                     env={**os.environ, PARENT: str(os.getpid())},
                     process_group=0,  # a Ctrl-C reaches the program alone, which then ends them
                 )
+            self._guardian.watch(self._processes[name].pid)
 
     def check(self) -> None:
         """Raise ServiceDied if one has ended."""
@@ -76,7 +78,7 @@ class OwnServices:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        shutil.rmtree(self.run_dir, ignore_errors=True)
+        self._guardian.close()
 
     def _log(self, name: str) -> Path:
         return self.run_dir / f"{name}.out"

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from pagewire.control import Control
-from pagewire.guardian import Guardian
 from pagewire.restart import LONG_LIFE, Restarts
+from protocol.guardian import Guardian
 from protocol.rundir import RunDir
 from protocol.service import DRAIN_SIGNAL, PARENT
 

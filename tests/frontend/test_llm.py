@@ -163,8 +163,12 @@ def test_the_services_end_with_their_program_however_it_ends(sig):
     assert program.stdout is not None
     assert program.stdout.readline() == "up\n"
     services = psutil.Process(program.pid).children(recursive=True)
-    assert len(services) >= 2
+    assert len(services) == 3  # a scheduler, a worker, the guardian
+    command = next(words for words in (p.cmdline() for p in services) if "gpu_worker" in words)
+    run_dir = Path(command[command.index("--run-dir") + 1])
+    assert run_dir.is_dir()
     program.send_signal(sig)
     program.wait(20)
     program.stdout.close()
     eventually(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in services), 15)
+    assert not run_dir.exists()

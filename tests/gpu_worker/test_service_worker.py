@@ -52,8 +52,11 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def rundir(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
+def rundir(tmp_path: Path) -> Iterator[RunDir]:
+    rundir = RunDir(tmp_path / "run")
+    yield rundir
+    rundir.clean()  # a long path has its sockets elsewhere, and killed workers leave them
+    rundir.tidy()
 
 
 @pytest.fixture

@@ -1,18 +1,20 @@
-"""Kills what a killed supervisor leaves behind.
+"""Kills what a killed program leaves of the services that it started, and removes their folder if it is a passing one.
 
-Services end themselves when their supervisor dies (protocol/service.py), unless they are stopped or hang inside a
-library with the interpreter locked. This process waits for the supervisor's end, gives them that chance, and kills
-the rest. It reads lines `+PID` and `-PID` from its standard input, which the supervisor alone holds open.
+Services end themselves when who started them dies (`service.py`), unless they are stopped or hang inside a library
+with the interpreter locked. This process waits for the starter's end, gives them that chance, and kills the rest. It
+reads lines `+PID` and `-PID` from its standard input, which the starter alone holds open.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from protocol.rundir import process_start
 
@@ -20,10 +22,10 @@ PATIENCE = 4.5  # seconds that services get to end themselves
 
 
 class Guardian:
-    """The supervisor's side: starts the process and tells it whom to watch."""
+    """The starter's side: starts the process and tells it whom to watch, and which folder goes with them, if any."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-P", "-m", "pagewire.guardian"]
+    def __init__(self, folder: Path | None = None) -> None:
+        command = [sys.executable, "-P", "-m", "protocol.guardian", *([str(folder)] if folder else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
 
     def watch(self, pid: int) -> None:
@@ -35,7 +37,7 @@ class Guardian:
         self._tell(f"-{pid}\n")
 
     def close(self) -> None:
-        """Nothing is left to watch: end the process."""
+        """Nothing is left to watch: end the process, which removes the folder."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -48,7 +50,7 @@ class Guardian:
 
 
 def main() -> None:
-    """Watch until the supervisor ends, then wait for the watched ones, then kill them."""
+    """Watch until the starter ends, then wait for the watched ones, then kill them; remove the folder, if one is named."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     watched: dict[int, int] = {}
@@ -67,6 +69,8 @@ def main() -> None:
                     os.killpg(pid, signal.SIGKILL)
                 del watched[pid]
         time.sleep(0.05)
+    for folder in sys.argv[1:]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
