@@ -12,7 +12,10 @@ from benchmarks.gpu_player import Player, Sequence
 from gpu_worker.loading.config import ModelConfig, RopeScaling
 from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
+from gpu_worker.runner import Description
 from tests.gpu_worker.cuda.reference import Reference, error
+from tests.gpu_worker.model_driver import Loaded
+from tests.gpu_worker.test_prompt_scores import score
 
 if torch.cuda.is_available():
     from gpu_worker.cuda.engine import Engine, Options
@@ -250,3 +253,27 @@ def test_mixed_steps_of_a_captured_size_match_float64() -> None:
         assert error(engine.forward.logits[: n + 1], want) < 2 * bound, n
         assert [s.tokens[-1] for s in running] == engine.forward.logits[: n + 1].float().argmax(1).tolist()
     assert any(shape.tokens for shape in engine.graphs.captured)
+
+
+class EngineRunner:
+    """An engine as a Runner."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.counter = 0
+        self.load = lambda: Description("m", b"", engine.geometry, "cuda", [])
+        self.start, self.reset = engine.start, engine.reset
+        self.finish = lambda step: engine.finish()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("chunk", [1024, 100])
+def test_log_probabilities_of_prompts_are_those_of_float64(dtype: torch.dtype, bound: float, chunk: int) -> None:
+    engine, source = make(QWEN3, dtype)
+    runner = EngineRunner(engine)
+    texts = prompts([2, 17, 300, 700], QWEN3.vocab_size)
+    exact = Reference(QWEN3, source, dtype, torch.float64)
+    for text, told in zip(texts, score(Loaded(runner, runner.load()), [t.tolist() for t in texts], [5] * 4, chunk), strict=True):
+        want = exact.logits(torch.tensor(text, device="cuda")).log_softmax(-1).cpu().numpy()
+        assert len(told) == len(text) - 1
+        for position, (pairs, _) in enumerate(told):
+            assert max(abs(value - want[position, id]) for id, value in pairs) < bound
