@@ -19,11 +19,12 @@ from gpu_worker.settings import WorkerSettings
 from protocol.columns import unpack
 from protocol.counters import Counters
 from protocol.listener import FRONTENDS, WORKERS, Route
-from protocol.messages import FileRequest, Hello, Plan, Progress, Submit
+from protocol.messages import Drained, FileRequest, Hello, Phase, Plan, Progress, Submit
 from protocol.sessions import Closed, Dialer, Event, Opened, Received
 from protocol.times import Times
 from scheduler_svc.core import Core
 from scheduler_svc.settings import SchedulerSettings
+from tests.simulation.broken import DRAIN, MESSAGE, PROGRESS, Broken
 from tests.simulation.clock import Clock
 from tests.simulation.network import Connection, Frames, Network
 
@@ -69,7 +70,7 @@ class Node:
         self._spins = self._spins + 1 if self.clock.now - self._woken_at < 2 * SOON else 0
         self._woken_at = self.clock.now
         if self._spins == SPINS:
-            raise AssertionError(f"{self.name} spins: it asks to be woken {SPINS} times in a row, with nothing to do")
+            raise Broken(PROGRESS, f"{self.name} spins: it asks to be woken {SPINS} times in a row, with nothing to do")
         self.wake()
 
     def wake(self) -> None:
@@ -88,10 +89,12 @@ class SchedulerNode(Node):
         rng: random.Random,
         store: dict[str, object],
         standby: bool = False,
+        credit: int = 0,
     ) -> None:
         super().__init__(name, clock)
         self._network = network
         self._store = store
+        self._credit = credit
         seen = int(store.get("epoch", 0))  # type: ignore[call-overload]
         key = store.get("key", b"")
         assert isinstance(key, bytes)
@@ -133,6 +136,8 @@ class SchedulerNode(Node):
 
     def turn(self) -> None:
         """What the service's loop does after each batch of messages."""
+        if self._credit:
+            self.core.engine.frontends.limit = self._credit
         self.core.turn(self.clock.now)
         lost = []
         while self.core.out:
@@ -245,12 +250,19 @@ class WorkerNode(PeerNode):
         step_time: Callable[[], float],
         marks: dict[int, str] | None = None,
         on_crash: Callable[[WorkerNode], None] | None = None,
+        on_leave: Callable[[WorkerNode], None] | None = None,
     ) -> None:
         super().__init__(name, clock, network, schedulers, incarnation, times)
         # What would end this process is judged before the runner sees it (`_poison`).
-        self.runner = OracleRunner(settings, marks={t: e for t, e in (marks or {}).items() if e in ("raise", "nan")}, clock=lambda: 0.0)
+        self.runner = OracleRunner(
+            settings, marks={t: e for t, e in (marks or {}).items() if e not in ("crash", "hang")}, clock=lambda: 0.0
+        )
         self._marks = marks or {}
         self._on_crash = on_crash
+        self._on_leave = on_leave
+        self.leaving = False
+        self.spoilt: set[int] = set()  # seeds of the choices in the step whose NaN comes once
+        self._announced = False  # READY has been said in this session
         self.core = WorkerCore(self.runner.load())
         self.dialer.geometry = self.core.description.geometry
         self._step_time = step_time
@@ -270,8 +282,10 @@ class WorkerNode(PeerNode):
                 else:
                     self._say_ready()
             case Closed():
-                self._ready_pending = False
+                self._ready_pending = self._announced = False
                 self._progress_at = inf
+                if self.leaving:  # what it had has gone with the session
+                    self.clock.after(SOON, lambda: self.run(self._gone))
                 if self._hung:  # the process sees that its main thread does not come back, and ends
                     self.clock.after(self._times.progress, lambda: self.run(self._give_up))
                 elif not self._running:
@@ -280,6 +294,27 @@ class WorkerNode(PeerNode):
                 self._plan(plan)
             case Received(FileRequest() as request):
                 self.dialer.send(self.core.file_chunk(request), self.clock.now)
+            case Received(Drained()):
+                if any(len(step.slots) for step in self._running) or self.core.records:
+                    raise Broken(DRAIN, f"{self.name} is let go with work of its own")
+                self._gone()
+            case Received(message):
+                raise Broken(MESSAGE, f"{self.name} was sent {type(message).__name__}")
+
+    def leave(self) -> None:
+        """What `pagewire drain` asks: let the scheduler take away what this worker has, then end."""
+        if self.alive:
+            self.leaving = True
+            if self._announced:
+                self.dialer.send(Phase("draining"), self.clock.now)
+                self.turn()
+            else:
+                self._gone()
+
+    def _gone(self) -> None:
+        assert self._on_leave is not None
+        if self.alive:
+            self._on_leave(self)
 
     def _give_up(self) -> None:
         assert self._on_crash is not None
@@ -288,6 +323,7 @@ class WorkerNode(PeerNode):
     def _say_ready(self) -> None:
         self.core.welcome(self.dialer.hash_key)
         self.dialer.send(self.core.ready(), self.clock.now)
+        self._announced = True
 
     def _reset(self) -> None:
         self.core.reset()
@@ -297,7 +333,7 @@ class WorkerNode(PeerNode):
         session = self.dialer.session
         if not self._running:
             self._progress_at = self.clock.now + self._times.heartbeat
-        if self._hung or self._ready_pending:
+        if self._hung or self._ready_pending or not session:  # a step before it may have ended the session
             return
         effect = self._poison(plan)
         if effect == "crash":
@@ -306,6 +342,7 @@ class WorkerNode(PeerNode):
         if effect == "hang":
             self._hung = plan.step
             return
+        fresh = set(self.runner._marks)
         try:
             step = self.core.apply(plan)
             self.runner.start(step)
@@ -313,6 +350,8 @@ class WorkerNode(PeerNode):
             self._running.clear()
             self.take(self.dialer.fail(plan.step, self.clock.now, f"step {plan.step} raised"))
             return
+        if fresh != set(self.runner._marks):
+            self.spoilt = {record.seed for record in step.records}
         self._running.append(step)
         self._busy_until = max(self.clock.now, self._busy_until) + self._step_time()
         self.clock.at(self._busy_until, lambda: self.run(lambda: self._finish(step, session)))
@@ -379,9 +418,11 @@ class FrontendNode(PeerNode):
         incarnation: int,
         times: Times,
         touched: Callable[[FrontendNode, Entry], None],
+        revive: Callable[[Submit], NewRequest],
     ) -> None:
         super().__init__(name, clock, network, schedulers, incarnation, times)
-        self.journal = Journal(incarnation, times, self.counters, _revive)
+        self.journal = Journal(incarnation, times, self.counters, revive)
+        self.closed = False  # takes nothing new
         self._touched = touched
         self.turn()
 
@@ -423,7 +464,3 @@ class FrontendNode(PeerNode):
         while self.journal.out:
             self.dialer.send(self.journal.out.popleft(), self.clock.now)
         super().transmit()
-
-
-def _revive(submit: Submit) -> NewRequest:
-    return NewRequest(submit.request, submit.model, submit.prompt, submit.params, [choice.seed for choice in submit.choices])
