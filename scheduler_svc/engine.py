@@ -1,8 +1,8 @@
 """The scheduler's policy as one object: messages and the time go in, messages come out. No I/O, no clock, no randomness.
 
-frontends ──► Intake ──► Ledger (requests)          Planner ──► PLAN ──► workers
+frontends ──► Intake ──► Ledger (requests)          Planner ──► PLAN ──► workers (Fleet)
                  │           ▲                          ▲
-                 └► arrivals (hashed, routed) ──► queues┘     RESULT ──► results.take ──► TOKENS
+                 └► arrivals (hashed, routed) ──► queues┘     RESULT ──► Outcomes ──► TOKENS
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 
-import numpy as np
-
-from protocol.columns import unpack, unpack_floats
 from protocol.counters import Counters
 from protocol.messages import (
     Abort,
@@ -31,7 +28,6 @@ from protocol.messages import (
     Models,
     Phase,
     Progress,
-    PromptScores,
     Ready,
     Result,
     Resumed,
@@ -42,18 +38,16 @@ from protocol.series import Series
 from scheduler_svc import inspection
 from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.depth import LEAST
-from scheduler_svc.draining import is_empty, move_away
 from scheduler_svc.files import FileRelay
+from scheduler_svc.fleet import Fleet
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.intake import Intake
 from scheduler_svc.ledger import Ledger, Timers
 from scheduler_svc.models import Model
+from scheduler_svc.outcomes import Outcomes
 from scheduler_svc.planner import Planner
-from scheduler_svc.preemption import detach_forks
 from scheduler_svc.prefix import Hasher
 from scheduler_svc.progress import Progress as ProgressWatch
-from scheduler_svc.requests import Choice, Request
-from scheduler_svc.results import BadResult, scorer_of, take
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.suspects import Suspects
 from scheduler_svc.waiting import Shares
@@ -70,10 +64,8 @@ class Engine:
     def __init__(self, settings: SchedulerSettings, counters: Counters, unacked: Callable[[int], int]) -> None:
         """`unacked(session)`: tokens sent on a frontend's session and not yet taken off its link."""
         self.hash_key = b""
-        self.fence: list[tuple[int, str]] = []  # sessions to be ended, and why
         self.settings = settings
         self.counters = counters
-        self.workers: dict[int, Worker] = {}
         self.models: dict[str, Model] = {}
         self.shares = Shares()
         self.frontends = Frontends(unacked)
@@ -83,7 +75,11 @@ class Engine:
         self.suspects = Suspects()
         self.files = FileRelay(self.ledger, self.frontends)
         self.arrivals = Arrivals(settings, self.ledger, self.models, counters, self.loading)
-        self.progress = ProgressWatch(settings.times, self.timers, self._fence)
+        self.fleet = Fleet(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.suspects, self.arrivals)
+        self.workers = self.fleet.workers
+        self.fence = self.fleet.ending
+        self.outcomes = Outcomes(self.ledger, self.frontends, self.suspects, counters, self.fleet.fence)
+        self.progress = ProgressWatch(settings.times, self.timers, self.fleet.fence)
         self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.arrivals)
         self._told: list[ModelInfo] = []
         self._started = False
@@ -174,8 +170,7 @@ class Engine:
     def worker_opened(self, session: int, hello: Hello, now: float) -> None:
         """A worker's session is open; it loads until READY."""
         self._start(now)
-        self.workers[session] = Worker(session, hello.name, hello.incarnation, self.shares, hello.protocol)
-        self._fail_suspects(self.suspects.returned(hello), now)
+        self.fleet.open(session, hello, now)
         self._announce()
 
     def worker_message(self, session: int, message: Message, now: float) -> None:
@@ -186,20 +181,23 @@ class Engine:
             return
         match message:
             case Result() if worker.ready:
-                self._result(worker, message, now)
+                if self.outcomes.result(worker, message, now):
+                    self._announce()
             case Scored() if worker.ready:
-                self._scored(worker, message, now)
+                self.outcomes.scored(worker, message, now)
             case Progress():
                 if (message.step, message.counter) != worker.counter:
                     worker.counter = (message.step, message.counter)
                     worker.heard = now
             case Phase(name="draining"):
-                self._leaves(worker)
+                self.fleet.leave(worker)
+                self._announce()
             case Phase():
                 worker.phase = message.name
                 worker.heard = now
             case Ready() if not worker.ready and not worker.leaving:
-                self._ready(worker, message, now)
+                self.fleet.ready(worker, message, now)
+                self._announce()
             case FileChunk():
                 self.files.chunk(message)
             case _:
@@ -207,165 +205,9 @@ class Engine:
 
     def worker_closed(self, session: int, reason: str, now: float) -> None:
         """The worker is lost to this session: its choices wait again, from their known tokens."""
-        worker = self.workers.pop(session, None)
-        if worker is None:
-            return
-        worker.closed = True
-        fatal = self.suspects.lost(worker, worker.hung)
-        if worker.ready:
-            self.counters.add("scheduler_workers_drained" if worker.drained else "scheduler_workers_lost")
-            if not worker.leaving:
-                worker.model.workers.remove(worker)
-                worker.model.lost_at = now
-            self.arrivals.leave(worker, self._strip(worker), now)
-        self._fail_suspects(fatal, now)
-        self.files.lost(session, list(self.workers.values()))
-        self._announce()
-        self.arrivals.review(now)
-
-    def _strip(self, worker: Worker) -> list[Choice]:
-        """Take everything from a worker that is gone; returns the choices that must go elsewhere."""
-        for flight in worker.in_flight:
-            for index, n in flight.credit:
-                self.frontends.at(index).in_flight -= n
-        worker.in_flight.clear()
-        for choice in [choice for choice in worker.slots.choice if choice is not None]:
-            detach_forks(worker, choice)
-            worker.unbind(choice.slot)
-            worker.queue.add(choice)
-        homeless = list(worker.queue)
-        for choice in homeless:
-            worker.queue.remove(choice)
-        for request in self.ledger.requests.values():
-            for choice in request.work:
-                if choice.worker is worker:
-                    choice.worker = choice.swap = None
-                    choice.cached_record = 0
-        return homeless
-
-    def _ready(self, worker: Worker, message: Ready, now: float) -> None:
-        model = self.models.get(message.model)
-        if model is None:
-            model = self.models[message.model] = Model(message.model, self.shares)
-        refusal = model.refusal(message)
-        if refusal:
-            self._fence(worker, refusal)
-            return
-        settings = self.settings
-        worker.open(model, message.geometry, self.intake.hasher, settings)
-        worker.phase, worker.heard = "serving", now
-        if settings.enable_prefix_caching:
-            for block, at in zip(unpack(message.blocks).tolist(), range(0, len(message.hashes), 16), strict=True):
-                if worker.blocks.adopt(block, message.hashes[at : at + 16]):
-                    self.counters.add("scheduler_blocks_adopted")
-                else:
-                    worker.withdrawals.append(block)
-        model.join(worker, message)
-        self._announce()
-        for choice in list(model.queue):
-            if reason := model.objection(choice.request.submit):
-                self.ledger.fail(choice.request, now, 400, "invalid_token", reason, "prompt")
-            elif choice.queue is model.queue:
-                model.queue.remove(choice)
-                self.arrivals.enqueue(choice, now)
-        self.arrivals.review(now)
-
-    def _leaves(self, worker: Worker) -> None:
-        """The worker wants to go: `schedule` takes from it what it has."""
-        if worker.ready and not worker.leaving:
-            worker.model.workers.remove(worker)
-            self.counters.add("scheduler_workers_leaving")
-        worker.leaving = True
-        self._announce()
-
-    def _drain(self, worker: Worker, now: float) -> None:
-        if worker.ready:
-            move_away(worker, self.arrivals, now)
-        if not worker.drained and (not worker.ready or is_empty(worker)):
-            worker.drained = True
-            self.out.append((worker.session, Drained(), 0))
-            if worker.ready and self.settings.check_when_idle:
-                self._integrity.verify(worker.check)
-
-    def _fence(self, worker: Worker, reason: str) -> None:
-        worker.fenced = True
-        self.fence.append((worker.session, reason))
-        self.counters.add("scheduler_workers_fenced")
-
-    def _fail_suspects(self, requests: list[Request], now: float) -> None:
-        for request in requests:
-            self.ledger.fail(request, now, 500, "step_failed", "The worker failed at this request each time it was tried.")
-
-    # ------------------------------------------------------------ results
-
-    def _result(self, worker: Worker, message: Result, now: float) -> None:
-        if not worker.in_flight:
-            self._fence(worker, f"it answers step {message.step}, which was not planned")
-            return
-        flight = worker.in_flight[0]
-        try:
-            taken = take(worker, message, self.frontends)
-        except BadResult as bad:
-            self._fence(worker, str(bad))
-            return
-        if worker.host.busy:
-            worker.host.acknowledged(message.copied)
-        if worker.took(flight, message.seconds, message.idle, now):
+        if self.fleet.close(session, now):
+            self.files.lost(session, list(self.workers.values()))
             self._announce()
-        for frontend, tokens, weight in taken.tokens:
-            self.out.append((frontend.session, tokens, weight))
-        if taken.ownerless:
-            self.counters.add("scheduler_rows_ownerless", taken.ownerless)
-        if self.suspects.active:
-            for choice in [worker.slots.choice[slot] for slot in taken.slots.tolist()]:
-                if choice is not None:
-                    self.suspects.clear(choice.request)
-        for choice in taken.ended:
-            worker.model.outputs.add(len(choice.known))
-            self.ledger.stop(choice)
-            self.ledger.settle(choice.request, now)
-        for choice in taken.nan:
-            self._nan(worker, choice, now)
-        for choice in taken.drained:
-            worker.queue.add(choice)
-
-    def _scored(self, worker: Worker, message: Scored, now: float) -> None:
-        """Log probabilities of a prompt are told in the order of their positions, each once, and not kept."""
-        try:
-            scorer = scorer_of(worker, message)
-        except BadResult as bad:
-            self._fence(worker, str(bad))
-            return
-        if scorer is None:
-            self.counters.add("scheduler_rows_ownerless")
-            return
-        request, scores = scorer.request, message.scores
-        if np.isnan(unpack_floats(scores.values)).any():
-            self._nan(worker, scorer, now)
-        elif scores.first == request.scored:
-            request.scored += scores.count
-            self.suspects.clear(request)
-            self.ledger.send(request.frontend, PromptScores(request.handle, scores), scores.count)
-            if not request.unscored:
-                self.ledger.stop(scorer)
-                self.ledger.settle(request, now)
-
-    def _nan(self, worker: Worker, choice: Choice, now: float) -> None:
-        """A row's logits held a NaN: nothing it has touched may be hit again."""
-        if choice.slot < 0:
-            return  # its request has just failed
-        self.counters.add("scheduler_nan_rows")
-        s, slot = worker.slots, choice.slot
-        held = s.table[slot, : s.blocks[slot]].tolist() + (choice.swap.blocks if choice.swap is not None else [])
-        worker.withdrawals += [block for block in held if worker.blocks.forget(block)]
-        worker.host.void(choice)
-        if choice.no_hits or not choice.shared_blocks:
-            self.ledger.fail(choice.request, now, 500, "nan", "The model's output for this request is not a number.")
-            return
-        choice.no_hits = True  # the fault may have come with a shared block
-        detach_forks(worker, choice)
-        worker.unbind(slot)
-        worker.queue.add(choice)
 
     # ------------------------------------------------------------ plans
 
@@ -388,6 +230,12 @@ class Engine:
         elif self.settings.check_when_idle:
             self._integrity.unplanned(now)
         return made
+
+    def _drain(self, worker: Worker, now: float) -> None:
+        if self.fleet.drain(worker, now):
+            self.out.append((worker.session, Drained(), 0))
+            if worker.ready and self.settings.check_when_idle:
+                self._integrity.verify(worker.check)
 
     def _plan(self, worker: Worker, now: float) -> bool:
         if not worker.queue and len(worker.model.workers) > 1 and not worker.leaving and worker.slots.free:
