@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, RequestFailed, SamplingParams, ServiceDied
+from gpu_worker.oracle import expected_prompt_logprobs
 from tests.e2e.stack import eventually, oracle_texts, stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -94,6 +95,17 @@ def test_a_conversation_is_rendered_by_the_models_template(llm):
 def test_what_cannot_be_asked_is_refused_by_name(llm, wrong, says):
     with pytest.raises(ValueError, match=says):
         llm.generate("x", SamplingParams(**wrong))
+
+
+def test_a_prompts_log_probabilities_come_with_or_without_an_output(llm):
+    for max_tokens in (0, 5):
+        [output] = llm.generate("score me", SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True, prompt_logprobs=2))
+        first, *told = output.prompt_logprobs
+        assert first is None
+        pairs = [list(zip(one.ids, one.values, strict=True)) for one in told]
+        assert pairs == expected_prompt_logprobs(output.prompt_token_ids, 2)
+        assert len(output.outputs[0].token_ids) == max_tokens
+    assert llm.generate("not me", SamplingParams(max_tokens=1))[0].prompt_logprobs is None
 
 
 def test_no_prompts_give_no_outputs(llm):

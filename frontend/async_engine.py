@@ -1,0 +1,135 @@
+"""Streams of outputs under asyncio: what the offline engines are made of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from frontend.client import Client, Model
+from frontend.entries import NewRequest
+from frontend.errors import ApiError, from_failed
+from frontend.offline import Prompt, RequestOutput, SamplingParams, output_of, request_of
+from frontend.own_services import OwnServices
+from frontend.settings import FrontendSettings
+from frontend.streams import Stream
+from protocol.columns import unpack
+from protocol.rundir import new_incarnation
+
+LOOK_EVERY = 0.02  # seconds between two looks at whether the model is ready
+LIVE_EVERY = 0.5  # seconds between two looks at whether the services live
+
+
+class RequestFailed(RuntimeError):
+    """The services ended a request with an error."""
+
+
+class AsyncLLMEngine:
+    """Streams of outputs under asyncio. Use it as `async with AsyncLLMEngine() as engine`.
+
+    settings: those of worker and scheduler, as `max_model_len=…`, where it starts its own. Raises TypeError for an unknown one.
+    """
+
+    def __init__(self, model: str = "", *, run_dir: str | Path | None = None, tokenizer: str = "", **settings: Any) -> None:
+        if run_dir is not None and (settings or model):
+            raise TypeError("a run directory's services have their settings already: give none beside run_dir")
+        self._settings = {**settings, **({"model": model} if model else {})}
+        self._run_dir = Path(run_dir) if run_dir is not None else None
+        self._tokenizer = tokenizer
+        self._own: OwnServices | None = None
+        self._client: Client | None = None
+
+    async def __aenter__(self) -> AsyncLLMEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Start or join the services, and wait until they can be asked. Raises ServiceDied, CannotRun."""
+        if self._run_dir is None:
+            self._own = OwnServices(self._settings)
+        run_dir = self._run_dir or self._own.run_dir  # type: ignore[union-attr]
+        incarnation = new_incarnation()
+        settings = FrontendSettings(run_dir, name=f"llm-{incarnation:013x}", tokenizer=self._tokenizer)
+        try:
+            self._client = Client(settings, incarnation)
+            await self._client.start()
+            while self._client.why_not_ready():
+                self.check()
+                await asyncio.sleep(LOOK_EVERY)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Abort what runs, and end the services that were started here. Harmless when repeated."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.stop()
+        own, self._own = self._own, None
+        if own is not None:
+            await asyncio.get_running_loop().run_in_executor(None, own.close)
+
+    def check(self) -> None:
+        """Raise ServiceDied if a service that was started here has ended."""
+        if self._own is not None:
+            self._own.check()
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, every_step: bool = True
+    ) -> AsyncIterator[RequestOutput]:
+        """The request's outputs so far, again and again until they are finished. Leaving the iteration aborts it.
+
+        Raises ValueError for what cannot be asked, RequestFailed, ServiceDied.
+        """
+        params = sampling_params or SamplingParams()
+        model = self.model()
+        new = await self.client.offload(lambda: request_of(model, prompt, params, every_step))
+        async for _, output in self.outputs([new], [params], [prompt if isinstance(prompt, str) else None]):
+            yield output
+
+    async def outputs(
+        self, new: Sequence[NewRequest], params: Sequence[SamplingParams], prompts: Sequence[str | None]
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(index of the request, its output so far) whenever one has news, until all are finished."""
+        stream = self.client.submit(new)
+        places = {entry.handle: i for i, entry in enumerate(stream.entries)}
+        texts: list[dict[int, str]] = [{} for _ in new]
+        eos = frozenset(unpack(self.model().info.eos).tolist())
+        try:
+            while True:
+                ended = stream.ended
+                for entry in stream.take():
+                    i = places[entry.handle]
+                    if entry.error is not None:
+                        raise RequestFailed(from_failed(entry.error).message)
+                    yield i, output_of(entry, params[i], texts[i], prompts[i], eos)
+                if ended:
+                    return
+                await self._news(stream)
+        finally:
+            stream.close()
+
+    def model(self) -> Model:
+        """The model that is asked. Raises RequestFailed if it is not there."""
+        try:
+            return self.client.model(None)
+        except ApiError as error:
+            raise RequestFailed(error.message) from None
+
+    @property
+    def client(self) -> Client:
+        """The connection. Raises RuntimeError before `start` and after `close`."""
+        if self._client is None:
+            raise RuntimeError("the engine is not started, or closed")
+        return self._client
+
+    async def _news(self, stream: Stream) -> None:
+        while True:
+            try:
+                return await asyncio.wait_for(stream.news(), LIVE_EVERY)
+            except TimeoutError:
+                self.check()

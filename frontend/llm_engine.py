@@ -1,0 +1,83 @@
+"""Requests are added at any time, and steps taken: the offline API of programs that schedule themselves."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass
+from typing import Any
+
+from frontend.async_engine import RequestFailed
+from frontend.background import Program
+from frontend.entries import NewRequest
+from frontend.offline import Prompt, SamplingParams, request_of
+from frontend.own_services import ServiceDied
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step brought to one output of a request."""
+
+    request_id: str
+    text: str  # new text
+    tokens: list[int]  # new tokens
+    finish_reason: str | None  # None while it goes on; "error" with the reason as text
+    index: int = 0  # which of the request's n outputs
+
+
+class LLMEngine(Program):
+    """Requests are added at any time; each `step` tells what has come. Settings as `AsyncLLMEngine`'s."""
+
+    def __init__(self, model: str = "", **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._steps: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        self._unfinished: dict[str, int] = {}  # request → outputs that go on
+        self._added = 0
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> str:
+        """Take a request; returns its id. Raises ValueError for what cannot be asked, and for an id that is in use."""
+        params = sampling_params or SamplingParams()
+        engine = self._background.engine
+        if request_id is None:
+            request_id = f"request-{self._added}"
+        if request_id in self._unfinished:
+            raise ValueError(f"request_id: {request_id} is in use")
+        new = request_of(engine.model(), prompt, params, True)
+        self._added += 1
+        self._unfinished[request_id] = params.n
+        self._background.begin(self._follow(request_id, new, params))
+        return request_id
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step would bring something."""
+        return bool(self._unfinished)
+
+    def step(self) -> list[StepOutput]:
+        """Wait for something to come, and return all that has. Empty if nothing is unfinished."""
+        if not self._unfinished:
+            return []
+        steps = [self._steps.get()]
+        while not self._steps.empty():
+            steps.append(self._steps.get())
+        for step in steps:
+            if step.finish_reason is not None and step.request_id in self._unfinished:
+                self._unfinished[step.request_id] -= 1
+                if not self._unfinished[step.request_id] or step.finish_reason == "error":
+                    del self._unfinished[step.request_id]
+        return steps
+
+    async def _follow(self, request_id: str, new: NewRequest, params: SamplingParams) -> None:
+        told: dict[int, tuple[int, int]] = {}
+        ended: set[int] = set()
+        try:
+            async for _, output in self._background.engine.outputs([new], [params], [None]):
+                for one in output.outputs:
+                    characters, tokens = told.get(one.index, (0, 0))
+                    if one.index in ended or (len(one.token_ids) == tokens and one.finish_reason is None):
+                        continue
+                    told[one.index] = len(one.text), len(one.token_ids)
+                    if one.finish_reason is not None:
+                        ended.add(one.index)
+                    text, ids = one.text[characters:], one.token_ids[tokens:]
+                    self._steps.put(StepOutput(request_id, text, ids, one.finish_reason, one.index))
+        except (RequestFailed, ServiceDied, RuntimeError) as error:
+            self._steps.put(StepOutput(request_id, str(error), [], "error"))
