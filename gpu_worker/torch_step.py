@@ -12,6 +12,7 @@ import torch
 from gpu_worker.attention.backends import check_backend, make_backend
 from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cache
 from gpu_worker.errors import LoadError
+from gpu_worker.host_memory import give_back_freed
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
 from gpu_worker.logprobs import prompt_scores
@@ -90,7 +91,9 @@ class TorchStep:
             tokenizer=bundle_hash(files.bundle),
             bundle=files.bundle,
         )
-        return TorchStep(model, attention, cache, geometry, threads, begun), description
+        step = TorchStep(model, attention, cache, geometry, threads, begun)
+        give_back_freed()
+        return step, description
 
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:

@@ -35,7 +35,9 @@ def size(context: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--dtype", type=click.Choice(("auto", *BYTES)), default="auto", show_default=True, help="Type of weights and activations.")
 @click.option("--block-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Tokens of one KV block.")
 @click.option("--max-num-seqs", type=click.IntRange(1, 1024), default=256, show_default=True, help="Sequences that run at once.")
-@click.option("--max-num-batched-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Tokens of one step.")
+@click.option(
+    "--max-num-batched-tokens", type=click.IntRange(0), default=0, show_default="8192, on the CPU 512", help="Tokens of one step."
+)
 @click.option(
     "--max-model-len", type=click.IntRange(0), default=0, show_default="4096, or less if the model's is", help="Tokens of a sequence."
 )

@@ -96,7 +96,7 @@ def _recommend(sizes: ModelSizes, setup: Setup, total: int, context: int) -> tup
     suited: dict[str, int | float] = {
         "max_model_len": context,
         "max_num_seqs": sequences,
-        "max_num_batched_tokens": setup.max_num_batched_tokens,
+        "max_num_batched_tokens": setup.step_tokens,
         "block_size": setup.block_size,
     }
     if setup.device == "cuda":

@@ -1,0 +1,55 @@
+"""Run as a program: load the packaged model on the CPU, run steps as large as they get, print what the process grew by.
+
+    python -m tests.pagewire.worker_memory DTYPE SEQUENCES BLOCKS
+
+Anonymous memory only: the pages of the model's file are the system's, which drops them when it wants to.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from tests.gpu_worker.model_driver import generate, greedy, load_packaged
+
+
+def anonymous() -> int:
+    """Bytes of resident anonymous memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """Watches memory until `stop`; `most` is the most that was seen."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.002):
+            self.most = max(self.most, anonymous())
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+
+def main(dtype: str, sequences: int, blocks: int) -> None:
+    torch.bmm(torch.ones(2, 64, 64), torch.ones(2, 64, 64))  # libraries allocate for themselves when first used
+    before = anonymous()
+    loaded = load_packaged(dtype, max_num_seqs=sequences, num_gpu_blocks=blocks)
+    peak = Peak()
+    peak.start()
+    prompt = list(range(loaded.description.geometry.max_step_tokens // sequences))
+    generate(loaded, [prompt] * sequences, [greedy(2)] * sequences, [0] * sequences)
+    peak.stop()
+    print(peak.most - before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
