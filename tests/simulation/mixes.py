@@ -52,6 +52,7 @@ class Mix:
         return not any(faults) and not self.poison and self.schedulers == 1 and not self.weather.loss
 
 
+LONG = (0.01, 0.05)  # seconds of a step, so that streams last long enough to be cut
 ROUGH = Weather(loss=0.01, duplication=0.01, reordering=0.02)
 
 MIXES = {
@@ -76,18 +77,18 @@ MIXES = {
         Mix("far", weather=Weather(delay=(0.005, 0.02))),
         Mix("slow steps", step_time=(0.05, 0.4), requests=10),
         Mix("clients leave", leaving=0.5),
-        Mix("clients move", moves=10, frontends=3, scheduler_crashes=1),
+        Mix("clients move", moves=10, frontends=3, scheduler_crashes=1, step_time=LONG),
         Mix("workers crash", worker_crashes=4),
         Mix("only worker crashes", worker_crashes=3, workers=1),
         Mix("scheduler crashes", scheduler_crashes=3),
-        Mix("frontends crash", frontend_crashes=4, frontends=3),
-        Mix("frontends crash, link", frontend_crashes=3, weather=ROUGH, worker_crashes=1),
-        Mix("frontends and scheduler crash", frontend_crashes=3, frontends=3, scheduler_crashes=2),
+        Mix("frontends crash", frontend_crashes=4, frontends=3, step_time=LONG),
+        Mix("frontends crash, link", frontend_crashes=3, step_time=LONG, weather=ROUGH, worker_crashes=1),
+        Mix("frontends and scheduler crash", frontend_crashes=3, frontends=3, scheduler_crashes=2, step_time=LONG),
         Mix("pauses", pauses=4),
         Mix("pauses, little credit", pauses=4, credit=12),
         Mix("cuts", holds=5),
-        Mix("drains", drains=3),
-        Mix("rolled", rolls=3),
+        Mix("drains", drains=3, step_time=LONG),
+        Mix("rolled", rolls=3, step_time=LONG),
         Mix("poison raises", poison="raise"),
         Mix("poison crashes", poison="crash", workers=3),
         Mix("poison hangs", poison="hang", workers=3),
@@ -104,6 +105,8 @@ MIXES = {
         Mix("two in charge at the start", schedulers=2, rivals=True, holds=2),
         Mix(
             "everything",
+            seconds=6.0,
+            step_time=LONG,
             weather=ROUGH,
             frontends=3,
             worker_crashes=2,
@@ -122,6 +125,8 @@ MIXES = {
         ),
         Mix(
             "everything, standby and poison",
+            seconds=6.0,
+            step_time=LONG,
             weather=ROUGH,
             schedulers=2,
             frontends=3,
