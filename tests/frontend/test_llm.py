@@ -140,7 +140,7 @@ def test_an_async_engine_streams_and_joins_a_running_stack():
             return seen
 
     with stack() as made:
-        made.up("--runner", "oracle")
+        made.up("--runner", "oracle", env={"PAGEWIRE_ORACLE_STEP_TIME": "0.02"})
         seen = asyncio.run(ask(made.run_dir))
         assert len(seen) > 3
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
