@@ -75,3 +75,28 @@ class Frontends:
         """Tokens that may still be sampled for it; negative while it owes. Derived, so it cannot drift."""
         sent = self._unacked(frontend.session) + self.queued.get(frontend.session, 0) if frontend.session else 0
         return self.limit - frontend.in_flight - sent - frontend.unsent
+
+
+class Allowance:
+    """Tokens that may still be sampled for each frontend, by index, as one plan uses them up."""
+
+    __slots__ = ("_free", "_frontends")
+
+    def __init__(self, frontends: Frontends) -> None:
+        self._frontends = frontends
+        self._free: dict[int, int] = {}
+
+    def free(self, index: int) -> int:
+        """What is left; negative while the frontend owes."""
+        if index not in self._free:
+            self._free[index] = self._frontends.free(self._frontends.at(index))
+        return self._free[index]
+
+    def use(self, index: int, tokens: int) -> None:
+        """So many are sampled in this plan."""
+        self._free[index] = self.free(index) - tokens
+
+    @property
+    def used_up(self) -> bool:
+        """Whether one of the frontends asked about has nothing left."""
+        return any(free <= 0 for free in self._free.values())
