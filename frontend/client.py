@@ -280,6 +280,7 @@ class Client:
             else:
                 self.totals.aborted += 1
             entry.measures.ended(entry, now)
+            _log_end(entry, now)
             if self.spans is not None and entry.span is not None:
                 self.spans.end(entry, now)
             self.journal.done(entry, now)
@@ -416,6 +417,25 @@ class Client:
             log.error("the tokenizer files cannot be used: %s", error)
             await asyncio.sleep(RETRY_FETCH)
             self._want_tokenizers()
+
+
+def _log_end(entry: Entry, now: float) -> None:
+    """One line for each request: what failed for a reason of ours is a warning, anything else is for debugging."""
+    error = entry.error
+    level = logging.WARNING if error is not None and error.status >= 500 else logging.DEBUG
+    if log.isEnabledFor(level):
+        extra = {
+            "request": entry.request.hex(),
+            "model": entry.new.model,
+            "tenant": entry.new.tenant,
+            "prompt_tokens": entry.prompt_tokens,
+            "completion_tokens": sum(len(choice.tokens) for choice in entry.choices),
+            "finish": ",".join(choice.finish_reason or "abort" for choice in entry.choices),
+            "seconds": round(now - entry.arrived, 6),
+        }
+        if error is not None:
+            extra |= {"status": error.status, "code": error.code, "reason": error.reason}
+        log.log(level, "request failed" if error is not None else "request ended", extra=extra)
 
 
 @dataclass

@@ -50,7 +50,9 @@ def run(settings: FrontendSettings) -> None:
     check_exposure(settings.host, settings.api_key_file, settings.auth)
     check_tls(settings.ssl_certfile, settings.ssl_keyfile)
     limit = settings.shutdown_timeout + LAST_WORDS + CLOSING
-    with Service("frontend", settings.name, settings.run_dir, settings.log_level, limit, drains=True) as process:
+    with Service(
+        "frontend", settings.name, settings.run_dir, settings.log_level, limit, drains=True, log_format=settings.log_format
+    ) as process:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         uvloop.run(_serve(settings, process))
 

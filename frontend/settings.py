@@ -31,6 +31,7 @@ class FrontendSettings:
     ssl_certfile: str = ""
     ssl_keyfile: str = ""
     log_level: str = "info"
+    log_format: str = "text"
     telemetry: str = ""  # endpoint; empty: the run directory's
     otlp_traces_endpoint: str = ""  # URL of an OpenTelemetry collector; empty: no traces
     times: Times = field(default_factory=Times)

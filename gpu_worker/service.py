@@ -33,7 +33,7 @@ SWITCH_INTERVAL = 0.0001  # seconds; at Python's 5 ms the output thread waited t
 
 def run(settings: WorkerSettings) -> None:
     """Run a worker until it is asked to stop. Raises CannotRun, RunDirError."""
-    with Service("worker", settings.name, settings.run_dir, settings.log_level, drains=True) as service:
+    with Service("worker", settings.name, settings.run_dir, settings.log_level, drains=True, log_format=settings.log_format) as service:
         sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             runner = make_runner(settings, os.environ)

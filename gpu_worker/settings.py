@@ -39,6 +39,7 @@ class WorkerSettings:
     threads: int = 0  # CPU threads of the model; 0: chosen
     step_time: float = 0.002  # of the simulated runner, seconds
     log_level: str = "info"
+    log_format: str = "text"
     telemetry: str = ""
     otlp_traces_endpoint: str = ""  # URL of an OpenTelemetry collector; empty: no traces
     times: Times = field(default_factory=Times)

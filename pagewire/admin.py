@@ -22,6 +22,7 @@ class AdminSettings:
     api: str = ""  # URL of a frontend that the live page's prompts go to; empty: it takes none
     telemetry: str = ""  # endpoint; empty: the run directory's
     log_level: str = "info"
+    log_format: str = "text"
     times: Times = field(default_factory=Times)
 
 

@@ -45,7 +45,8 @@ PAGE_HEADERS = {
 
 def run(settings: AdminSettings) -> None:
     """Serve until asked to stop. Raises RunDirError if the port or the collector's endpoint is taken."""
-    with Service("admin", settings.name, settings.run_dir, settings.log_level) as service, contextlib.ExitStack() as stack:
+    process = Service("admin", settings.name, settings.run_dir, settings.log_level, log_format=settings.log_format)
+    with process as service, contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listen(settings))
         endpoint = settings.telemetry or service.rundir.telemetry
         stack.enter_context(Guard(endpoint))

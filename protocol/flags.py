@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from protocol.log_format import FORMATS
+
 UP = "up"
 TABLES = ("frontend", "scheduler", "worker", "admin", UP)  # of a configuration file
 UP_OWN = ("workers", "frontends", "host", "port", "admin_port", "shutdown_timeout")  # settings that `up` acts on itself
@@ -43,6 +45,7 @@ FLAGS: dict[str, Flag] = {
     "telemetry": Flag("Endpoint of the admin server's collector.", empty="in the run directory"),
     "otlp_traces_endpoint": Flag("URL of an OpenTelemetry collector (OTLP/HTTP) that gets spans of every request.", empty="no traces"),
     "log_level": Flag("Least level that is logged.", choices=("debug", "info", "warning", "error")),
+    "log_format": Flag("How a line of the log looks: for people, or one JSON object.", choices=FORMATS),
     "times": Flag("Factor on every time constant (for tests).", hidden=True, name="--times-factor"),
     # frontend
     "host": Flag("Address to listen on."),

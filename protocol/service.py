@@ -28,6 +28,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
 from protocol.flight import FlightRecorder
+from protocol.log_format import Json, Text
 from protocol.rundir import RunDir, RunDirError, new_incarnation
 
 LOG_BYTES = 50_000_000  # of one log file
@@ -62,7 +63,15 @@ class Service:
     """
 
     def __init__(
-        self, role: str, name: str, run_dir: Path, log_level: str = "info", stop_limit: float = STOP_LIMIT, *, drains: bool = False
+        self,
+        role: str,
+        name: str,
+        run_dir: Path,
+        log_level: str = "info",
+        stop_limit: float = STOP_LIMIT,
+        *,
+        drains: bool = False,
+        log_format: str = "text",
     ) -> None:
         self.role = role
         self.name = name
@@ -74,6 +83,7 @@ class Service:
         self.log = logging.getLogger(role)
         self._drains = drains
         self._log_level = log_level
+        self._log_format = log_format
         self._stop_limit = stop_limit
         self._waiting = ""
         self.rundir = RunDir(run_dir)
@@ -83,7 +93,7 @@ class Service:
         die_with_parent()
         self._catch_signals()
         self._registration = self.rundir.register(self.role, self.name, self.incarnation)
-        start_logging(self.rundir.logs / f"{self.name}.log", self.name, self._log_level)
+        start_logging(self.rundir.logs / f"{self.name}.log", self.name, self._log_level, log_format=self._log_format)
         self.log.info("started: pid %d, incarnation %d, run directory %s", os.getpid(), self.incarnation, self.rundir.path)
         return self
 
@@ -197,19 +207,6 @@ def die_with_parent() -> None:
             sys.exit(EXIT_FAILED)
 
 
-class _Fields(logging.Formatter):
-    """`time LEVEL service logger: message key=value …`; the pairs are what the call gave as `extra`."""
-
-    _standard = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
-
-    def __init__(self, service: str) -> None:
-        super().__init__(f"%(asctime)s.%(msecs)03d %(levelname)s {service} %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        extra = "".join(f" {key}={value}" for key, value in vars(record).items() if key not in self._standard)
-        return super().formatMessage(record) + extra
-
-
 class _File(logging.handlers.RotatingFileHandler):
     """A rotated log that stack dumps go to as well, wherever it has been rotated to."""
 
@@ -220,7 +217,7 @@ class _File(logging.handlers.RotatingFileHandler):
         return stream
 
 
-def start_logging(path: Path, name: str, level: str, *, to_stderr: bool = True) -> None:
+def start_logging(path: Path, name: str, level: str, *, log_format: str = "text", to_stderr: bool = True) -> None:
     """Send the process's logging to a rotated file, and to stderr as a rule; fatal signals and SIGUSR1 write all stacks there."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
@@ -229,7 +226,7 @@ def start_logging(path: Path, name: str, level: str, *, to_stderr: bool = True) 
     if to_stderr:
         handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
-        handler.setFormatter(_Fields(name))
+        handler.setFormatter(Json(name) if log_format == "json" else Text(name))
     logging.basicConfig(level=number, handlers=handlers, force=True)
     logging.captureWarnings(True)
 

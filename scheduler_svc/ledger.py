@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from math import inf
@@ -12,6 +13,8 @@ from protocol.messages import Failed, Message
 from scheduler_svc.frontends import Frontend
 from scheduler_svc.preemption import detach_forks
 from scheduler_svc.requests import Choice, Request, State
+
+log = logging.getLogger("scheduler")
 
 KEPT_BYTES = 64 << 20  # ended requests are kept up to this size, oldest out first
 
@@ -114,6 +117,7 @@ class Ledger:
         if request.ended:
             return
         request.failure = Failed(request.id, status, code, reason, param, retry_after)
+        log.info("request failed", extra={"request": request.id.hex(), "status": status, "code": code})
         for choice in request.work:
             self.stop(choice)
         self.settle(request, now)

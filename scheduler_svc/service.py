@@ -33,7 +33,8 @@ TELEMETRY_LATEST = 1.3  # seconds after which it wakes for them
 
 def run(settings: SchedulerSettings) -> None:
     """Run a scheduler until it is asked to stop. Raises CannotRun, RunDirError."""
-    with Service("scheduler", settings.name, settings.run_dir, settings.log_level) as service, ExitStack() as stack:
+    process = Service("scheduler", settings.name, settings.run_dir, settings.log_level, log_format=settings.log_format)
+    with process as service, ExitStack() as stack:
         context: Context = zmq.Context()
         stack.callback(context.term)
         endpoints = {

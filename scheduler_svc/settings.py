@@ -33,6 +33,7 @@ class SchedulerSettings:
     hash_key_file: str = ""
     standby: bool = False  # wait until workers have been without an active scheduler for the standby time
     log_level: str = "info"
+    log_format: str = "text"
     telemetry: str = ""
     otlp_traces_endpoint: str = ""  # URL of an OpenTelemetry collector; empty: no traces
     times: Times = field(default_factory=Times)

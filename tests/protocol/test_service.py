@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -55,8 +56,10 @@ def run_dir() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def service(run_dir: Path, body: str, limit: float = 5.0, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", OPENING + body, str(run_dir), str(limit)]
+def service(
+    run_dir: Path, body: str, limit: float = 5.0, env: dict[str, str] | None = None, opening: str = OPENING
+) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", opening + body, str(run_dir), str(limit)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
     try:
         assert process.stdout is not None
@@ -150,6 +153,30 @@ def test_what_a_log_call_adds_stands_behind_its_message(run_dir: Path) -> None:
     with service(run_dir, '    service.log.warning("opened %d", 3, extra={"epoch": 4, "peer": "worker-1"})\n') as process:
         process.wait(5)
     assert "WARNING worker-0 worker: opened 3 epoch=4 peer=worker-1\n" in (run_dir / "logs" / "worker-0.log").read_text()
+
+
+def test_a_line_in_json_is_one_object_with_the_call_s_fields_and_the_stack(run_dir: Path) -> None:
+    body = """    service.log.info("request ended", extra={"request": "ab12", "tokens": 3})
+    try:
+        raise ValueError("of two\\nlines")
+    except ValueError:
+        service.log.exception("failed: %s", "this")
+"""
+    with service(run_dir, body, opening=OPENING.replace("stop_limit=", 'log_format="json", stop_limit=')) as process:
+        process.wait(5)
+    lines = [json.loads(line) for line in (run_dir / "logs" / "worker-0.log").read_text().splitlines()]
+    [ended] = [line for line in lines if line["message"] == "request ended"]
+    assert ended.pop("time").endswith("Z")
+    assert ended == {
+        "level": "INFO",
+        "service": "worker-0",
+        "logger": "worker",
+        "message": "request ended",
+        "request": "ab12",
+        "tokens": 3,
+    }
+    [failed] = [line for line in lines if line["message"] == "failed: this"]
+    assert failed["exception"].endswith("ValueError: of two\nlines")
 
 
 def test_logs_are_rotated_and_stacks_follow(run_dir: Path) -> None:
