@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from protocol.messages import PROTOCOL
+from protocol.messages import PROTOCOL, PROTOCOL_OLDEST
 from tests.e2e.stack import Process, eventually
 from tests.faults.fleet import Fleet, fleet
 from tests.faults.load import Load
@@ -83,7 +83,7 @@ def test_peers_two_versions_apart_are_refused_and_say_why(versions: tuple[int, i
         running.worker("worker-0")
         worker = speaking(running, "worker", "worker-1", versions)
         frontend = speaking(running, "frontend", "frontend-0", versions)
-        said = rf"speaks protocol {versions[0]} to {versions[1]}, this scheduler 1 to 2"
+        said = rf"speaks protocol {versions[0]} to {versions[1]}, this scheduler {PROTOCOL_OLDEST} to {PROTOCOL}"
         worker.line(said)
         frontend.line(said)
         eventually(lambda: running.figure("scheduler-0", "wire_session_refused") >= 2)
