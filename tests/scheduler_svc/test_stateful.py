@@ -165,7 +165,7 @@ def machine(examples: int, steps: int) -> type:
 
 
 TestServing = machine(15, 30)
-TestServingLong = pytest.mark.slow(machine(150, 60))
+TestServingLong = pytest.mark.timeout(900)(pytest.mark.slow(machine(150, 60)))
 
 
 def test_what_the_rules_are_to_drive_really_happens() -> None:
