@@ -19,6 +19,7 @@ from protocol.tokenizer_files import BYTES_ENTRY, GGUF_ENTRY, BundleError, open_
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
+LONG = 500_000  # characters of a batch whose memory is given back
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_EOS, _BYTE_BOS = 256, 257
 _BYTE_TEMPLATE = (
@@ -115,7 +116,17 @@ class _TokenizersEncoder:
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         # The batch call releases the GIL, `encode` does not; the fast one leaves out offsets.
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        batch = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        if sum(map(len, texts)) >= LONG:
+            give_memory_back()
+        return batch
+
+
+def give_memory_back() -> None:
+    """Let the C library return what it keeps of freed memory to the system: a long text took 100 bytes a character."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries return it by themselves
+    if trim is not None:
+        trim(0)
 
 
 class _BytesEncoder:

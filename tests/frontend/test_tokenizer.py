@@ -202,3 +202,28 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+LONG_TEXT = """
+import psutil
+from frontend import tokenizer
+from tests.frontend.tokenizer_samples import a_bundle, byte_level_backend
+
+made = tokenizer.Tokenizer.from_bundle(a_bundle(byte_level_backend()))
+if {keep}:
+    tokenizer.give_memory_back = lambda: None
+before = psutil.Process().memory_info().rss
+for _ in range(2):
+    made.encode_batch(["hello world " * 80_000])
+print((psutil.Process().memory_info().rss - before) >> 20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's way of giving memory back")
+def test_the_memory_of_a_long_text_is_given_back() -> None:
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", LONG_TEXT.format(keep=keep)], capture_output=True, check=True, timeout=60).stdout)
+        for keep in (True, False)
+    )
+    assert given_back < kept / 2, (given_back, kept)
