@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.gpu_player import Player, Sequence
 from benchmarks.gpu_results import add_rows
-from gpu_worker.cuda.engine import Engine, Options
+from gpu_worker.cuda.engine import Engine
+from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.weights import load_weights
 from gpu_worker.loading.config import from_json
 from gpu_worker.loading.dummy import DummyTensors

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gpu_worker.cuda.engine import Engine, Options
+from gpu_worker.cuda.engine import Engine
+from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.weights import load_weights
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.model_files import fingerprint, open_model

@@ -18,8 +18,9 @@ from tests.gpu_worker.model_driver import Loaded
 from tests.gpu_worker.test_prompt_scores import score
 
 if torch.cuda.is_available():
-    from gpu_worker.cuda.engine import Engine, Options
+    from gpu_worker.cuda.engine import Engine
     from gpu_worker.cuda.graphs import likely_shapes
+    from gpu_worker.cuda.memory import Options
     from gpu_worker.cuda.weights import load_weights
 
 QWEN3 = ModelConfig(
