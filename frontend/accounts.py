@@ -15,6 +15,7 @@ BEGUN = "pagewire.begun"  # where the scope says when the request came, on the m
 OK = "ok"
 CLIENT_GONE = "client_gone"
 MOVED = "moved"  # another frontend goes on with the stream
+NO_HTTP = "invalid_http"
 OTHER = "other"  # the path of requests for what is not there
 
 
@@ -39,6 +40,10 @@ class Accounts:
         if path not in self._seconds:
             self._seconds[path] = Histogram("pagewire_http_request_duration_seconds")
         self._seconds[path].observe(time.monotonic() - scope[BEGUN])
+
+    def malformed(self) -> None:
+        """Something came that is no HTTP request, and was refused."""
+        self._ended[OTHER, "400", NO_HTTP] += 1
 
     def series(self) -> list[Series]:
         """Samples of the families."""

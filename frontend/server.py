@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from frontend.access import ApiKeys, Guard, check_exposure, check_tls
-from frontend.accounts import Accounts, Counted
+from frontend.accounts import NO_HTTP, Accounts, Counted
 from frontend.api.handling import HANDLERS
 from frontend.api.routes import ROUTES
 from frontend.client import Client
@@ -107,7 +107,8 @@ class _Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, which answers what is no HTTP in JSON like every other error."""
 
     def send_400_response(self, msg: str) -> None:
-        body = msgspec.json.encode(ApiError(400, msg, code="invalid_http").body())
+        body = msgspec.json.encode(ApiError(400, msg, code=NO_HTTP).body())
+        self.config.app.state.accounts.malformed()  # type: ignore[union-attr]  # it is what `make_app` made
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
         self.transport.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,10 @@ def scrapes() -> Iterator[tuple[Scrape, Scrape]]:
                     made.url, {"prompt": "a long enough beginning for a block " * 3, "max_tokens": 20 + i, "ignore_eos": True}
                 )
             assert httpx.post(f"{made.url}/v1/completions", json={"prompt": "x", "temperature": -1}).status_code == 400
+            host, port = made.url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), 10) as connection:
+                connection.sendall(b"this is no HTTP\r\n\r\n")
+                assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
         def scrape(requests: int) -> Scrape:
             def complete() -> bool:  # the figures of all services are from behind the requests
@@ -68,6 +73,7 @@ def test_queries_give_what_was_done(scrapes: tuple[Scrape, Scrape]) -> None:
 
     assert value('sum(increase(vllm:generation_tokens_total{model_name="small"}[1m]))') == 63
     assert value('sum(increase(pagewire_http_requests_total{code="invalid_value"}[1m]))') == 1
+    assert value('sum(increase(pagewire_http_requests_total{path="other",code="invalid_http",status="400"}[1m]))') == 1
     assert 0 < value('histogram_quantile(0.5, sum by (le) (rate(vllm:inter_token_latency_seconds_bucket{model_name="small"}[1m])))') < 1
     assert value('sum(increase(vllm:prefix_cache_hits_total{model_name="small"}[1m]))') > 0
 
