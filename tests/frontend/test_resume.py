@@ -13,11 +13,11 @@ from frontend.journal import Journal
 from frontend.resume import Header, Position, TextOptions, parse_event_id, read_header, revive, with_headers
 from frontend.streams import Stream
 from frontend.tokenizer import Tokenizer
-from protocol.columns import pack
+from protocol.columns import pack, pack_floats
 from protocol.counters import Counters
 from protocol.messages import Choice as WireChoice
 from protocol.messages import Journal as JournalMessage
-from protocol.messages import SamplingParams, Submit, Welcome
+from protocol.messages import PromptScores, SamplingParams, Scores, Submit, Welcome
 from protocol.times import Times
 from protocol.tokenizer_files import byte_bundle
 
@@ -127,3 +127,29 @@ def test_each_prompt_of_a_stream_knows_where_its_choices_begin():
     made = with_headers([entry.new, entry.new], HEADER, ["one", "two"])
     headers = [read_header(new.header) for new in made]
     assert [(header.first, header.echo) for header in headers] == [(0, "one"), (2, "two")]
+
+
+def test_an_echo_with_log_probabilities_is_told_to_whom_it_was_not_told():
+    asked = replace(
+        submit(["", ""], limit=0),
+        prompt=pack([65, 66]),
+        params=SamplingParams(0, prompt_logprobs=0),
+        header=msgspec.msgpack.encode(replace(HEADER, kind="completion", echo="AB", logprobs=True, echo_logprobs=0)),
+    )
+    journal = Journal(1, Times(), Counters(), lambda told: revive(told, TOKENIZER))
+    journal.opened(Welcome(1, 1, 1, bytes(16)), 0.0)
+    entry = journal.attach(REQUEST, 0.0)
+    journal.message(JournalMessage(asked), 0.0)
+    header = read_header(entry.new.header)
+    form = Form("m", 1, logprobs=True, echo_logprobs=header.echo_logprobs, echoes=[header.echo])
+    answer = CompletionAnswer(Stream([entry], lambda stream: None, 0.0), TOKENIZER, form)
+    answer.resume(parse_event_id(f"{NAME}:0:1:0"))
+    out: list[bytes] = []
+    answer.entry_events(entry, out)
+    assert not out, "the prompt's log probabilities come first"
+    journal.message(PromptScores(entry.handle, Scores(1, pack([66]), pack_floats([-0.5]), pack([1]))), 0.0)
+    answer.entry_events(entry, out)
+    events = b"".join(out).decode()
+    assert events.count('"token_logprobs":[null,-0.5]') == 1
+    assert '"index":1' in events
+    assert '"index":0' not in events
