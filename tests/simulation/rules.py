@@ -27,6 +27,7 @@ from scheduler_svc.frontends import Frontends
 from scheduler_svc.intake import Intake
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.progress import Progress
+from scheduler_svc.requests import Choice
 from scheduler_svc.suspects import Suspects
 from scheduler_svc.worker import Worker
 from tests.simulation.broken import ACCOUNTS, CHARGE, CREDIT, DRAIN, ENDING, LINK, MESSAGE, PLAN, PROGRESS, REST, STREAM
@@ -335,6 +336,10 @@ def a_leaving_worker_goes_empty(patch: Patch) -> None:
     patch.setattr("scheduler_svc.engine.is_empty", lambda worker: True)
 
 
+def positions_to_be_told_are_not_taken_from_a_cache(patch: Patch) -> None:
+    patch.setattr(Choice, "most_cached", property(lambda self: self.length - 1))
+
+
 # ---------------------------------------------------------------- where each is noticed
 
 # More prefixes than the pool can hold: blocks are evicted, given away, and asked for again.
@@ -392,4 +397,5 @@ RULES = (
     Rule(a_nan_that_came_with_a_shared_block_ends_nobody, ONE_PREFIX, (ENDING,)),
     Rule(a_nan_withdraws_the_hashes_of_its_table, ONE_PREFIX, (ENDING,)),
     Rule(a_leaving_worker_goes_empty, MIXES["drains"], (DRAIN,)),
+    Rule(positions_to_be_told_are_not_taken_from_a_cache, MIXES["prompt scores"], (PROGRESS, ENDING)),
 )
