@@ -24,8 +24,11 @@ from protocol.columns import unpack
 from protocol.messages import Models, Plan
 from tests.e2e.stack import eventually
 from tests.faults.fleet import Fleet, fleet
+from tests.faults.link_proxy import DOWN, UP
 from tests.faults.load import STREAMS, Load, quantile
-from tests.faults.test_worker_hangs import FREEZE
+from tests.faults.test_attach import ResumingLoad
+from tests.faults.test_replace import command
+from tests.faults.test_worker_hangs import FREEZE, POISON, poisoned
 
 TOKENS = 120  # of each stream
 STANDBY = "scheduler-1"
@@ -153,6 +156,102 @@ def all_killed(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
     return at, at + _log_time(running, "frontend-0", "session over", since)
 
 
+def scheduler_and_worker_killed(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """SIGKILL the scheduler and a worker, started again at once."""
+    since = datetime.now()
+    at = running.kill("scheduler-0")
+    running.kill("worker-0")
+    running.worker("worker-0")
+    running.scheduler()
+    return at, at + _log_time(running, "frontend-0", "session over", since)
+
+
+def worker_drained(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """`pagewire drain` of one of two workers."""
+    at = time.monotonic()
+    drained = command(running.stack, "drain", "worker-0")
+    assert drained.returncode == 0, drained.stderr
+    return at, at
+
+
+def frontend_killed(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """SIGKILL one of two frontends; its streams go on at the other (their pauses)."""
+    at = running.kill("frontend-0")
+    return at, at  # each client sees its connection break
+
+
+def frontend_stopped(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """SIGSTOP one of two frontends for 5 s (pauses of the other's streams)."""
+    with running.stopped("frontend-0") as at:
+        eventually(lambda: running.figure("scheduler-0", "wire_session_closed") > 0)
+        told = time.monotonic()
+        time.sleep(max(0.0, at + 5 - time.monotonic()))
+    return at, told
+
+
+def _poison(running: Fleet) -> tuple[float, float]:
+    at = time.monotonic()
+    seen = poisoned(running)
+    assert seen.error is not None, "the poisoned request ended well"
+    return at, time.monotonic()
+
+
+def _poison_kept(running: Fleet) -> tuple[float, float]:
+    with running.kept("worker-0", "worker-1"):
+        at, over = _poison(running)
+        eventually(lambda: running.sum("workers_ready", "scheduler") == 2, 60)
+    return at, over
+
+
+def step_raises(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """A request whose steps raise (until it has failed)."""
+    return _poison(running)
+
+
+def step_computes_nan(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """A request that computes NaN (until it has failed)."""
+    return _poison(running)
+
+
+def step_crashes(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """A request that kills its worker each time (until it has failed)."""
+    return _poison_kept(running)
+
+
+def step_hangs(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """A request that hangs its worker each time (until it has failed)."""
+    return _poison_kept(running)
+
+
+def _cut(running: Fleet, name: str, link: str, seconds: float) -> float:
+    proxy = running.proxies[name]
+    at = time.monotonic()
+    proxy.hold(link, UP, DOWN)
+    time.sleep(seconds)
+    assert proxy.held_bytes() > 0, "nothing was held"
+    proxy.release()
+    return at
+
+
+def frontend_link_cut_briefly(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """The frontend's link holds all bytes for 0.3 s."""
+    at = _cut(running, "frontend-0", "first", 0.3)
+    return at, at
+
+
+def frontend_link_cut(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """The frontend's link holds all bytes for 2 s."""
+    since = datetime.now()
+    at = _cut(running, "frontend-0", "first", 2.0)
+    return at, at + _log_time(running, "frontend-0", "session over", since)
+
+
+def worker_link_cut(running: Fleet, watches: list[Watch]) -> tuple[float, float]:
+    """A worker's results hold for 2 s."""
+    at = _cut(running, "worker-0", "results", 2.0)
+    return at, _told(watches, at)
+
+
 FAULTS: tuple[Fault, ...] = (
     nothing,
     worker_killed,
@@ -163,47 +262,70 @@ FAULTS: tuple[Fault, ...] = (
     scheduler_restarted,
     standby_takes_over,
     all_killed,
+    scheduler_and_worker_killed,
+    worker_drained,
+    frontend_killed,
+    frontend_stopped,
+    frontend_link_cut_briefly,
+    frontend_link_cut,
+    worker_link_cut,
+    step_raises,
+    step_computes_nan,
+    step_crashes,
+    step_hangs,
 )
+MARKS = {step_raises: "raise", step_computes_nan: "nan", step_crashes: "crash", step_hangs: "hang"}
+CUTS = (frontend_link_cut_briefly, frontend_link_cut, worker_link_cut)
+WATCHED = {frontend_killed: "frontend-0", frontend_stopped: "frontend-1"}  # whose streams' pauses count, with two frontends
 
 
 @contextlib.contextmanager
 def started(fault: Fault, step: float) -> Iterator[Fleet]:
-    """Two workers, a frontend, a scheduler, and a standby if the fault is about one."""
-    with fleet(step=step) as running:
-        standby = fault is standby_takes_over
-        folder = running.rundir.sockets
-        binds = {role: f"ipc://{folder}/standby-{role}.sock" for role in ("frontends", "workers")} if standby else {}
+    """Two workers, a frontend or two, a scheduler, and what else the fault is about: a standby, proxies, marked tokens."""
+    env = {"PAGEWIRE_ORACLE_MARKS": f"{ord(POISON)}={MARKS[fault]}"} if fault in MARKS else {}
+    with fleet(step=step, env=env, tcp=fault in CUTS) as running:
+        dial: dict[str, tuple[str, ...]] = {}
         running.scheduler()
-        dial: dict[str, tuple[str, ...]] = {"frontends": (), "workers": ()}
-        if standby:
+        if fault is standby_takes_over:
+            folder = running.rundir.sockets
+            binds = {role: f"ipc://{folder}/standby-{role}.sock" for role in ("frontends", "workers")}
             running.scheduler(STANDBY, "--standby", "--bind-frontends", binds["frontends"], "--bind-workers", binds["workers"])
-            for role, own in (("frontends", running.rundir.frontends), ("workers", running.rundir.workers)):
-                dial[role] = ("--scheduler", own, "--scheduler", binds[role])
+            for role, own in (("frontend", running.rundir.frontends), ("worker", running.rundir.workers)):
+                dial[role] = ("--scheduler", own, "--scheduler", binds[f"{role}s"])
+        if fault in CUTS:
+            for role, port in zip(("frontend", "worker"), running.ports, strict=True):
+                dial[role] = ("--scheduler", running.through_proxy(f"{role}-0", port))
         if fault is worker_frozen:
             running.patched_worker("worker-0", FREEZE.format(file=str(running.stack.folder / "freeze")))
         else:
-            running.worker("worker-0", *dial["workers"])
-        running.worker("worker-1", *dial["workers"])
-        running.frontend("frontend-0", *dial["frontends"])
+            running.worker("worker-0", *dial.get("worker", ()))
+        running.worker("worker-1", *(() if fault in CUTS else dial.get("worker", ())))
+        for i in range(1 + (fault in WATCHED)):
+            running.frontend(f"frontend-{i}", *dial.get("frontend", ()))
         running.ready(2)
         yield running
 
 
 def measure(fault: Fault, step: float) -> tuple[float, list[float], int, int]:
-    """(detection in s, pauses in s, tokens computed, requests failed) of 48 requests with this fault in their midst."""
+    """(detection in s, pauses in s, tokens computed, requests failed) of 48 requests with this fault in their midst.
+
+    A poisoned request of the fault's own is not among them.
+    """
     with started(fault, step) as running:
         watches = [Watch(running, name) for name in running.services if name.startswith("scheduler")]
         time.sleep(0.5)  # a tap looks for its subscribers five times a second
-        load = Load(running.urls, STREAMS, TOKENS, rounds=1)
+        load = (ResumingLoad if fault is frontend_killed else Load)(running.urls, STREAMS, TOKENS, rounds=1)
         load.well_underway()
         time.sleep(20 * step)
         at, detected = fault(running, watches)
         load.finish()
-        running.at_rest()
-        failed = int(running.sum("requests_failed", "frontend"))
+        failed = fault in MARKS
+        running.at_rest(failed=int(failed))
+        failures = int(running.sum("requests_failed", "frontend")) - failed
         for watch in watches:
             watch.close()
-        return detected - at, load.pauses(at), sum(watch.computed for watch in watches), failed
+        pauses = load.pauses(at, WATCHED.get(fault, ""))
+        return detected - at, pauses, sum(watch.computed for watch in watches), failures
 
 
 def main() -> None:

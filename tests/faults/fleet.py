@@ -17,6 +17,7 @@ import zmq
 from protocol.rundir import RunDir
 from protocol.telemetry import Collector, Telemetry
 from tests.e2e.stack import Process, Stack, eventually, stack
+from tests.faults.link_proxy import LinkProxy
 from tests.faults.load import STREAMS, Load
 
 ORACLE = ("--runner", "oracle", "--max-num-batched-tokens", "128")
@@ -45,6 +46,7 @@ class Fleet:
         self.urls: dict[str, str] = {}
         self._env = {"PAGEWIRE_ORACLE_STEP_TIME": str(step), **(env or {})}
         self.ports = _free_ports(2) if tcp else ()
+        self.proxies: dict[str, LinkProxy] = {}  # by service
         self._told: dict[str, tuple[float, Telemetry]] = {}  # by service: when, and what
         self._ended: dict[tuple[str, str], float] = {}  # (service, figure) → sum over earlier incarnations
         self._closing = threading.Event()
@@ -55,6 +57,8 @@ class Fleet:
         """Stop collecting. The processes are the stack's to end."""
         self._closing.set()
         self._thread.join()
+        for proxy in self.proxies.values():
+            proxy.close()
 
     # ------------------------------------------------------------ starting
 
@@ -65,6 +69,11 @@ class Fleet:
     @property
     def workers_endpoint(self) -> str:
         return f"tcp://127.0.0.1:{self.ports[1]}" if self.ports else self.rundir.workers
+
+    def through_proxy(self, name: str, port: int) -> str:
+        """The endpoint of a new proxy before a scheduler's port, for one service."""
+        self.proxies[name] = LinkProxy(port)
+        return f"tcp://127.0.0.1:{self.proxies[name].port}"
 
     def scheduler(self, name: str = "scheduler-0", *flags: str) -> Process:
         """Start a scheduler. Small steps, so that prefills take several."""

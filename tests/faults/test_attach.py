@@ -71,7 +71,9 @@ class ResumingLoad(Load):
     """Streams that outlive their frontends."""
 
     def _client(self, name: str, urls: dict[str, str]) -> None:
-        while not self._stop.is_set():
+        left = self._rounds or -1
+        while left and not self._stop.is_set():
+            left -= 1
             seen = Resuming(self._bodies(next(self._numbers), self._max_tokens), name)
             self.seen.append(seen)
             try:

@@ -10,4 +10,4 @@ from tests.faults import soak
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_random_faults_lose_nothing() -> None:
-    soak.run(minutes=0.5, seed=7)
+    soak.run(minutes=0.3, seed=7)

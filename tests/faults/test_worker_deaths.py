@@ -13,6 +13,8 @@ from tests.faults.load import Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
+EVERY_STEP = ("plan_received", "step_started", "forward_done", "result_unsent")
+
 
 def ends_well(running: Fleet, load: Load) -> None:
     """What every scenario ends with: all bytes right, everything given back, one ending each."""
@@ -43,11 +45,13 @@ def test_the_only_worker_is_replaced_after_five_seconds() -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_worker_dies_at_the_phase(phase: str, tmp_path) -> None:
     fired = tmp_path / "fired"
-    with serving(worker_env={"PAGEWIRE_KILL": f"{phase}:40:{fired}"}) as (running, load):
+    often = 40 if phase in EVERY_STEP else 12
+    switch = {"PAGEWIRE_KILL": f"{phase}:{often}:{fired}"}
+    with serving(worker_env=switch) as (running, load):
         eventually(fired.exists, 60)
         running.services["worker-0"].popen.wait(10)
         assert running.services["worker-0"].popen.returncode == -9
-        running.worker("worker-0", env={"PAGEWIRE_KILL": f"{phase}:40:{fired}"})  # it lives: the switch has fired
+        running.worker("worker-0", env=switch)  # it lives: the switch has fired
         eventually(lambda: running.sum("workers_ready", "scheduler") == 2)
         ends_well(running, load)
 
