@@ -22,10 +22,11 @@ def _compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs nvidia-cuda-nvrtc")
 
 
+@pytest.mark.parametrize("dim", [64, 96])
 @pytest.mark.parametrize("dtype", [0, 1, 2])
-def test_plan_elementwise_and_sampler_compile(dtype: int) -> None:
+def test_plan_elementwise_and_sampler_compile(dtype: int, dim: int) -> None:
     for source in ("elementwise.cu", "sampler.cu"):
-        assert compile_cubin(source, "sm_90a", {"DTYPE": dtype, "DIM": 64})
+        assert compile_cubin(source, "sm_90a", {"DTYPE": dtype, "DIM": dim})
 
 
 @pytest.mark.slow
