@@ -23,9 +23,11 @@ from scheduler_svc import draft
 from scheduler_svc.core import Core
 from scheduler_svc.engine import Engine
 from scheduler_svc.epochs import Epochs, State
+from scheduler_svc.fleet import Fleet
 from scheduler_svc.frontends import Frontends
 from scheduler_svc.intake import Intake
 from scheduler_svc.ledger import Ledger
+from scheduler_svc.outcomes import Outcomes
 from scheduler_svc.progress import Progress
 from scheduler_svc.requests import Choice
 from scheduler_svc.suspects import Suspects
@@ -276,8 +278,8 @@ def the_grace_ends(patch: Patch) -> None:
 
 
 def a_lost_workers_requests_go_elsewhere(patch: Patch) -> None:
-    strip = Engine._strip
-    patch.setattr(Engine, "_strip", lambda self, worker: strip(self, worker) and [])
+    strip = Fleet._strip
+    patch.setattr(Fleet, "_strip", lambda self, worker: strip(self, worker) and [])
 
 
 # ---------------------------------------------------------------- §3: steps
@@ -309,19 +311,19 @@ def suspects_run_alone(patch: Patch) -> None:
 
 
 def a_nan_that_came_with_a_shared_block_ends_nobody(patch: Patch) -> None:
-    nan = Engine._nan
+    nan = Outcomes._nan
 
-    def harsh(self: Engine, worker: Any, choice: Any, now: float) -> None:
+    def harsh(self: Outcomes, worker: Any, choice: Any, now: float) -> None:
         choice.no_hits = True
         nan(self, worker, choice, now)
 
-    patch.setattr(Engine, "_nan", harsh)
+    patch.setattr(Outcomes, "_nan", harsh)
 
 
 def a_nan_withdraws_the_hashes_of_its_table(patch: Patch) -> None:
-    nan = Engine._nan
+    nan = Outcomes._nan
 
-    def kept(self: Engine, worker: Any, choice: Any, now: float) -> None:
+    def kept(self: Outcomes, worker: Any, choice: Any, now: float) -> None:
         forget, worker.blocks.forget = worker.blocks.forget, lambda block: False
         choice.no_hits = True
         try:
@@ -329,11 +331,11 @@ def a_nan_withdraws_the_hashes_of_its_table(patch: Patch) -> None:
         finally:
             worker.blocks.forget = forget
 
-    patch.setattr(Engine, "_nan", kept)
+    patch.setattr(Outcomes, "_nan", kept)
 
 
 def a_leaving_worker_goes_empty(patch: Patch) -> None:
-    patch.setattr("scheduler_svc.engine.is_empty", lambda worker: True)
+    patch.setattr("scheduler_svc.fleet.is_empty", lambda worker: True)
 
 
 def positions_to_be_told_are_not_taken_from_a_cache(patch: Patch) -> None:
