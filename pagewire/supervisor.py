@@ -26,7 +26,7 @@ from protocol.rundir import RunDir
 from protocol.service import DRAIN_SIGNAL, PARENT
 
 READY = ("ready", "waiting")  # states of a service that has started well
-STOP_MARGIN = 1.1  # seconds from the streams' end to SIGKILL
+STOP_MARGIN = 0.9  # seconds from the streams' end to SIGKILL
 LOOK_EVERY = 0.05  # seconds between two looks at `probe` and at dying processes
 
 

@@ -189,7 +189,7 @@ def log_early_crash(run_dir: Path, name: str, error: Exception) -> None:
 
 
 def leave() -> NoReturn:
-    """End the process after its orderly end, without the interpreter's teardown: with torch in it that takes a second."""
+    """End the process after its orderly end, without the interpreter's teardown: on a busy machine it takes a second."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
