@@ -172,6 +172,7 @@ def test_a_stream_that_nobody_has_or_that_is_somebody_elses_is_gone() -> None:
         assert seen
         assert not theirs.resumed
         theirs.check()
+        running.fresh()  # by then the scheduler has heard that the client has everything
         status, body = post(url, theirs.last_id)
         assert (status, body["error"]["code"]) == (404, "stream_gone"), "it was told to its end"
         load.finish()
