@@ -57,6 +57,7 @@ class World:
         self.counters = Counters()  # of processes that have ended
         self.clients = Clients(self, self.rng, mix, self.clock, self.times)
         self._incarnations = 0
+        self._credit: dict[Engine, int] = {}  # the highest limit of each scheduler's engine
         self.names = [f"scheduler-{i}" for i in range(mix.schedulers)]
         self._stores: list[dict[str, object]] = [{} for _ in self.names] if mix.rivals else [{}] * mix.schedulers
         self.schedulers: dict[str, SchedulerNode] = {}
@@ -320,11 +321,13 @@ class World:
                 self._check_frontends(engine)
 
     def _check_frontends(self, engine: Engine) -> None:
+        # what was sampled under a higher limit, before a worker was lost, stays outstanding
+        limit = self._credit[engine] = max(engine.frontends.limit, self._credit.get(engine, 0))
         for frontend in engine.frontends.by_index:
             if frontend is None:
                 continue
             # the row that takes the last token may be sampled for its forks too
-            if frontend.in_flight + frontend.unsent > engine.frontends.limit + MOST_CHOICES - 1:
+            if frontend.in_flight + frontend.unsent > limit + MOST_CHOICES - 1:
                 raise self.broken(CREDIT, f"{frontend.in_flight} + {frontend.unsent} tokens are outstanding for {frontend.name}")
             if frontend.session and frontend.resumed and any(f.requests for f in engine.frontends.mute(frontend.incarnation)):
                 raise self.broken(REST, f"{frontend.name} has named everything, and has more")
