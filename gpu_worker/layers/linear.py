@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from gpu_worker.loading.source import FourBit
 
 GROUP = 32  # weights that share a scale in FourBitLinear
+_AGAIN = 64  # results of a row that are computed again in float32
+_AGAIN_ROWS = 16  # rows at a time: the copies of their weights fit a core's cache
 _ROWS_HINT = 16  # rows that oneDNN chooses its blocking for; with 1 the result of one row differs from the others
 
 
@@ -77,18 +79,26 @@ class FourBitLinear:
 
 
 class EightBitRows:
-    """int8 weights with one scale a row, on the CPU: an embedding and an output matrix in one."""
+    """int8 weights with one scale a row, on the CPU: an embedding and an output matrix in one.
+
+    The kernel rounds its results to bfloat16, 8 bits, in which the two largest logits are often one number. So the
+    largest of each row are computed again, in float32: the choice among them is as fine as the weights.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         """weight: float32 [rows, columns]; rounded to 1/127 of each row's largest magnitude."""
         self._scale = (weight.abs().amax(dim=1) / 127).clamp_(min=1e-12).to(torch.bfloat16)
         self._q = torch.round(weight / self._scale.float()[:, None]).clamp_(-127, 127).to(torch.int8)
         self.out_features = weight.shape[0]
+        self._again = min(_AGAIN, self.out_features)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows `ids` (int64 [n]) as float32 [n, columns]."""
-        return self._q[ids].float() * self._scale[ids].float()[:, None]
+        """Rows `ids` (int64 [...]) as float32 [..., columns]."""
+        return self._q[ids].float() * self._scale[ids].float().unsqueeze(-1)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch._weight_int8pack_mm(x.bfloat16(), self._q, self._scale)
+        y: torch.Tensor = torch._weight_int8pack_mm(x.bfloat16(), self._q, self._scale).float()
+        for rows, out in zip(torch.split(x.float(), _AGAIN_ROWS), torch.split(y, _AGAIN_ROWS)):
+            largest = out.topk(self._again, sorted=False).indices
+            out.scatter_(1, largest, (self.lookup(largest) * rows.unsqueeze(1)).sum(-1))
         return y

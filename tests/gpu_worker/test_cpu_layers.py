@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpu_worker.layers.functions import rotation, silu_mul
+from gpu_worker.layers.linear import EightBitRows
 from gpu_worker.layers.stream import Stream
 
 ROWS = 300
@@ -73,3 +74,17 @@ def test_silu_times_up_gives_a_row_the_same_bits_in_any_share_of_rows(width: int
     assert torch.allclose(whole.double(), gate * gate.sigmoid() * up, atol=1e-5)
     for n in (n for n in SOME if n <= len(gate_up)):
         assert torch.equal(silu_mul(gate_up[:n]), whole[:n])
+
+
+def test_the_largest_logits_are_as_fine_as_float32_and_the_same_in_any_batch() -> None:
+    x = _random(40, 96)
+    weight = _random(2000, 96)
+    weight[1234] = weight[7] + _random(96) * 1e-2  # bfloat16 cannot tell these two apart
+    head = EightBitRows(weight)
+    logits = head(x)
+    exact = x.double() @ head.lookup(torch.arange(2000)).double().T
+    largest = exact.topk(20).indices
+    assert torch.allclose(logits.gather(1, largest).double(), exact.gather(1, largest), rtol=1e-5)
+    assert torch.equal(logits.argmax(1), exact.argmax(1))
+    for n in (1, 2, 3, 5, 16, 17):
+        assert torch.equal(head(x[:n]), logits[:n])
