@@ -6,7 +6,7 @@ import ctypes
 
 
 def give_back_freed() -> None:
-    """Return freed memory to the system: glibc keeps what loading a model has freed, 50 to 140 MiB for SmolLM2.
+    """Return freed memory to the system: glibc keeps what loading a model has freed, 10 to 135 MiB for SmolLM2.
 
     Does nothing under another C library.
     """
