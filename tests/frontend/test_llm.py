@@ -20,7 +20,14 @@ from tests.e2e.stack import eventually, oracle_texts, stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 # A program started in a shell's background ignores SIGINT, and hands that down.
-PROGRAM = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); from pagewire import LLM; llm = LLM(runner='oracle'); print('up', flush=True); time.sleep(600)"
+PROGRAM = """
+import signal, time
+from pagewire import LLM
+signal.signal(signal.SIGINT, signal.default_int_handler)
+llm = LLM(runner="oracle")
+print("up", flush=True)
+time.sleep(600)
+"""
 
 
 def owed(prompt: str, **fields: object) -> list[tuple[str, str]]:
