@@ -48,7 +48,8 @@ def router(context: Context, endpoint: str, keys: ServerKeys | None = None, role
     """
     socket = _socket(context, zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    # One side's pings show both that the other is gone: the side that is asked gives up when no ping comes (TTL).
+    # One side's pings serve both: a DEALER that hears nothing more gives up when no ping comes either (TTL). While messages
+    # flow its TTL does not run; then the link's own silence shows it.
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT)

@@ -90,9 +90,11 @@ class Arrivals:
         worker = self._router.route(choice.request.model.workers, choice)
         if worker is not None:
             worker.queue.add(choice)
-            choice.request.held_since = 0.0
+            if not any(other.queue is choice.request.model.queue for other in choice.request.work):
+                choice.request.held_since = 0.0
             return
         choice.request.model.queue.add(choice)
+        choice.request.held_since = choice.request.held_since or now
         self._hold(choice.request, now)
 
     def _hold(self, request: Request, now: float) -> None:
@@ -122,7 +124,8 @@ class Arrivals:
                 self._counters.add("scheduler_returns_awaited")
                 choice.request.model.queue.add(choice)
                 choice.request.held_since = now
-                self._ledger.later(now + self._settings.times.move, choice.request, self._move)
+                choice.request.awaits_until = now + self._settings.times.move
+                self._ledger.later(choice.request.awaits_until, choice.request, self._move)
             else:
                 self.enqueue(choice, now)
 
@@ -136,6 +139,8 @@ class Arrivals:
 
     def _move(self, request: Request, now: float) -> None:
         """The lost worker has not come back in time."""
+        if now < request.awaits_until:
+            return  # it has been back, and was lost again
         for choice in request.work:
             if choice.queue is request.model.queue:
                 choice.queue.remove(choice)
@@ -152,25 +157,28 @@ class Arrivals:
             self._ledger.fail(request, now, 503, "deadline_exceeded", "The request waited longer than its deadline allows.")
 
     def steal(self, worker: Worker) -> None:
-        """An idle worker fills its free slots with the first in line of workers that have no room."""
+        """An idle worker fills its free slots with the first in line of workers that have no room, as far as its own goes."""
+        if worker.is_full:
+            return
         for other in worker.model.workers:
             while len(worker.queue) < len(worker.slots.free) and self._moves(other, worker):
                 pass
 
     def _moves(self, other: Worker, worker: Worker) -> bool:
-        """Move the first in line to another worker, if it waits for room there and not here."""
-        if other is worker or not other.queue or (other.slots.free and other.stuck is None):
+        """Move the first in line to another worker, if it waits for room there and finds it here."""
+        if other is worker or not other.queue or (other.slots.free and not other.is_full):
             return False
         choice = other.queue.first(lambda _: False, 0)
         size = worker.block_size
         chained = choice is not None and (
             not self._settings.enable_prefix_caching or (size in choice.chains and choice.chains[size].complete)
         )
-        if choice is None or not chained or not worker.can_hold(choice):
+        if choice is None or not chained or not worker.can_hold(choice) or choice.swap is not None:
+            return False
+        if worker.queue.tokens + choice.length > worker.blocks.available * size:
             return False
         other.queue.remove(choice)
         if choice.worker is not None:
-            choice.worker.host.void(choice)
             choice.worker.drop_record(choice)
         worker.queue.add(choice)
         return True

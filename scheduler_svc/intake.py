@@ -121,7 +121,7 @@ class Intake:
         lacks = message.scored < request.scored or any(map(_must_restart, request.choices, message.choices))
         if request.ended and request.failure is None and lacks:
             self._ledger.forget(request)
-            self._new(frontend, message, now)
+            self._new(frontend, replace(message, admitted=message.admitted or request.admitted), now)
             return
         self.adopt(frontend, request, message.handle)
         if request.failure is not None:

@@ -12,8 +12,8 @@ from protocol.messages import PromptScores, Result, Scored
 from scheduler_svc.frontends import Frontends
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.preemption import detach_forks
-from scheduler_svc.requests import Choice
-from scheduler_svc.results import BadResult, scorer_of, take
+from scheduler_svc.requests import Choice, State
+from scheduler_svc.results import BadResult, admissions, scorer_of, take
 from scheduler_svc.suspects import Suspects
 from scheduler_svc.worker import Worker
 
@@ -59,7 +59,8 @@ class Outcomes:
         for choice in taken.nan:
             self._nan(worker, choice, now)
         for choice in taken.drained:
-            worker.queue.add(choice)
+            if choice.state is not State.ENDED:  # with its request, by a sibling's NaN
+                worker.queue.add(choice)
         return changed
 
     def scored(self, worker: Worker, message: Scored, now: float) -> None:
@@ -78,6 +79,8 @@ class Outcomes:
         elif scores.first == request.scored:
             request.scored += scores.count
             self._suspects.clear(request)
+            if request.frontend.admitted:
+                self._ledger.send(request.frontend, admissions(request.frontend))
             self._ledger.send(request.frontend, PromptScores(request.handle, scores), scores.count)
             if not request.unscored:
                 self._ledger.stop(scorer)

@@ -55,7 +55,8 @@ class Planner:
         if not (self.draft.rows or self.draft.decodes or news):
             worker.copies = self.draft.copies
             return None
-        worker.model.tally.steps.observe(worker.budget - self.budget)
+        if self.draft.rows or self.draft.decodes:
+            worker.model.tally.steps.observe(worker.budget - self.budget)
         return assemble(worker, self.draft, self.frontends, now)
 
     # ------------------------------------------------------------ running sequences
@@ -222,10 +223,7 @@ class Planner:
             choice = worker.queue.first(self._passed_over, self.trial)
             if choice is None or (choice.swap is not None and not choice.swap.copied):
                 return
-            stuck = worker.stuck
-            if not worker.slots.free or (
-                stuck is not None and stuck[0] is choice and worker.blocks.available <= stuck[1] and worker.running
-            ):
+            if not worker.slots.free or (worker.is_full and worker.stuck is not None and worker.stuck[0] is choice):
                 fits = False
             else:
                 fits = self._admit(choice)

@@ -32,7 +32,12 @@ def preempt(worker: Worker, choice: Choice, swap_at: int = 0) -> None:
 
 
 def swaps(worker: Worker, choice: Choice, mode: str) -> bool:
-    """Whether the choice is better swapped than recomputed, and can be. `mode` is the setting's."""
+    """Whether the choice is better swapped than recomputed, and can be. `mode` is the setting's.
+
+    A scorer cannot: it must compute again from the first position that has not been told, which its blocks are beyond.
+    """
+    if choice.scores:
+        return False
     s, size = worker.slots, worker.block_size
     computed = int(s.computed[choice.slot])
     n = blocks_for(computed, size)

@@ -120,6 +120,7 @@ class Request:
     __slots__ = (
         "admitted",
         "arrival",
+        "awaits_until",
         "cached",
         "chains",
         "choices",
@@ -168,7 +169,8 @@ class Request:
         self.failure: Failed | None = None
         self.ended = False
         self.unsent = 0  # tokens known but not sent, its frontend being away
-        self.held_since = 0.0  # since when no ready worker could take it
+        self.held_since = 0.0  # since when no ready worker could take it, or some part of it
+        self.awaits_until = 0.0  # until when some of it waits for a lost worker's return
         self.strikes = 0  # failures it was part of since its last known token
         self.trial = 0  # suspected of breaking steps: runs only beside those of the same number
         self.chains: dict[int, Chain] = {}  # block size -> names of the prompt's full blocks, for all fresh choices

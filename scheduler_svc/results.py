@@ -211,6 +211,12 @@ def _mute(worker: Worker, frontend: Frontend, slots: Index) -> None:
     frontend.unsent += len(slots)
 
 
+def admissions(frontend: Frontend) -> Tokens:
+    """The news of who has been admitted, by itself: of prompts that are only scored no tokens come."""
+    admitted, cached, queued = _admitted(frontend)
+    return Tokens(b"", b"", b"", b"", b"", admitted=admitted, cached=cached, queued=queued)
+
+
 def _admitted(frontend: Frontend) -> tuple[bytes, bytes, bytes]:
     """Who has been admitted since the last message, with how many tokens from the cache, after how many seconds."""
     if not frontend.admitted:

@@ -179,6 +179,11 @@ class Worker:
         return self.slots.count - len(self.slots.free)
 
     @property
+    def is_full(self) -> bool:
+        """Whether the first in line did not fit when last tried, and nothing has come free since."""
+        return self.stuck is not None and bool(self.running) and self.blocks.available <= self.stuck[1]
+
+    @property
     def load(self) -> float:
         """Share of its KV blocks, or of its slots if that is more, which all sequences running or waiting here take; may exceed 1."""
         tokens = int(self.slots.length.sum()) + self.queue.tokens

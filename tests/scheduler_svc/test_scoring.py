@@ -220,3 +220,80 @@ def test_a_worker_that_reports_what_was_not_asked_is_fenced(wrong: Scored) -> No
     stage.plan()
     stage.engine.worker_message(worker.session, wrong, stage.now)
     assert [session for session, _ in stage.engine.fence] == [worker.session]
+
+
+def test_a_scorer_is_not_swapped_out_beyond_what_has_been_told() -> None:
+    stage = Stage(preemption="swap", policy="priority")
+    stage.worker(blocks=64, host_blocks=32, slots=2, max_step_tokens=16, block_size=4)
+    frontend = stage.frontend()
+    outputs = [frontend.submit([7] * 8, stage.now, 30, priority=0, stop=False)]
+    stage.turn()
+    stage.turn()
+    scored = frontend.submit([1 + i % 50 for i in range(100)], stage.now, 0, prompt_logprobs=0, priority=1)
+    stage.turn()
+    stage.turn()
+    outputs.append(frontend.submit([9] * 24, stage.now, 20, priority=0, stop=False))
+    stage.run()
+    assert stage.counters.get("scheduler_preemptions", 0) == 1
+    assert stage.counters.get("scheduler_workers_fenced", 0) == 0
+    whole(stage, scored)
+    assert all(stream.complete for stream in outputs)
+
+
+def test_a_part_that_waits_for_a_lost_worker_is_not_failed_because_the_other_runs() -> None:
+    stage = Stage()
+    stage.now = 100_000.0  # as on a machine that has been up for a day
+    lost = stage.worker(incarnation=1)
+    frontend = stage.frontend()
+    prompt = [1 + i % 50 for i in range(100)]
+    frontend.submit(prompt, stage.now, 3, stop=False)
+    stage.run()
+    stream = frontend.submit(prompt, stage.now, 25, prompt_logprobs=0, stop=False)
+    stage.plan()
+    slow = stage.worker(incarnation=2, max_step_tokens=8)
+    other = stage.worker(incarnation=3, model="x", fingerprint=b"x")
+    stage.engine.workers[slow.session].costs.token = 1.0
+    stage.workers.pop(lost.session)
+    lost.close(stage.now)
+    stage.deliver()
+    stage.turn()
+    stage.engine.workers[slow.session].costs.token = 1.0
+    assert stage.counters.get("scheduler_returns_awaited", 0) == 1
+    stage.workers.pop(other.session)
+    other.close(stage.now)
+    stage.deliver()
+    assert stream.failed is None
+    stage.turn(20.0)
+    stage.run()
+    assert stream.complete
+    assert stream.scores == expected_scores(prompt)
+
+
+def test_who_was_admitted_is_told_where_only_prompts_are_scored() -> None:
+    stage, _, frontend = staged()
+    streams = [frontend.submit([1 + (i + j) % 50 for j in range(20)], stage.now, 0, prompt_logprobs=0) for i in range(5)]
+    stage.run()
+    assert [stream.cached for stream in streams] == [0] * 5
+    assert all(not known.admitted for known in stage.engine.frontends.by_session.values())
+
+
+def test_what_was_admitted_is_not_refused_for_a_full_queue_when_its_scores_were_lost() -> None:
+    stage = Stage(max_waiting_requests=3)
+    stage.worker(slots=1, blocks=64)
+    frontend = stage.frontend()
+    stream = frontend.submit(PROMPT, stage.now, 0, prompt_logprobs=0)
+    stage.plan()
+    frontend.close(stage.now)
+    del stage.frontends[frontend.session]
+    stage.run()
+    crowd = stage.frontend(incarnation=101)
+    for i in range(4):
+        crowd.submit([3 + i] * 20, stage.now, 100, stop=False)
+        stage.turn()
+    frontend.session = stage.session()
+    stage.frontends[frontend.session] = frontend
+    frontend.open(stage.now)
+    frontend.send(stream.submit, stage.now)  # it has heard nothing: `admitted` is False
+    stage.run()
+    assert stream.failed is None
+    assert stream.scores == expected_scores(PROMPT)

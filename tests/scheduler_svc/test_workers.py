@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from protocol.columns import pack
-from protocol.messages import Phase, Progress, Result, SamplingParams
-from scheduler_svc.requests import Choice
+import pytest
+from msgspec.structs import replace
+
+from protocol.columns import pack, unpack
+from protocol.messages import NAN, Phase, Progress, Result, SamplingParams
+from scheduler_svc.preemption import preempt
+from scheduler_svc.requests import Choice, State
+from scheduler_svc.waiting import Queue
 from tests.scheduler_svc.play import FakeWorker, Stage, Stream
 
 PROMPT = list(range(1, 19))
@@ -386,3 +391,60 @@ def test_a_prefix_that_is_soon_computed_again_waits_for_nobody() -> None:
     assert second.written > 0
     stage.run()
     assert stream.complete
+
+
+@pytest.mark.slow
+def test_two_workers_without_room_do_not_throw_their_queues_at_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(routing="round-robin")
+    sizes = {"blocks": 40, "slots": 128, "max_step_tokens": 64, "max_model_len": 128}
+    first, second = (stage.worker(incarnation=i, **sizes) for i in (1, 2))
+    frontend = stage.frontend()
+    streams = [frontend.submit([1 + (7 * i + j) % 50 for j in range(40)], stage.now, 60, stop=False, seed=i) for i in range(6)]
+    for _ in range(6):
+        stage.turn()
+    streams += [frontend.submit([1 + (3 * i + j) % 50 for j in range(60)], stage.now, 60, stop=False, seed=100 + i) for i in range(120)]
+    for _ in range(13):
+        stage.turn()
+    one, other = (stage.engine.workers[worker.session] for worker in (first, second))
+    for choice in list(one.queue):
+        one.queue.remove(choice)
+        other.queue.add(choice)
+    moves = []
+    add = Queue.add
+    monkeypatch.setattr(Queue, "add", lambda queue, choice: (moves.append(choice), add(queue, choice)))
+    waiting = len(other.queue)
+    for _ in range(20):
+        stage.turn()
+    assert len(moves) < 2 * waiting
+    stage.run()
+    assert all(stream.complete for stream in streams)
+    frontend.verify()
+
+
+def test_what_ended_by_a_siblings_nan_does_not_wait_again() -> None:
+    stage = Stage()
+    worker = stage.worker(slots=4)
+    stream = stage.frontend().submit(list(range(1, 7)), stage.now, 30, n=2, stop=False)
+    for _ in range(4):
+        stage.turn()
+    known = stage.engine.workers[worker.session]
+    (request,) = stage.engine.ledger.requests.values()
+    stage.plan()
+    broken, drained = request.choices
+    broken.no_hits = True  # it has been computed alone already
+    preempt(known, drained)
+    assert drained.state is State.DRAINING
+    while worker.plans:
+        result = worker.run(worker.plans.popleft())
+        if not worker.plans:
+            row = known.in_flight[0].slots.tolist().index(broken.slot)
+            flags, counts, ids = bytearray(result.flags), unpack(result.counts).tolist(), unpack(result.ids).tolist()
+            flags[row], counts[row] = NAN, 0
+            del ids[row]
+            result = replace(result, flags=bytes(flags), counts=pack(counts), ids=pack(ids))
+        stage.engine.worker_message(worker.session, result, stage.now)
+    assert request.ended
+    assert [choice.state for choice in request.choices] == [State.ENDED] * 2
+    assert not known.queue
+    stage.run()
+    assert stream.failed is not None

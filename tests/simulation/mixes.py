@@ -96,6 +96,7 @@ MIXES = {
         Mix("nan once", poison="nan_once"),
         Mix("prompt scores", scoring=True, worker_crashes=3, scheduler_crashes=1),
         Mix("prompt scores, small pool", scoring=True, blocks=20, slots=4, workers=1, leaving=0.2),
+        Mix("prompt scores, swaps", scoring=True, blocks=20, host_blocks=30, preemption="swap", slots=4, workers=1),
         Mix("prompt scores, frontends crash", scoring=True, frontend_crashes=4, frontends=3, weather=Weather(loss=0.01, duplication=0.01)),
         Mix("prompt scores, nan", scoring=True, poison="nan"),
         Mix("prompt scores, raises", scoring=True, poison="raise"),
