@@ -10,7 +10,7 @@ import numpy as np
 from protocol.columns import EMPTY, Int32, pack
 from protocol.messages import Admit, Plan
 from scheduler_svc.frontends import Frontends
-from scheduler_svc.worker import DRAIN, Copy, DecodeRows, Index, InFlight, Worker, per_frontend
+from scheduler_svc.worker import DRAIN, PLANNED, Copy, DecodeRows, Index, InFlight, Worker, per_frontend
 
 Entries = tuple[Index, Int32, Int32]  # slots, indices, blocks of tables
 NONE_FILLED: tuple[Index, Int32, Int32] = (np.zeros(0, dtype=np.intp), EMPTY, EMPTY)
@@ -72,6 +72,8 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         flight.prefilled = int(counts.sum())
         if scores.any():
             scored = bytes(4 * len(decodes.slots)) + pack(scores)
+            last = slots[(scores > 0) & (s.state[slots] == PLANNED)]
+            flight.scored = list(zip(last.tolist(), s.generation[last].tolist(), strict=True))
     for index, n in flight.credit:
         frontends.at(index).in_flight += n
     if not worker.in_flight:

@@ -38,6 +38,7 @@ def take(worker: Worker, result: Result, frontends: Frontends) -> Taken:
     s, outputs = worker.slots, len(flight.slots)
     if result.step != flight.step or len(result.flags) != outputs:
         raise BadResult(f"step {result.step} with {len(result.flags)} outputs, where step {flight.step} has {outputs}")
+    _check_scored(worker, flight)
     taken = Taken()
     slots, ids = flight.slots, unpack(result.ids)
     rows: Index | None = None
@@ -110,6 +111,13 @@ def scorer_of(worker: Worker, message: Scored) -> Choice | None:
     if scores.first > request.scored or scores.first + scores.count > len(request.prompt):
         raise BadResult(f"step {message.step} reports of positions from {scores.first} on, not from {request.scored}")
     return choice
+
+
+def _check_scored(worker: Worker, flight: InFlight) -> None:
+    """A scorer ends with its last row's scores, which come before that row's result. Raises BadResult if it has not."""
+    for slot, generation in flight.scored:
+        if worker.slots.generation[slot] == generation:
+            raise BadResult(f"step {flight.step} ends a prompt whose log probabilities have not been reported")
 
 
 def _seal(worker: Worker, flight: InFlight) -> None:

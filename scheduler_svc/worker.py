@@ -12,7 +12,7 @@ A row computes tokens computed … length − 1, and samples the next one if it 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,6 +101,7 @@ class InFlight:
     alone: bool  # nothing else was in flight then
     prefilled: int = 0  # tokens of rows that are no decodes
     copied: int = 0  # blocks copied from or to the host
+    scored: list[tuple[int, int]] = field(default_factory=list)  # slots, generations of scorers whose last row it holds
 
 
 @dataclass(slots=True)

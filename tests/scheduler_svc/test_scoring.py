@@ -297,3 +297,15 @@ def test_what_was_admitted_is_not_refused_for_a_full_queue_when_its_scores_were_
     stage.run()
     assert stream.failed is None
     assert stream.scores == expected_scores(PROMPT)
+
+
+def test_a_worker_that_forgets_the_scores_of_a_prompt_is_fenced() -> None:
+    stage, worker, frontend = staged(max_step_tokens=16)
+    stream = frontend.submit(PROMPT, stage.now, 4, prompt_logprobs=0)
+    tell = worker.score
+    worker.score = lambda *_: []  # type: ignore[method-assign]
+    for _ in range(8):
+        stage.turn()
+    assert stage.counters["scheduler_workers_fenced"] >= 1
+    worker.score = tell  # type: ignore[method-assign]
+    assert not stream.scores
