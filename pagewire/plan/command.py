@@ -23,6 +23,8 @@ def size(context: click.Context, param: click.Parameter, value: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", value.strip().upper())
     if not found or found[2] not in UNITS or not float(found[1]):
         raise click.BadParameter(f"{value!r} is no size such as 80GiB or 24GB", context, param)
+    if not found[2] and float(found[1]) < 2**20:
+        raise click.BadParameter(f"{value!r} would be bytes: name a unit, as in {value}GiB", context, param)
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -75,6 +75,7 @@ def test_a_drain_that_takes_too_long_ends_the_worker_and_loses_nothing() -> None
         drained = command(running.stack, "drain", "worker-0", "--timeout", "0.5")
         assert drained.returncode == 1
         assert "still had work" in drained.stdout
+        assert "only worker" in drained.stdout
         running.worker("worker-1")
         load.finish()
         running.at_rest()
