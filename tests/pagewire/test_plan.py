@@ -281,7 +281,8 @@ def test_json_has_the_same_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--gpu-memory", "80 apples"], ["--gpu-memory", "0"], ["--gpu-memory", "80"], ["--model", "/nowhere"], ["--block-size", "0"]]
+    "arguments",
+    [["--gpu-memory", "80 apples"], ["--gpu-memory", "0"], ["--gpu-memory", "80"], ["--model", "/nowhere"], ["--block-size", "0"]],
 )
 def test_a_mistake_gets_one_line_and_code_2(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, ["--model", str(QWEN), *arguments])
