@@ -430,7 +430,7 @@ def _log_end(entry: Entry, now: float) -> None:
             "tenant": entry.new.tenant,
             "prompt_tokens": entry.prompt_tokens,
             "completion_tokens": sum(len(choice.tokens) for choice in entry.choices),
-            "finish": ",".join(choice.finish_reason or "abort" for choice in entry.choices),
+            "finish": ",".join(entry.endings),
             "seconds": round(now - entry.arrived, 6),
         }
         if error is not None:

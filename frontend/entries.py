@@ -202,6 +202,14 @@ class Entry:
         """Whether every choice has ended and the prompt has its log probabilities, or the request failed or moved."""
         return not (self.unfinished or self.attaching or self.unscored)
 
+    @property
+    def endings(self) -> list[str]:
+        """How each choice is to be counted once the request is over. One that is told as failed, or whose prompt never
+        got its log probabilities, has brought no choice to its end, whatever its tokens say."""
+        if self.error is not None:
+            return ["error"] * len(self.choices)
+        return ["abort" if self.unscored else choice.finish_reason or "abort" for choice in self.choices]
+
     def finish(self, reason: str) -> None:
         """End all choices that go on, and wait for nothing more."""
         for choice in self.choices:

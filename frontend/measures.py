@@ -54,7 +54,7 @@ class Measures:
         """The request is over, for whatever reason; to be called once. What moved to another frontend is counted there."""
         if entry.moved or not entry.choices:
             return
-        reasons = [choice.finish_reason or "abort" for choice in entry.choices]
+        reasons = entry.endings
         for reason in reasons:
             self._reasons[reason] += 1
         if not {"stop", "length"}.issuperset(reasons):

@@ -38,7 +38,7 @@ class RequestSpans:
             "gen_ai.request.max_tokens": entry.new.params.max_tokens,
             "gen_ai.usage.prompt_tokens": entry.prompt_tokens,
             "gen_ai.usage.completion_tokens": sum(len(choice.tokens) for choice in entry.choices),
-            "gen_ai.response.finish_reasons": ",".join(choice.finish_reason or "abort" for choice in entry.choices),
+            "gen_ai.response.finish_reasons": ",".join(entry.endings),
             "gen_ai.latency.e2e": now - entry.arrived,
         }
         if first:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from frontend.entries import NewRequest
@@ -9,7 +11,7 @@ from frontend.journal import Journal
 from protocol.columns import pack, pack_floats
 from protocol.counters import Counters
 from protocol.families import FAMILIES
-from protocol.messages import Choice, Defaults, ModelInfo, Models, SamplingParams, Submit, Tokens, Welcome
+from protocol.messages import Choice, Defaults, Failed, ModelInfo, Models, SamplingParams, Submit, Tokens, Welcome
 from protocol.messages import Journal as JournalMessage
 from protocol.series import Series
 from protocol.times import Times
@@ -50,6 +52,11 @@ def observed(made: Journal, family: str) -> tuple[int, float]:
     """Observations and their sum."""
     sample = shown(made, family)
     return sum(sample.counts), pytest.approx(sample.value)
+
+
+def counted(made: Journal) -> dict[str, float]:
+    """Choices by how they ended."""
+    return {sample.labels[1]: sample.value for sample in made.measures["m"].series("m") if sample.family == "vllm:request_success"}
 
 
 def test_a_request_s_time_is_divided_into_queue_prefill_and_decode():
@@ -128,3 +135,24 @@ def test_an_aborted_request_is_counted_and_not_timed():
     reasons = {s.labels[1]: s.value for s in made.measures["m"].series("m") if s.family == "vllm:request_success"}
     assert reasons == {"stop": 0, "length": 0, "abort": 1, "error": 0}
     assert observed(made, "vllm:e2e_request_latency_seconds")[0] == 0
+
+
+def test_a_failed_request_without_output_is_an_error_and_no_success():
+    made = journal()
+    entry = made.submit(replace(request(1), params=SamplingParams(0, prompt_logprobs=0)), 0.0)
+    made.message(Failed(entry.request, 429, "overloaded", "too much"), 1.0)
+    entry.measures.ended(entry, 1.0)
+    assert counted(made) == {"stop": 0, "length": 0, "abort": 0, "error": 1}
+    assert observed(made, "vllm:e2e_request_latency_seconds")[0] == 0
+
+
+@pytest.mark.parametrize(("failed", "owed"), [(False, "abort"), (True, "error")])
+def test_choices_at_their_end_whose_prompt_got_no_log_probabilities_are_no_success(failed, owed):
+    made = journal()
+    scored = replace(request(1, n=2), params=SamplingParams(1, prompt_logprobs=0))
+    entry = made.submit(scored, 0.0)
+    made.message(tokens([(0, 0, 0), (0, 1, 0)]), 1.0)
+    if failed:
+        made.message(Failed(entry.request, 500, "nan", "no number"), 2.0)
+    entry.measures.ended(entry, 2.0)
+    assert counted(made) == dict.fromkeys(("stop", "length", "abort", "error"), 0) | {owed: 2}
