@@ -333,7 +333,7 @@ class CompletionAnswer(Answer):
 
     def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         echo = self._form.echoes[place] if self._form.echoes else ""
-        if echo or self._form.return_token_ids:
+        if echo or self._form.echo_logprobs >= 0 or self._form.return_token_ids:
             logprobs = self._of_tokens(self._echoed(entry), place, choice) if self._form.echo_logprobs >= 0 else None
             body: dict[str, Any] = self.delta(echo) | {"logprobs": logprobs, "finish_reason": None} | self.prompt(entry)
             self._event(place, first, choice, body, out)
@@ -361,6 +361,13 @@ class CompletionAnswer(Answer):
         shown = self._form.echo_logprobs + 1
         return [int(unpack(entry.new.prompt)[0]), *(TokenLogprobs(one.ids[:shown], one.values[:shown], one.rank) for one in entry.scores)]
 
+    def _by_text(self, item: TokenLogprobs) -> dict[str, float]:
+        """Log probabilities by text. Of tokens that read the same, the token's own or else the most probable one counts."""
+        values: dict[str, float] = {}
+        for id, value in zip(item.ids, item.values, strict=True):
+            values.setdefault(self._token(id), value)
+        return values
+
     def _of_tokens(self, items: Sequence[TokenLogprobs | int], place: int, choice: Choice) -> dict[str, Any]:
         """OpenAI's columns; a token may be an id without log probabilities."""
         tokens = [self._token(item if isinstance(item, int) else item.ids[0]) for item in items]
@@ -374,8 +381,6 @@ class CompletionAnswer(Answer):
             "tokens": tokens,
             "token_logprobs": [None if isinstance(item, int) else item.values[0] for item in items],
             # the alternatives, and the token itself whether or not it is among them
-            "top_logprobs": [
-                None if isinstance(item, int) else {self._token(i): v for i, v in zip(item.ids, item.values, strict=True)} for item in items
-            ],
+            "top_logprobs": [None if isinstance(item, int) else self._by_text(item) for item in items],
             "text_offset": offsets,
         }

@@ -129,6 +129,36 @@ def test_each_prompt_of_a_stream_knows_where_its_choices_begin():
     assert [(header.first, header.echo) for header in headers] == [(0, "one"), (2, "two")]
 
 
+def test_an_echo_without_text_still_tells_its_log_probabilities():
+    params = SamplingParams(0, prompt_logprobs=0)
+    asked = replace(submit([""], limit=0), prompt=pack([65, 66]), params=params)
+    journal = Journal(1, Times(), Counters(), lambda told: revive(told, TOKENIZER))
+    journal.opened(Welcome(1, 1, 1, bytes(16)), 0.0)
+    entry = journal.attach(REQUEST, 0.0)
+    journal.message(JournalMessage(asked), 0.0)
+    journal.message(PromptScores(entry.handle, Scores(1, pack([66]), pack_floats([-0.5]), pack([1]))), 0.0)
+    answer = CompletionAnswer(
+        Stream([entry], lambda stream: None, 0.0), TOKENIZER, Form("m", 1, logprobs=True, echo_logprobs=0, echoes=[""])
+    )
+    out: list[bytes] = []
+    answer.entry_events(entry, out)
+    assert b"".join(out).decode().count('"token_logprobs":[null,-0.5]') == 1
+
+
+def test_an_alternative_that_reads_like_the_token_does_not_hide_its_value():
+    asked = replace(submit([""], limit=0), prompt=pack([65, 200]), params=SamplingParams(0, prompt_logprobs=1))
+    journal = Journal(1, Times(), Counters(), lambda told: revive(told, TOKENIZER))
+    journal.opened(Welcome(1, 1, 1, bytes(16)), 0.0)
+    entry = journal.attach(REQUEST, 0.0)
+    journal.message(JournalMessage(asked), 0.0)
+    journal.message(PromptScores(entry.handle, Scores(1, pack([200, 201]), pack_floats([-0.5, -2.0]), pack([1]))), 0.0)
+    answer = CompletionAnswer(
+        Stream([entry], lambda stream: None, 0.0), TOKENIZER, Form("m", 1, logprobs=True, echo_logprobs=1, echoes=["A\ufffd"])
+    )
+    [choice] = answer.whole()["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"\ufffd": -0.5}]
+
+
 def test_an_echo_with_log_probabilities_is_told_to_whom_it_was_not_told():
     asked = replace(
         submit(["", ""], limit=0),
