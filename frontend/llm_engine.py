@@ -34,8 +34,12 @@ class LLMEngine(Program):
         self._added = 0
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> str:
-        """Take a request; returns its id. Raises ValueError for what cannot be asked, and for an id that is in use."""
+        """Take a request; returns its id. Raises ValueError for what cannot be asked (log probabilities among it: a step
+        has none), and for an id that is in use."""
         params = sampling_params or SamplingParams()
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(params, field) is not None:
+                raise ValueError(f"{field}: the steps of an LLMEngine have none; use LLM or AsyncLLMEngine")
         engine = self._background.engine
         if request_id is None:
             request_id = f"request-{self._added}"

@@ -74,7 +74,7 @@ class RequestOutput:
     finished: bool
     cached_tokens: int = 0
     prompt: str | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, the first has none; None: not asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, None of the first; None until complete
 
 
 def request_of(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool) -> NewRequest:
@@ -126,7 +126,7 @@ def output_of(entry: Entry, params: SamplingParams, texts: dict[int, str], promp
         finished=entry.ended,
         cached_tokens=max(entry.cached, 0),
         prompt=prompt,
-        prompt_logprobs=None if params.prompt_logprobs is None else [None, *entry.scores],
+        prompt_logprobs=None if params.prompt_logprobs is None or entry.unscored else [None, *entry.scores],
     )
 
 

@@ -126,6 +126,9 @@ def test_the_steps_of_an_engine_add_up_to_the_outputs():
         assert ids == ["request-0", "r1", "r2", "r3"]
         with pytest.raises(ValueError, match="in use"):
             engine.add_request("again", request_id="r1")
+        for field in ("logprobs", "prompt_logprobs"):
+            with pytest.raises(ValueError, match=f"^{field}: "):
+                engine.add_request("refused", SamplingParams(**{field: 1}))
         texts, tokens, reasons = dict.fromkeys(ids, ""), dict.fromkeys(ids, 0), {}
         while engine.has_unfinished_requests():
             for step in engine.step():
