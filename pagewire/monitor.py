@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from protocol.telemetry import Telemetry
 
 WINDOW = 60.0  # seconds that `figures` looks back
+APART = 0.5  # seconds between samples that are kept, but for the last
 SILENCE = 3.0  # seconds between two messages of a worker that count as its life; behind more it was gone
 COUNTED = {  # by role, what is added up over incarnations
     "frontend": (
@@ -50,7 +51,12 @@ class Monitor:
         self._seen[name] = (telemetry.incarnation, now, values)
 
     def sample(self, now: float) -> None:
-        """Note where the counters stand; called about once a second."""
+        """Note where the counters stand; called about once a second, and whenever somebody reads.
+
+        Replaces the last note if it is not `APART` from the one before it, so that readers add little to what is kept.
+        """
+        if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < APART:
+            self._samples.pop()
         self._samples.append((now, Counter(self._totals)))
         while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
             self._samples.popleft()

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pagewire.monitor import WINDOW, Monitor
+from pagewire.monitor import APART, WINDOW, Monitor
 from protocol.telemetry import Telemetry
 from tests.e2e.stack import Stack, eventually
 
@@ -27,6 +27,16 @@ def scheduler(queries: float, hits: float, used: float) -> Telemetry:
     return Telemetry(
         "scheduler", "scheduler-0", 1, 1, {"prefix_queries": queries, "prefix_hits": hits, "blocks": 100.0, "blocks_used": used}
     )
+
+
+def test_samples_of_many_readers_are_as_few_as_those_of_none() -> None:
+    monitor = Monitor(0.0)
+    for tenth in range(1, 1001):
+        monitor.take(worker(1, float(tenth), 0.0), tenth / 10)
+        monitor.sample(tenth / 10)
+    assert len(monitor._samples) <= WINDOW / APART + 3
+    assert monitor.figures()["throughput"] == pytest.approx(10.0)
+    assert monitor.figures()["window_seconds"] == pytest.approx(WINDOW, abs=APART)
 
 
 def test_figures_are_those_of_the_window_and_the_summary_those_of_the_whole_time() -> None:
