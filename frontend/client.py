@@ -447,17 +447,17 @@ class Totals:
     aborted: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    request_seconds: float = 0.0  # from submission to the end, of the finished ones
+    request_seconds: float = 0.0  # from the request's arrival to its last token, of the finished ones
     first_token_seconds: float = 0.0  # from the request's arrival to the first token, of the finished ones
     first_token_requests: int = 0
-    later_token_seconds: float = 0.0  # from the first token to the end of each of their choices
+    later_token_seconds: float = 0.0  # from the first token to the last of each of their choices
     later_tokens: int = 0  # and the tokens behind each choice's first
 
     def time(self, entry: Entry, now: float) -> None:
-        """Count the times of a finished request."""
-        self.request_seconds += now - entry.submitted
+        """Count the times of a finished request. It ended with its last token, or `now` if it had none of a time known."""
+        self.request_seconds += (max((choice.at for choice in entry.choices), default=0.0) or now) - entry.arrived
         if entry.first_token > 0:
             self.first_token_seconds += entry.first_token - entry.arrived
             self.first_token_requests += 1
-            self.later_token_seconds += (now - entry.first_token) * len(entry.choices)
+            self.later_token_seconds += sum(choice.at - entry.first_token for choice in entry.choices if choice.at)
             self.later_tokens += sum(max(0, len(choice.tokens) - 1) for choice in entry.choices)

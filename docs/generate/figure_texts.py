@@ -7,8 +7,8 @@ FIGURES = {
     "frontend": {
         "prompt_tokens": "prompt tokens of the requests that have ended",
         "generation_tokens": "tokens of the requests that have ended",
-        "request_seconds": "from submission to end, summed over requests that finished",
-        "first_token_seconds": "to the first token, summed over streamed requests that finished",
+        "request_seconds": "from arrival to the last token, summed over requests that finished",
+        "first_token_seconds": "from arrival to the first token, summed over requests that finished",
         "first_token_requests": "how many these are",
         "later_token_seconds": "from the first token to the last, summed over them",
         "later_tokens": "tokens in that time",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from frontend.client import Totals
 from frontend.entries import NewRequest
 from frontend.journal import Journal
 from protocol.columns import pack, pack_floats
@@ -156,3 +157,15 @@ def test_choices_at_their_end_whose_prompt_got_no_log_probabilities_are_no_succe
         made.message(Failed(entry.request, 500, "nan", "no number"), 2.0)
     entry.measures.ended(entry, 2.0)
     assert counted(made) == dict.fromkeys(("stop", "length", "abort", "error"), 0) | {owed: 2}
+
+
+def test_totals_time_a_request_from_its_arrival_to_each_choice_s_last_token():
+    made, totals = journal(), Totals()
+    entry = made.submit(request(1, 2, n=2), 10.0)
+    entry.arrived = 9.0
+    made.message(tokens([(0, 0, 0), (0, 1, 0)]), 11.0)
+    made.message(tokens([(0, 0, 1)]), 12.0)
+    made.message(tokens([(0, 1, 1)]), 14.0)
+    totals.time(entry, 50.0)
+    assert (totals.request_seconds, totals.first_token_seconds) == (5.0, 2.0)
+    assert (totals.later_token_seconds, totals.later_tokens) == (4.0, 2)
