@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
@@ -14,6 +15,7 @@ from protocol.series import Histogram, Series
 BEGUN = "pagewire.begun"  # where the scope says when the request came, on the monotonic clock
 OK = "ok"
 CLIENT_GONE = "client_gone"
+CANCELLED = "cancelled"  # by the server, which ends
 MOVED = "moved"  # another frontend goes on with the stream
 NO_HTTP = "invalid_http"
 OTHER = "other"  # the path of requests for what is not there
@@ -73,6 +75,9 @@ class Counted:
 
         try:
             await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            scope.setdefault(ENDING, CANCELLED)
+            raise
         except Exception:  # answered by Starlette's outermost layer
             scope[ENDING], status = "internal_error", status or 500
             raise

@@ -7,6 +7,7 @@ from importlib.metadata import version as installed_version
 from starlette.requests import Request
 from starlette.responses import Response
 
+from frontend.access import ENDING
 from frontend.api.handling import client_of, json_response
 from frontend.client import Client
 from frontend.errors import ApiError
@@ -21,7 +22,10 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Whether a request would be worked on now; 503 and why, if not."""
     why = client_of(request).why_not_ready()
-    return json_response({"status": "not ready", "reason": why}, 503) if why else json_response({"status": "ready"})
+    if not why:
+        return json_response({"status": "ready"})
+    request.scope[ENDING] = "not_ready"
+    return json_response({"status": "not ready", "reason": why}, 503)
 
 
 async def version(request: Request) -> Response:

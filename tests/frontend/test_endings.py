@@ -114,6 +114,19 @@ class Broken:
     push = raise_defect
 
 
+async def ask_ready(server: Server) -> None:
+    server.client.why_not_ready = lambda: "no worker is ready"  # type: ignore[method-assign]
+    assert (await server.http.get("/ready")).status_code == 503
+
+
+async def cancel(server: Server) -> None:
+    asked = asyncio.ensure_future(server.complete(max_tokens=500, ignore_eos=True))
+    while not server.client.journal.entries():
+        await asyncio.sleep(0.001)
+    asked.cancel()
+    await asyncio.wait([asked])
+
+
 Act = Callable[[Server], Awaitable[object]]
 WAYS: dict[str, tuple[Act, list[Sample], Engine | None]] = {
     "length": (lambda s: s.complete(), [http(200), output("length")], None),
@@ -123,6 +136,8 @@ WAYS: dict[str, tuple[Act, list[Sample], Engine | None]] = {
     "stop string": (lambda s: s.complete(max_tokens=9, stop="cd"), [http(200), output("stop")], None),
     "the client leaves a stream": (lambda s: s.leave(True), [http(200, "client_gone"), output("abort")], None),
     "the client leaves before its answer": (lambda s: s.leave(False), [http(499, "client_gone"), output("abort")], None),
+    "asked whether it is ready": (ask_ready, [http(503, "not_ready", "/ready")], None),
+    "the server ends while it answers": (cancel, [http(0, "cancelled"), output("abort")], None),
     "no room in the queue": (lambda s: s.complete(), [http(429, "queue_full"), output("error")], refusing(429, "queue_full")),
     "too long for every worker": (
         lambda s: s.complete(),
