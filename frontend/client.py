@@ -81,6 +81,7 @@ class Client:
         self.counters = Counters()
         self.journal = Journal(incarnation, settings.times, self.counters, self._revive)
         self.totals = Totals()
+        self._labels: dict[str, str] = {}  # of series, by model
         self.trace = Trace()  # a process puts its publisher's here
         self.spans: RequestSpans | None = None  # and these if requests are traced
         self._recorder = recorder
@@ -256,13 +257,20 @@ class Client:
 
     def series(self) -> list[Series]:
         """Samples of the families of `protocol/families.py`, under the models' public names."""
-        return [sample for model, measures in self.journal.measures.items() for sample in measures.series(self.served().get(model, model))]
+        return [sample for model, measures in self.journal.measures.items() for sample in measures.series(self._label(model))]
 
     def served(self) -> dict[str, str]:
         """The models' names in the API, by their own."""
         return {name: self.public_name(info) for name, info in self.journal.models.items()}
 
     # ---------------------------------------------------------------- inside
+
+    def _label(self, model: str) -> str:
+        """The name of a model's series: that of its first, since a running counter must not change its labels."""
+        if model not in self._labels:
+            name = self.served().get(model, model)
+            self._labels[model] = model if name in self._labels.values() else name
+        return self._labels[model]
 
     def _close(self, stream: Stream) -> None:
         if stream not in self._streams:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from frontend.client import Totals
+from frontend.client import Client, Totals
 from frontend.entries import NewRequest
 from frontend.journal import Journal
+from frontend.settings import FrontendSettings
 from protocol.columns import pack, pack_floats
 from protocol.counters import Counters
 from protocol.families import FAMILIES
@@ -169,3 +170,21 @@ def test_totals_time_a_request_from_its_arrival_to_each_choice_s_last_token():
     totals.time(entry, 50.0)
     assert (totals.request_seconds, totals.first_token_seconds) == (5.0, 2.0)
     assert (totals.later_token_seconds, totals.later_tokens) == (4.0, 2)
+
+
+def test_a_model_s_series_keep_their_name_whatever_models_come_and_go(tmp_path):
+    client = Client(FrontendSettings(run_dir=str(tmp_path), served_model_name="public"), 1)
+    first, second = (ModelInfo(name, b"f", 512, 258, b"", Defaults(), b"t", 1) for name in "ms")
+    client.journal.opened(Welcome(1, 1, 1, bytes(16)), 0.0)
+
+    def names(*models: ModelInfo) -> set[str]:
+        client.journal.message(Models(list(models)), 0.0)
+        return {sample.labels[0] for sample in client.series()}
+
+    client.journal.message(Models([first]), 0.0)
+    client.journal.submit(request(1), 0.0)
+    assert names(first) == {"public"}
+    assert names(first, second) == {"public"}
+    assert names() == {"public"}
+    client.journal.submit(replace(request(2), model="s"), 0.0)
+    assert names(second) == {"public", "s"}, "a name stands for one model"
