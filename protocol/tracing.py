@@ -14,7 +14,7 @@ from typing import Any
 from protocol.service import CannotRun
 
 EXPORT_EVERY = 1000  # milliseconds
-LAST_WORDS = 1.5  # seconds that a closing service waits for its collector
+LAST_WORDS = 0.3  # seconds that a closing service waits for its collector
 
 
 class Tracer:

@@ -112,7 +112,8 @@ class Graphs:
     def _capture(self, shape: Shape, layers: Layers | None) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # not torch.cuda.graph(): that synchronises and empties the allocator's caches. thread_local: the output thread waits for events
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not self._graphs:  # torch takes no pool again whose graphs have all been given up
+            self._pool = torch.cuda.graph_pool_handle()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             self._body(shape, layers)
