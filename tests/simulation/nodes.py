@@ -23,6 +23,7 @@ from protocol.messages import Drained, FileRequest, Hello, Phase, Plan, Progress
 from protocol.sessions import Closed, Dialer, Event, Opened, Received
 from protocol.times import Times
 from scheduler_svc.core import Core
+from scheduler_svc.frontends import Frontends
 from scheduler_svc.settings import SchedulerSettings
 from tests.simulation.broken import DRAIN, MESSAGE, PROGRESS, Broken
 from tests.simulation.clock import Clock
@@ -75,6 +76,20 @@ class Node:
 
     def wake(self) -> None:
         raise NotImplementedError
+
+
+class LittleCredit(Frontends):
+    """Credit that stays as little as it is, though the engine reckons it anew within a turn."""
+
+    little: int
+
+    @property
+    def limit(self) -> int:
+        return self.little
+
+    @limit.setter
+    def limit(self, value: int) -> None:
+        pass
 
 
 class SchedulerNode(Node):
@@ -136,8 +151,10 @@ class SchedulerNode(Node):
 
     def turn(self) -> None:
         """What the service's loop does after each batch of messages."""
-        if self._credit:
-            self.core.engine.frontends.limit = self._credit
+        frontends = self.core.engine.frontends
+        if self._credit and not isinstance(frontends, LittleCredit):
+            frontends.__class__ = LittleCredit
+            frontends.little = self._credit
         self.core.turn(self.clock.now)
         lost = []
         while self.core.out:
