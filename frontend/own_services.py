@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ class OwnServices:
         """Raise ServiceDied if one has ended."""
         for name, process in self._processes.items():
             if process.poll() is not None:
+                self._guardian.forget(process.pid)  # its number may soon be somebody else's
                 words = self._log(name).read_text(errors="replace").strip().splitlines()
                 raise ServiceDied(f"{name} ended with code {process.returncode}: {words[-1] if words else 'it said nothing'}")
 
@@ -78,7 +80,9 @@ class OwnServices:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            self._guardian.forget(process.pid)
         self._guardian.close()
+        shutil.rmtree(self.run_dir, ignore_errors=True)  # should the guardian have been killed
 
     def _log(self, name: str) -> Path:
         return self.run_dir / f"{name}.out"

@@ -2,18 +2,21 @@
 
 Services end themselves when who started them dies (`service.py`), unless they are stopped or hang inside a library
 with the interpreter locked. This process waits for the starter's end, gives them that chance, and kills the rest. It
-reads lines `+PID` and `-PID` from its standard input, which the starter alone holds open.
+reads lines `+PID` and `-PID` from its standard input, and a last one, `.`: children that the starter has forked hold
+the pipe open as well, so its end is not the starter's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from protocol.rundir import process_start
@@ -25,7 +28,7 @@ class Guardian:
     """The starter's side: starts the process and tells it whom to watch, and which folder goes with them, if any."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        command = [sys.executable, "-P", "-m", "protocol.guardian", *([str(folder)] if folder else [])]
+        command = [sys.executable, "-P", "-m", "protocol.guardian", str(os.getpid()), *([str(folder)] if folder else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
 
     def watch(self, pid: int) -> None:
@@ -37,16 +40,44 @@ class Guardian:
         self._tell(f"-{pid}\n")
 
     def close(self) -> None:
-        """Nothing is left to watch: end the process, which removes the folder."""
+        """Nothing is left to watch: end the process, which removes the folder. Harmless when repeated."""
         assert self._process.stdin is not None
+        self._tell(".\n")
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(PATIENCE + 1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            return
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
+
+
+def _lines(starter: int) -> Iterator[str]:
+    """What the starter says, until it has said all or has ended."""
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    with contextlib.suppress(ProcessLookupError):
+        poll.register(os.pidfd_open(starter), select.POLLIN)
+    said = b""
+    while True:
+        gone = os.getppid() != starter  # perhaps before this process could look
+        if 0 not in (fd for fd, _ in poll.poll(0 if gone else None)):
+            return  # it has ended, and everything that it said is read
+        chunk = os.read(0, 4096)
+        *lines, said = (said + chunk).split(b"\n")
+        for line in lines:
+            if line == b".":
+                return
+            yield line.decode()
+        if not chunk:
+            return
 
 
 def main() -> None:
@@ -54,7 +85,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     watched: dict[int, int] = {}
-    for line in sys.stdin:
+    for line in _lines(int(sys.argv[1])):
         pid = int(line[1:])
         if line[0] == "+":
             watched[pid] = process_start(pid)
@@ -69,7 +100,7 @@ def main() -> None:
                     os.killpg(pid, signal.SIGKILL)
                 del watched[pid]
         time.sleep(0.05)
-    for folder in sys.argv[1:]:
+    for folder in sys.argv[2:]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
