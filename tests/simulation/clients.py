@@ -199,13 +199,18 @@ class Clients:
         client.source, client.source_entry, client.left_at = node, entry, self._clock.now
 
         def notice() -> None:
-            if not entry.moved and client.source_entry is entry and client.entry.attaching:
-                client.excused = True  # it has left a frontend that lives
+            self._given_up(entry)
             node.journal.done(entry, self._clock.now)
             node.turn()
 
         self._clock.after(self._rng.uniform(0.0, 1.5), lambda: node.run(notice))
         self._attach(client, self._choose(but=node))
+
+    def _given_up(self, entry: Entry) -> None:
+        """A frontend that lives is done with a request whose client has left it: too late to take it up elsewhere."""
+        for client in self.waiting:
+            if client.source_entry is entry and not entry.moved and client.entry.attaching:
+                client.excused = True
 
     def cut_off(self, node: FrontendNode, seconds: float) -> None:
         """Nobody hears of a frontend for so long: what its clients left there may be given up as if it were dead."""
@@ -245,6 +250,7 @@ class Clients:
         client = self._asked.get(id(entry))
         if client is None or client.entry is not entry:
             if entry.ended:  # its client has gone elsewhere
+                self._given_up(entry)
                 node.journal.done(entry, self._clock.now)
             return
         if entry.attaching:
