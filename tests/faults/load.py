@@ -157,7 +157,8 @@ class Seen:
         seen = [value for part in self.logprobs[index] for value in part["token_logprobs"]]
         assert seen == [pairs[0][1] for pairs in choice.logprobs], f"{about}: logprobs"
         best = [alternatives for part in self.logprobs[index] for alternatives in part["top_logprobs"]]
-        owed = [{TOKENIZER.token_bytes(id).decode(errors="replace"): value for id, value in pairs} for pairs in choice.logprobs]
+        # of tokens that read the same, the token's own value or else the most probable one's counts: the first
+        owed = [{TOKENIZER.token_bytes(id).decode(errors="replace"): value for id, value in reversed(pairs)} for pairs in choice.logprobs]
         assert best == owed, f"{about}: top_logprobs"
 
     def pause(self, after: float) -> float | None:

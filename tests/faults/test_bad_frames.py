@@ -88,7 +88,8 @@ def test_frames_that_cannot_be_read_are_refused_and_counted(
             for _ in range(FRAMES):
                 attacker.socket.send_multipart(make(rng))
             eventually(lambda counted=counted: running.figure("scheduler-0", "wire_frame_bad") >= counted + 0.9 * FRAMES, 60)
-            assert attacker.grew() < FLAT
+            # what has been read last may still wait in the socket
+            eventually(lambda attacker=attacker: attacker.grew() < FLAT, 20)
     assert load.streaming > 30, "the streams have stopped"
 
 
