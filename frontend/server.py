@@ -152,7 +152,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
     publisher = Publisher(
         settings.telemetry or process.rundir.telemetry, "frontend", settings.name, process.incarnation, os.getpid(), context
     )
-    client.trace = publisher.trace
+    client.link.trace = publisher.trace
     traces = tracer(settings.otlp_traces_endpoint, "frontend", settings.name)
     if traces is not None:
         client.spans = RequestSpans(traces)

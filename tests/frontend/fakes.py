@@ -152,7 +152,7 @@ class LocalClient(Client):
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._tokenizers[self.info.tokenizer] = Tokenizer.from_bundle(BUNDLE)
+        self._tokenizers.by_hash[self.info.tokenizer] = Tokenizer.from_bundle(BUNDLE)
         self.connect()
 
     def connect(self) -> None:

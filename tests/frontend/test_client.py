@@ -169,14 +169,14 @@ def test_an_idle_client_sleeps_between_its_heartbeats(folder):
     async def scenario(client: Client) -> int:
         await until(lambda: client.journal.is_open)
         ticks = 0
-        tick = client._tick
+        tick = client.link._tick
 
         def counted() -> None:
             nonlocal ticks
             ticks += 1
             tick()
 
-        client._tick = counted  # type: ignore[method-assign]
+        client.link._tick = counted  # type: ignore[method-assign]
         await asyncio.sleep(1.0)
         return ticks
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from frontend.client import Client, Totals
+from frontend.client import Client
 from frontend.entries import NewRequest
 from frontend.journal import Journal
 from frontend.settings import FrontendSettings
+from frontend.totals import Totals
 from protocol.columns import pack, pack_floats
 from protocol.counters import Counters
 from protocol.families import FAMILIES
@@ -167,7 +168,7 @@ def test_totals_time_a_request_from_its_arrival_to_each_choice_s_last_token():
     made.message(tokens([(0, 0, 0), (0, 1, 0)]), 11.0)
     made.message(tokens([(0, 0, 1)]), 12.0)
     made.message(tokens([(0, 1, 1)]), 14.0)
-    totals.time(entry, 50.0)
+    totals.ended(entry, 50.0)
     assert (totals.request_seconds, totals.first_token_seconds) == (5.0, 2.0)
     assert (totals.later_token_seconds, totals.later_tokens) == (4.0, 2)
 

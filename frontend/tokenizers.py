@@ -1,0 +1,86 @@
+"""The tokenizers of the models that a frontend knows: fetched from a worker through the journal, or one read from a path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from frontend.fetch import Fetch
+from frontend.journal import Journal
+from frontend.tokenizer import Tokenizer
+from protocol.messages import ModelInfo
+from protocol.tokenizer_files import bundle_hash, read_bundle
+
+log = logging.getLogger("frontend")
+
+RETRY_FETCH = 1.0  # seconds until tokenizer files are asked for again
+
+Offload = Callable[[Callable[[], Tokenizer]], Awaitable[Tokenizer]]
+
+
+class Tokenizers:
+    """Kept by the hash of their files. `offload` runs work in a thread; `pump` sends what the journal was asked for."""
+
+    def __init__(self, journal: Journal, offload: Offload, pump: Callable[[], None]) -> None:
+        self._journal = journal
+        self._offload = offload
+        self._pump = pump
+        self._own: Tokenizer | None = None  # read from a path, used for every model
+        self.by_hash: dict[bytes, Tokenizer] = {}  # those that are here
+        self._building: set[asyncio.Task[None]] = set()
+        self._fetches: list[Fetch] = []
+
+    async def read(self, path: str) -> None:
+        """Use the tokenizer at `path` for every model. Raises BundleError or TokenizerError if it cannot be read."""
+        self._own = await self._offload(lambda: Tokenizer.from_bundle(read_bundle(path)))
+
+    def of(self, info: ModelInfo) -> Tokenizer | None:
+        """The tokenizer of a model; None while it is not here yet."""
+        return self._own or self.by_hash.get(info.tokenizer)
+
+    def follow(self) -> None:
+        """Ask for what new models need, and build what has arrived; to be called when the journal has news."""
+        if self._journal.models_changed:
+            self._journal.models_changed = False
+            self._want()
+        if self._fetches and any(fetch.over for fetch in self._fetches):
+            self._take()
+
+    def close(self) -> None:
+        """Stop building."""
+        for task in self._building:
+            task.cancel()
+
+    def _want(self) -> None:
+        if self._own is not None:
+            return
+        for info in self._journal.models.values():
+            if info.tokenizer not in self.by_hash and info.workers_ready:
+                fetch = self._journal.fetch(info.tokenizer)
+                if fetch not in self._fetches:
+                    self._fetches.append(fetch)
+        if self._journal.out:
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _take(self) -> None:
+        over = [fetch for fetch in self._fetches if fetch.over]
+        self._fetches = [fetch for fetch in self._fetches if not fetch.over]
+        for fetch in over:
+            task = asyncio.get_running_loop().create_task(self._build(fetch))
+            self._building.add(task)
+            task.add_done_callback(self._building.discard)
+
+    async def _build(self, fetch: Fetch) -> None:
+        """Make the tokenizer of a bundle that has arrived; if it cannot be had, ask again after a while."""
+        try:
+            if fetch.bundle is None:
+                raise ValueError(fetch.failed)
+            bundle = fetch.bundle
+            if bundle_hash(bundle) != fetch.tokenizer:
+                raise ValueError("their hash is not the one that the worker announced")
+            self.by_hash[fetch.tokenizer] = await self._offload(lambda: Tokenizer.from_bundle(bundle))
+        except ValueError as error:
+            log.error("the tokenizer files cannot be used: %s", error)
+            await asyncio.sleep(RETRY_FETCH)
+            self._want()
