@@ -120,7 +120,7 @@ def test_a_killed_frontend_of_a_shared_port_is_replaced_and_its_clients_go_on_at
 
 def test_a_stream_that_its_owner_still_has_moves_and_the_old_one_breaks_off() -> None:
     with serving(workers=1, frontends=2, streams=2) as (running, load):
-        body = {**mixed_body(6, 60), "max_tokens": 200}
+        body = {**mixed_body(6, 60), "max_tokens": 100}
         first = Resuming(body, "frontend-0")
         process = psutil.Process(running.services["frontend-0"].popen.pid)
 
@@ -159,7 +159,7 @@ def test_a_stream_that_nobody_has_or_that_is_somebody_elses_is_gone() -> None:
         status, body = post(url, "nonsense")
         assert (status, body["error"]["param"]) == (400, "Last-Event-ID")
 
-        theirs = Resuming({"prompt": "mine", "max_tokens": 400, "seed": 1, "ignore_eos": True}, "frontend-0")
+        theirs = Resuming({"prompt": "mine", "max_tokens": 150, "seed": 1, "ignore_eos": True}, "frontend-0")
         seen: list[str] = []
 
         def steal() -> None:

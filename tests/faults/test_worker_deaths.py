@@ -47,7 +47,7 @@ def test_a_worker_dies_at_the_phase(phase: str, tmp_path) -> None:
     fired = tmp_path / "fired"
     often = 40 if phase in EVERY_STEP else 12
     switch = {"PAGEWIRE_KILL": f"{phase}:{often}:{fired}"}
-    with serving(worker_env=switch) as (running, load):
+    with serving(worker_env=switch, max_tokens=40) as (running, load):
         eventually(fired.exists, 60)
         running.services["worker-0"].popen.wait(10)
         assert running.services["worker-0"].popen.returncode == -9

@@ -104,7 +104,7 @@ def test_a_request_kills_its_worker_each_time_and_only_that_one_fails() -> None:
 
 def test_a_request_hangs_its_worker_each_time_and_only_that_one_fails() -> None:
     marks = {"PAGEWIRE_ORACLE_MARKS": f"{ord(POISON)}=hang"}
-    with serving(workers=3, env=marks, factor=0.5) as (running, load), running.kept("worker-0", "worker-1", "worker-2") as codes:
+    with serving(workers=3, env=marks, factor=0.35) as (running, load), running.kept("worker-0", "worker-1", "worker-2") as codes:
         last = poisoned(running)
         eventually(lambda: len(codes) >= 4, 60)
         assert set(codes) == {1}, "a hung worker ends itself, so that it can be replaced"
