@@ -13,7 +13,7 @@ from frontend.api.answers import ranked
 from frontend.client import Model
 from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
 from frontend.errors import ApiError
-from frontend.sampling import checked_ids, room
+from frontend.sampling import check_text, checked_ids, room
 from frontend.validation import ChatBody, CompletionBody, check_chat, check_completion, parse
 from protocol.columns import unpack
 
@@ -85,7 +85,11 @@ def request_of(model: Model, prompt: Prompt, params: SamplingParams, every_step:
         if every_step and body.best_of not in (None, body.n):
             raise ApiError(400, "best_of: cannot be told before the end; use LLM.generate", "best_of")
         check_completion(msgspec.structs.replace(body, stream=None))
-        ids = model.tokenizer.encode_batch([prompt])[0] if isinstance(prompt, str) else checked_ids(prompt, "prompt", model.info.vocab_size)
+        if isinstance(prompt, str):
+            check_text(model.info, model.tokenizer, prompt, "prompt")
+            [ids] = model.tokenizer.encode_batch([prompt])
+        else:
+            ids = checked_ids(prompt, "prompt", model.info.vocab_size)
         if not ids:
             raise ApiError(400, "prompt: is empty", "prompt")
         max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")

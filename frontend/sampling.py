@@ -43,6 +43,14 @@ def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | 
     return left if default is None else min(default, left)
 
 
+def check_text(info: ModelInfo, tokenizer: Tokenizer, text: str, param: str) -> None:
+    """Refuse a text that no tokenizing would fit into the context, before it takes the time. Raises ApiError as `room` does."""
+    least = tokenizer.least_tokens(text)
+    if least > info.max_model_len:
+        message = f"this model's context has {info.max_model_len} tokens; the {len(text)} characters of {param} make at least {least}"
+        raise ApiError(400, message, param, "context_length_exceeded")
+
+
 def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: int, logprobs: int, prompt_logprobs: int) -> SamplingParams:
     """The parameters of a request's choices; what the client left open takes the model's defaults."""
     defaults = info.defaults
@@ -68,7 +76,7 @@ def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: i
         bias_ids=pack(bias),
         bias_values=pack_floats(bias.values()),
         allowed_ids=pack(sorted(set(checked_ids(body.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)))),
-        bad_words=bad_words_of(body.bad_words or (), tokenizer),
+        bad_words=bad_words_of(body.bad_words or (), info, tokenizer),
     )
 
 
@@ -90,8 +98,10 @@ def bias_of(body: Sampling, vocab_size: int) -> dict[int, float]:
     return bias
 
 
-def bad_words_of(words: Sequence[str], tokenizer: Tokenizer) -> list[bytes]:
+def bad_words_of(words: Sequence[str], info: ModelInfo, tokenizer: Tokenizer) -> list[bytes]:
     """The token sequences of each word, as it begins a text and as it follows a space."""
+    for word in words:
+        check_text(info, tokenizer, word, "bad_words")
     forms = [form for word in words for form in (word, " " + word.lstrip(" "))]
     require(all(word.strip() for word in words), "bad_words", "a word is empty")
     sequences = {pack(ids) for ids in tokenizer.encode_batch(forms, add_special_tokens=False) if ids} if forms else set()

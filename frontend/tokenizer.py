@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,7 +12,9 @@ import tokenizers
 from frontend import gguf_tokenizer
 from frontend.detokenizer import Decoder, VocabularyDecoder, WindowDecoder, decode_all
 from frontend.templates import ChatTemplate
+from frontend.token_lengths import most_characters
 from frontend.vocabulary import REPLACEMENT, TokenizerError, Vocabulary, read_decoder
+from protocol.memory import give_back_freed
 from protocol.tokenizer_files import BYTES_ENTRY, GGUF_ENTRY, BundleError, open_bundle
 
 __all__ = ["Tokenizer", "TokenizerError"]
@@ -38,6 +38,7 @@ class Tokenizer:
     """A model's tokenizer.
 
     vocab_size: one more than the largest id. bos: −1 if the model has none. eos: ids that end a text.
+    most_characters: of a text that one token can stand for; 0 if no bound is known.
     chat: the chat template, None if the model has none. A rendered chat holds its special tokens already: encode it with
     `add_special_tokens=False`.
     """
@@ -52,6 +53,7 @@ class Tokenizer:
         bos: int = -1,
         eos: Sequence[int] = (),
         chat: ChatTemplate | None = None,
+        most_characters: int = 0,
     ) -> None:
         """Without a vocabulary, text is decoded through `batch_decode(ids, skip_special_tokens)`."""
         self._encoder = encoder
@@ -61,6 +63,7 @@ class Tokenizer:
         self.bos = bos
         self.eos = list(eos)
         self.chat = chat
+        self.most_characters = most_characters
         self._adds_bos = bos >= 0 and encoder.encode_batch([""], True)[0][:1] == [bos]
 
     @staticmethod
@@ -75,7 +78,7 @@ class Tokenizer:
         if GGUF_ENTRY not in files and "tokenizer.json" not in files:
             raise TokenizerError("the tokenizer files hold no tokenizer.json")
         tokenizer = _from_gguf(files[GGUF_ENTRY]) if GGUF_ENTRY in files else _from_folder(files)
-        _give_back_memory()
+        give_back_freed()
         return tokenizer
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -90,6 +93,10 @@ class Tokenizer:
         if not (add_special_tokens and self._adds_bos):
             return batch
         return [ids[1:] if ids[:2] == [self.bos, self.bos] else ids for ids in batch]
+
+    def least_tokens(self, text: str) -> int:
+        """A bound on the tokens of a text that needs no tokenizing: it has at least so many."""
+        return -(-len(text) // self.most_characters) if self.most_characters else 0
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids outside the vocabulary have none, invalid UTF-8 becomes U+FFFD."""
@@ -118,15 +125,8 @@ class _TokenizersEncoder:
         # The batch call releases the GIL, `encode` does not; the fast one leaves out offsets.
         batch = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
         if sum(map(len, texts)) >= LONG:
-            give_memory_back()
+            give_back_freed()
         return batch
-
-
-def give_memory_back() -> None:
-    """Let the C library return what it keeps of freed memory to the system: a long text took 100 bytes a character."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries return it by themselves
-    if trim is not None:
-        trim(0)
 
 
 class _BytesEncoder:
@@ -142,12 +142,14 @@ def _byte_tokenizer() -> Tokenizer:
         return {_BYTE_EOS: b"<eos>", _BYTE_BOS: b"<bos>"}.get(token, REPLACEMENT.encode())
 
     vocabulary = Vocabulary(piece, (_BYTE_EOS, _BYTE_BOS), lambda data: data)
-    return Tokenizer(_BytesEncoder(), vocabulary, None, vocab_size=258, bos=_BYTE_BOS, eos=[_BYTE_EOS], chat=ChatTemplate(_BYTE_TEMPLATE))
+    chat = ChatTemplate(_BYTE_TEMPLATE)
+    return Tokenizer(_BytesEncoder(), vocabulary, None, vocab_size=258, bos=_BYTE_BOS, eos=[_BYTE_EOS], chat=chat, most_characters=1)
 
 
 def _from_backend(backend: tokenizers.Tokenizer, bos: int | None, eos: Sequence[int], chat: ChatTemplate | None) -> Tokenizer:
     added = backend.get_added_tokens_decoder()
-    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
+    tokens = backend.get_vocab(with_added_tokens=True)
+    size = max(tokens.values(), default=-1) + 1  # ids may have gaps
     known = read_decoder(json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None)
     vocabulary = None
     if known is not None:
@@ -159,7 +161,14 @@ def _from_backend(backend: tokenizers.Tokenizer, bos: int | None, eos: Sequence[
 
         vocabulary = Vocabulary(piece, (i for i, token in added.items() if token.special), known.first)
     return Tokenizer(
-        _TokenizersEncoder(backend), vocabulary, backend.decode, vocab_size=size, bos=-1 if bos is None else bos, eos=eos, chat=chat
+        _TokenizersEncoder(backend),
+        vocabulary,
+        backend.decode,
+        vocab_size=size,
+        bos=-1 if bos is None else bos,
+        eos=eos,
+        chat=chat,
+        most_characters=most_characters(backend, tokens),
     )
 
 
@@ -193,12 +202,6 @@ def _from_folder(files: Mapping[str, bytes]) -> Tokenizer:
     bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
     chat = _chat_template(files, config, special)
     return _from_backend(backend, bos, _eos(files, backend, special), chat)
-
-
-def _give_back_memory() -> None:
-    """Hand what parsing left over back to the system: 30 of 117 MB for a vocabulary of 152,000. Only glibc needs it."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 from gpu_worker.attention.backends import check_backend, make_backend
 from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cache
 from gpu_worker.errors import LoadError
-from gpu_worker.host_memory import give_back_freed
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
 from gpu_worker.logprobs import prompt_scores
@@ -25,6 +24,7 @@ from gpu_worker.settings import WorkerSettings
 from gpu_worker.slots import BlockTables
 from gpu_worker.stops import StopIds
 from protocol.columns import Int32, unpack
+from protocol.memory import give_back_freed
 from protocol.messages import DEAD, NAN, STOPPED, Geometry, Plan
 from protocol.tokenizer_files import bundle_hash
 

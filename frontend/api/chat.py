@@ -13,7 +13,7 @@ from frontend.client import Model
 from frontend.entries import NewRequest
 from frontend.errors import ApiError
 from frontend.resume import with_headers
-from frontend.sampling import room
+from frontend.sampling import check_text, room
 from frontend.templates import TemplateError
 from frontend.validation import ChatBody, check_chat, check_stream, parse, require
 
@@ -37,7 +37,9 @@ async def chat_completions(request: Request) -> ASGIApp:
 
 def prepare(model: Model, body: ChatBody, tenant: str) -> NewRequest:
     """The request of a body. Runs in a thread. Raises ApiError."""
-    ids = encode(model, body)
+    text = render(model, body)
+    check_text(model.info, model.tokenizer, text, "messages")
+    ids = encode(model, text)
     require(len(ids) > 0, "messages", "make an empty prompt")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else -1
@@ -45,13 +47,13 @@ def prepare(model: Model, body: ChatBody, tenant: str) -> NewRequest:
     return new_request(model, body, ids, max_tokens, logprobs, tenant, body.continue_final_message)
 
 
-def encode(model: Model, body: ChatBody) -> list[int]:
-    """The token ids of a conversation under the model's template. Raises ApiError."""
+def render(model: Model, body: ChatBody) -> str:
+    """A conversation under the model's template. Raises ApiError."""
     if model.tokenizer.chat is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "model", "no_chat_template")
     generation = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
     try:
-        text = model.tokenizer.chat.render(
+        return model.tokenizer.chat.render(
             body.messages,
             add_generation_prompt=generation,
             continue_final_message=body.continue_final_message,
@@ -59,4 +61,8 @@ def encode(model: Model, body: ChatBody) -> list[int]:
         )
     except TemplateError as error:
         raise ApiError(400, str(error), error.param, "invalid_value") from None
+
+
+def encode(model: Model, text: str) -> list[int]:
+    """The token ids of a rendered conversation, which brings its special tokens along."""
     return model.tokenizer.encode_batch([text], add_special_tokens=False)[0]

@@ -18,7 +18,7 @@ from frontend.client import Client, Model
 from frontend.entries import NewRequest
 from frontend.errors import ApiError, from_failed
 from frontend.resume import Header, TextOptions, with_headers
-from frontend.sampling import checked_ids, resolve, room, seeds_of
+from frontend.sampling import check_text, checked_ids, resolve, room, seeds_of
 from frontend.validation import (
     MAX_CHOICES,
     CompletionBody,
@@ -66,6 +66,7 @@ async def generate(request: Request) -> Response:
     sampling = Sampling(temperature=body.temperature)
 
     def prepare() -> NewRequest:
+        check_text(model.info, model.tokenizer, body.prompt, "prompt")
         [ids] = model.tokenizer.encode_batch([body.prompt])
         require(len(ids) > 0, "prompt", "is empty")
         max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
@@ -100,9 +101,12 @@ def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRe
 
 
 def encode(model: Model, body: CompletionBody) -> list[list[int]]:
-    """The token ids of each prompt. Raises ApiError for ids outside the vocabulary and for a prompt without tokens."""
+    """The token ids of each prompt. Raises ApiError for ids outside the vocabulary, for a prompt without tokens, and for a text that
+    no context holds."""
     prompts = prompts_of(body.prompt)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for text in texts:
+        check_text(model.info, model.tokenizer, text, "prompt")
     if texts:
         encoded = model.tokenizer.encode_batch(texts, body.add_special_tokens)
     else:

@@ -43,7 +43,7 @@ async def tokenize(request: Request) -> Response:
 
     def encode() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            ids = chat.encode(model, conversation(body))
+            ids = chat.encode(model, chat.render(model, conversation(body)))
         else:
             [ids] = model.tokenizer.encode_batch([body.prompt or ""], body.add_special_tokens)
         pieces = [model.tokenizer.token_bytes(id).decode(errors="replace") for id in ids] if body.return_token_strs else None

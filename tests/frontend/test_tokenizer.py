@@ -211,7 +211,7 @@ from tests.frontend.tokenizer_samples import a_bundle, byte_level_backend
 
 made = tokenizer.Tokenizer.from_bundle(a_bundle(byte_level_backend()))
 if {keep}:
-    tokenizer.give_memory_back = lambda: None
+    tokenizer.give_back_freed = lambda: None
 before = psutil.Process().memory_info().rss
 for _ in range(2):
     made.encode_batch(["hello world " * 80_000])
