@@ -33,7 +33,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from protocol.rundir import RunDir, ServiceRecord
+from protocol.registration import ServiceRecord
+from protocol.rundir import RunDir
 
 STEP, SLOTS, TOKENS = 0.020, 8, 16
 WAITING = 16  # requests that may wait

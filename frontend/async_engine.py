@@ -15,7 +15,7 @@ from frontend.own_services import OwnServices
 from frontend.settings import FrontendSettings
 from frontend.streams import Stream
 from protocol.columns import unpack
-from protocol.rundir import new_incarnation
+from protocol.registration import new_incarnation
 
 LOOK_EVERY = 0.02  # seconds between two looks at whether the model is ready
 LIVE_EVERY = 0.5  # seconds between two looks at whether the services live

@@ -26,7 +26,10 @@ from pagewire.monitor import Monitor
 from pagewire.trace import chrome, services
 from pagewire.watch import Watch
 from protocol.endpoints import http_url
-from protocol.rundir import Guard, RunDir, RunDirError, process_start
+from protocol.files import RunDirError
+from protocol.locks import Guard
+from protocol.registration import process_start
+from protocol.rundir import RunDir
 from protocol.service import Service
 from protocol.telemetry import Collector
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import click
 
+from protocol.files import RunDirError
 from protocol.options import CONTEXT, options, run_dir_option, start
-from protocol.rundir import RunDir, RunDirError
+from protocol.rundir import RunDir
 from protocol.times import Times
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}

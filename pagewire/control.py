@@ -13,7 +13,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from protocol.rundir import RunDir, RunDirError
+from protocol.files import RunDirError
+from protocol.rundir import RunDir
 
 PATIENCE = 2.0  # seconds that either side waits for a line
 LONGEST = 4096  # bytes of a line

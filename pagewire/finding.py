@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from protocol.files import RunDirError
 from protocol.options import Usage
-from protocol.rundir import RunDir, RunDirError
+from protocol.rundir import RunDir
 
 API = "http://127.0.0.1:8000"
 ADMIN = "http://127.0.0.1:8001"

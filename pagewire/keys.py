@@ -8,7 +8,7 @@ from pathlib import Path
 
 from protocol.keys import ROLES, make_pair, write_secret
 from protocol.options import Usage
-from protocol.rundir import check_name
+from protocol.registration import check_name
 
 
 def make_keys(folder: Path, clients: Sequence[tuple[str, str]]) -> list[str]:

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 from protocol.families import FAMILIES, Family
-from protocol.rundir import ServiceRecord
+from protocol.registration import ServiceRecord
 from protocol.telemetry import Telemetry
 
 FORGET = 10.0  # seconds without figures after which a service is no longer shown

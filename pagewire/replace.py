@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from pagewire.control import ask
-from protocol.rundir import RunDir, RunDirError, ServiceRecord
+from protocol.files import RunDirError
+from protocol.registration import ServiceRecord
+from protocol.rundir import RunDir
 from protocol.service import DRAIN_SIGNAL
 
 LOOK = 0.05  # seconds between two looks at the run directory

@@ -15,9 +15,10 @@ from pagewire.admin import AdminSettings
 from pagewire.packages import intruder
 from pagewire.supervisor import READY, Spec, Supervisor
 from protocol.endpoints import http_url
+from protocol.files import RunDirError
 from protocol.flags import FLAGS, UP_OWN
 from protocol.options import Field, Usage, settings_fields
-from protocol.rundir import RunDir, RunDirError
+from protocol.rundir import RunDir
 from protocol.service import CannotRun
 from protocol.tokenizer_files import packaged_model
 

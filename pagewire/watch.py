@@ -8,7 +8,7 @@ from typing import Any
 
 from pagewire.metrics import Figures
 from pagewire.monitor import Monitor
-from protocol.rundir import ServiceRecord
+from protocol.registration import ServiceRecord
 
 MISSED = 30.0  # seconds for which a service that has gone is still shown
 RECENT = 4.0  # seconds that "now" stands for

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from protocol.rundir import process_start
+from protocol.registration import process_start
 
 PATIENCE = 4.5  # seconds that services get to end themselves
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import click
 
+from protocol.files import RunDirError
 from protocol.flags import FLAGS, TABLES, UP, UP_OWN, Flag
-from protocol.rundir import RunDirError, default_run_dir
+from protocol.rundir import default_run_dir
 from protocol.service import EXIT_FAILED, CannotRun, die_with_parent, log_early_crash, refuse
 from protocol.times import Times
 

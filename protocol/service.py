@@ -27,9 +27,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
+from protocol.files import RunDirError
 from protocol.flight import FlightRecorder
 from protocol.log_format import Json, Text
-from protocol.rundir import RunDir, RunDirError, new_incarnation
+from protocol.registration import new_incarnation
+from protocol.rundir import RunDir
 
 LOG_BYTES = 50_000_000  # of one log file
 LOG_FILES = 3  # rotated ones kept

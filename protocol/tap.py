@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from protocol.rundir import Guard
+from protocol.locks import Guard
 
 LOOK_EVERY = 1.0  # seconds between two looks for subscribers while there are none
 HIGH_WATER_MARK = 1000  # messages; a slow reader loses the rest

@@ -16,7 +16,7 @@ from protocol.counters import Counters
 from protocol.endpoints import check_endpoint
 from protocol.keys import AllowList, Authenticator, ServerKeys, read_pair
 from protocol.listener import FRONTENDS, ROLES, WORKERS, Route
-from protocol.rundir import Guard
+from protocol.locks import Guard
 from protocol.service import CannotRun, Service
 from protocol.sockets import Context, Socket, monitor, news, received, router, send
 from protocol.tap import Tap

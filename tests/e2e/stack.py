@@ -24,7 +24,8 @@ from frontend.detokenizer import TextStream
 from frontend.sampling import seeds_of
 from frontend.tokenizer import Tokenizer
 from gpu_worker.oracle import expected
-from protocol.rundir import RunDir, ServiceRecord
+from protocol.registration import ServiceRecord
+from protocol.rundir import RunDir
 from protocol.tokenizer_files import byte_bundle
 
 EOS = 256

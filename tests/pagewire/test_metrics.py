@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagewire.metrics import FORGET, OWN, Figures
 from protocol.families import FAMILIES
-from protocol.rundir import ServiceRecord
+from protocol.registration import ServiceRecord
 from protocol.series import Histogram, Series
 from protocol.telemetry import Telemetry
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from protocol.rundir import RunDir, ServiceRecord
+from protocol.registration import ServiceRecord
+from protocol.rundir import RunDir
 from tests.pagewire.processes import Program, eventually, left_in, running
 
 FAKES = Path(__file__).parent / "fakes"

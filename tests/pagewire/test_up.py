@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
-from protocol.rundir import RunDir, ServiceRecord
+from protocol.registration import ServiceRecord
+from protocol.rundir import RunDir
 from tests.pagewire.processes import Program, eventually, left_in, running
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 from frontend.settings import FrontendSettings
 from gpu_worker.settings import WorkerSettings
+from protocol.files import RunDirError
 from protocol.flags import FLAGS
 from protocol.options import service_command, settings_fields
-from protocol.rundir import RunDirError
 from protocol.service import EXIT_REFUSED, CannotRun
 from protocol.times import Times
 from scheduler_svc.settings import SchedulerSettings
