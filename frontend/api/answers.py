@@ -1,4 +1,4 @@
-"""How the outputs of a request are written: whole, or as the events of a stream; as a chat or as a completion."""
+"""How the outputs of a request are written: whole, or as the events of a stream. `chat_answer` and `completion_answer` fill in the text."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ class Form:
     echo_logprobs: int = -1  # the same where the prompt is echoed with log probabilities, in OpenAI's form
     best: int = 0  # choices shown of each prompt, the best by cumulative logprob; 0: all, in their order
     echoes: Sequence[str] = ()  # completions with `echo`: the text of each prompt
+
+
+def ranked(entry: Entry, count: int) -> list[Choice]:
+    """The `count` choices of an ended request whose tokens have the largest sum of log probabilities, best first.
+
+    Their log probabilities must not have been taken yet.
+    """
+
+    def cumulative(choice: Choice) -> float:
+        return sum(item.values[0] for item in choice.fresh_logprobs)
+
+    return sorted(entry.choices, key=cumulative, reverse=True)[:count]
 
 
 class Answer:
@@ -273,114 +285,3 @@ class Answer:
 
 def _usage(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def ranked(entry: Entry, count: int) -> list[Choice]:
-    """The `count` choices of an ended request whose tokens have the largest sum of log probabilities, best first.
-
-    Their log probabilities must not have been taken yet.
-    """
-
-    def cumulative(choice: Choice) -> float:
-        return sum(item.values[0] for item in choice.fresh_logprobs)
-
-    return sorted(entry.choices, key=cumulative, reverse=True)[:count]
-
-
-class ChatAnswer(Answer):
-    """`chat.completion` and its chunks."""
-
-    id_prefix = "chatcmpl-"
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-    text_open = b',"delta":{"content":'
-    text_close = b'},"logprobs":null,"finish_reason":null'
-
-    def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
-        body: dict[str, Any] = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        self._event(place, first, choice, body, out, beside=self.prompt(entry))
-
-    def place_prompt(self, body: dict[str, Any], beside: dict[str, Any], told: dict[str, Any]) -> None:
-        beside.update(told)
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
-
-    def body(self, text: str, place: int) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs(self, choice: Choice, place: int) -> dict[str, Any] | None:
-        if not self._form.logprobs:
-            return None
-        return {"content": [self._one(item) | {"top_logprobs": self._top(item)} for item in choice.take_logprobs()]}
-
-    def _one(self, item: TokenLogprobs, at: int = 0) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(item.ids[at])
-        return {"token": data.decode(errors="replace"), "logprob": item.values[at], "bytes": list(data)}
-
-    def _top(self, item: TokenLogprobs) -> list[dict[str, Any]]:
-        return [self._one(item, at) for at in range(1, len(item.ids))]
-
-
-class CompletionAnswer(Answer):
-    """`text_completion`, whole and as chunks."""
-
-    id_prefix = "cmpl-"
-    object = "text_completion"
-    chunk_object = "text_completion"
-    text_open = b',"text":'
-    text_close = b',"logprobs":null,"finish_reason":null'
-
-    def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
-        echo = self._form.echoes[place] if self._form.echoes else ""
-        if echo or self._form.echo_logprobs >= 0 or self._form.return_token_ids:
-            logprobs = self._of_tokens(self._echoed(entry), place, choice) if self._form.echo_logprobs >= 0 else None
-            body: dict[str, Any] = self.delta(echo) | {"logprobs": logprobs, "finish_reason": None} | self.prompt(entry)
-            self._event(place, first, choice, body, out)
-
-    def place_prompt(self, body: dict[str, Any], beside: dict[str, Any], told: dict[str, Any]) -> None:
-        body.update(told)
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def body(self, text: str, place: int) -> dict[str, Any]:
-        return {"text": (self._form.echoes[place] if self._form.echoes else "") + text}
-
-    def logprobs(self, choice: Choice, place: int) -> dict[str, Any] | None:
-        if not self._form.logprobs:
-            return None
-        items: list[TokenLogprobs | int] = [*choice.take_logprobs()]
-        entry = self._stream.entries[place]
-        if self._form.echo_logprobs >= 0 and (entry.handle, choice.index) not in self._begun:  # an answer in one piece
-            items = [*self._echoed(entry), *items]
-        return self._of_tokens(items, place, choice)
-
-    def _echoed(self, entry: Entry) -> list[TokenLogprobs | int]:
-        """The prompt's tokens; the first has an id only."""
-        shown = self._form.echo_logprobs + 1
-        return [int(unpack(entry.new.prompt)[0]), *(TokenLogprobs(one.ids[:shown], one.values[:shown], one.rank) for one in entry.scores)]
-
-    def _by_text(self, item: TokenLogprobs) -> dict[str, float]:
-        """Log probabilities by text. Of tokens that read the same, the token's own or else the most probable one counts."""
-        values: dict[str, float] = {}
-        for id, value in zip(item.ids, item.values, strict=True):
-            values.setdefault(self._token(id), value)
-        return values
-
-    def _of_tokens(self, items: Sequence[TokenLogprobs | int], place: int, choice: Choice) -> dict[str, Any]:
-        """OpenAI's columns; a token may be an id without log probabilities."""
-        tokens = [self._token(item if isinstance(item, int) else item.ids[0]) for item in items]
-        offset = self._offsets.get((place, choice.index), 0)
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        self._offsets[place, choice.index] = offset
-        return {
-            "tokens": tokens,
-            "token_logprobs": [None if isinstance(item, int) else item.values[0] for item in items],
-            # the alternatives, and the token itself whether or not it is among them
-            "top_logprobs": [None if isinstance(item, int) else self._by_text(item) for item in items],
-            "text_offset": offsets,
-        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from frontend.api.answers import ChatAnswer
+from frontend.api.chat_answer import ChatAnswer
 from frontend.api.completions import form_of, header_of, new_request, text_options
 from frontend.api.handling import client_of, read_body, respond, submit, tenant_of
 from frontend.api.resuming import LAST_EVENT, resume

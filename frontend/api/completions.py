@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from frontend.api.answers import CompletionAnswer, Form
+from frontend.api.answers import Form
+from frontend.api.completion_answer import CompletionAnswer
 from frontend.api.handling import client_of, json_response, read_body, respond, submit, tenant_of, wait_whole
 from frontend.api.resuming import LAST_EVENT, resume
 from frontend.client import Client, Model

@@ -5,7 +5,9 @@ from __future__ import annotations
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp
 
-from frontend.api.answers import ChatAnswer, CompletionAnswer, Form
+from frontend.api.answers import Form
+from frontend.api.chat_answer import ChatAnswer
+from frontend.api.completion_answer import CompletionAnswer
 from frontend.api.handling import client_of, read_body, respond, tenant_of
 from frontend.errors import from_failed
 from frontend.resume import parse_event_id, read_header

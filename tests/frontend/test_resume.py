@@ -6,7 +6,9 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from frontend.api.answers import Answer, ChatAnswer, CompletionAnswer, Form
+from frontend.api.answers import Answer, Form
+from frontend.api.chat_answer import ChatAnswer
+from frontend.api.completion_answer import CompletionAnswer
 from frontend.entries import Entry
 from frontend.errors import ApiError
 from frontend.journal import Journal
