@@ -6,7 +6,7 @@ Rows of one token go through `flash_attn_with_kvcache`, which splits long contex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from gpu_worker.attention.interface import CacheShape, Rows, cache_rows
+from gpu_worker.attention.scoring import Scoring, plain
 from gpu_worker.errors import LoadError
 
 PAGE = 256  # tokens that a page must be a multiple of
@@ -39,8 +40,10 @@ class FlashAttention:
 
     name = "flash_attn"
 
-    def __init__(self, cache: torch.Tensor, shape: CacheShape, heads: int) -> None:
+    def __init__(self, cache: torch.Tensor, shape: CacheShape, heads: int, scoring: Sequence[Scoring] | None = None) -> None:
+        """scoring: of each layer; by default all keys by 1 / √head_dim."""
         self._with_cache, self._varlen = _functions()
+        self._options = [_options(s) for s in scoring or plain(shape.layers, shape.head_dim)]
         self._shape, self._heads = shape, heads
         self._device, self._dtype = cache.device, cache.dtype
         by_token = cache.transpose(3, 4)  # [layers, blocks + 1, 2, block_size, kv_heads, head_dim]
@@ -56,14 +59,14 @@ class FlashAttention:
 
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         self._write_to[layer].index_copy_(0, self._written, kv.reshape(-1, self._shape.head_dim).to(self._dtype))
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values, options = self._keys[layer], self._values[layer], self._options[layer]
         out = torch.empty_like(q)
         for group in self._groups:
             asked = q if group.tokens is None else q.index_select(0, group.tokens)
             if group.starts is None:
-                got = self._with_cache(
-                    asked[:, None], keys, values, cache_seqlens=group.keys, block_table=group.tables, causal=True
-                ).squeeze(1)
+                got = self._with_cache(asked[:, None], keys, values, cache_seqlens=group.keys, block_table=group.tables, **options).squeeze(
+                    1
+                )
             else:
                 got = self._varlen(
                     asked,
@@ -73,8 +76,8 @@ class FlashAttention:
                     group.key_starts,
                     group.most_queries,
                     group.most_keys,
-                    causal=True,
                     block_table=group.tables,
+                    **options,
                 )
             if group.tokens is None:
                 return got.reshape(len(q), -1)
@@ -104,6 +107,16 @@ class FlashAttention:
 
     def _int32(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)).to(self._device)
+
+
+def _options(scoring: Scoring) -> dict[str, Any]:
+    """How the package says it. Its window counts the keys before a query's own, −1 for all."""
+    return {
+        "causal": True,
+        "softmax_scale": scoring.scale,
+        "window_size": (scoring.window - 1, 0) if scoring.window else (-1, -1),
+        "softcap": scoring.softcap,
+    }
 
 
 def check(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> None:

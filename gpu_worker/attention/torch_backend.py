@@ -12,6 +12,7 @@ A row's result has the same bits alone and in any batch, in one chunk and in man
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from gpu_worker.attention.interface import CacheShape, Rows, cache_rows
+from gpu_worker.attention.scoring import Scoring, plain
 
 TILE = 128  # keys of a tile
 _PART = 32  # keys that are gathered at once, at most; divides every number of keys in `_round_up`
@@ -62,8 +64,10 @@ class TorchAttention:
 
     name = "torch"
 
-    def __init__(self, cache: torch.Tensor, shape: CacheShape, heads: int) -> None:
+    def __init__(self, cache: torch.Tensor, shape: CacheShape, heads: int, scoring: Sequence[Scoring] | None = None) -> None:
+        """scoring: of each layer; by default all keys by 1 / √head_dim."""
         self._shape = shape
+        self._scoring = scoring or plain(shape.layers, shape.head_dim)
         self._heads = heads
         self._threads = self._used_threads = 1
         self._per_kv = heads // shape.kv_heads
@@ -71,12 +75,11 @@ class TorchAttention:
         self._parts = shape.block_size // self._part
         self._dtype = cache.dtype
         self._device = cache.device
-        self._scale = shape.head_dim**-0.5
         self._gather_from = cache.view(shape.layers, -1, self._part * shape.head_dim).unbind()
         self._write_to = cache.view(shape.layers, -1, shape.head_dim).unbind()
         self._scratch = torch.empty(0, dtype=self._dtype, device=self._device)
         self._written = torch.empty(0, dtype=torch.int64)  # cache rows of each token's keys and values, token by token
-        self._groups: list[_Group] = []
+        self._groups: dict[int, list[_Group]] = {}  # of each window
         self._all_real = True
         self._q: torch.Tensor | None = None
         self._asking = self._scratch  # `_q` in the shape of the only group's `asked`
@@ -91,25 +94,37 @@ class TorchAttention:
         self._threads = torch.get_num_threads()
         self._groups = self._plan(rows, np.cumsum(counts) - counts)
 
-    def _plan(self, rows: Rows, first_token: _Ints) -> list[_Group]:
-        """Cut the rows into units and put those of one size together."""
-        by_size: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    def _plan(self, rows: Rows, first_token: _Ints) -> dict[int, list[_Group]]:
+        longest = int((rows.starts + rows.counts).max(initial=0))
+        cuts = {window: self._cut(rows, window) for window in {self._felt(s.window, longest) for s in self._scoring}}
+        needed = max((self._elements(len(units), *size) for cut in cuts.values() for *size, units in cut), default=0)
+        self._used_threads = 1 if needed <= _SMALL else self._threads
+        if needed > len(self._scratch):
+            self._scratch = torch.empty(needed, dtype=self._dtype, device=self._device)
+        groups = {window: [self._group(rows, first_token, window, *cut) for cut in cut] for window, cut in cuts.items()}
+        return {s.window: groups[self._felt(s.window, longest)] for s in self._scoring}
+
+    @staticmethod
+    def _felt(window: int, longest: int) -> int:
+        """The window, or 0 if no row of the step is longer."""
+        return window if longest > window else 0
+
+    def _cut(self, rows: Rows, window: int) -> list[tuple[int, int, _Ints]]:
+        """Cut the rows into units and put those of one size together: queries, keys, units (row, start, queries, first key)."""
+        by_size: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
         for i in np.flatnonzero(~rows.dead).tolist():
             start, left = int(rows.starts[i]), int(rows.counts[i])
             while left:
                 n = min(left, _QUERIES[-1])
                 size = next(q for q in _QUERIES if q >= n)
-                by_size.setdefault((size, _round_up(start + n)), []).append((i, start, n))
+                first = max(0, start - window + 1) // TILE * TILE if window else 0
+                by_size.setdefault((size, _round_up(start + n - first)), []).append((i, start, n, first))
                 start, left = start + n, left - n
         cut = []
         for (queries, keys), units in sorted(by_size.items()):
             most = max(1, _GROUP_BYTES // (4 * self._elements(1, queries, keys)))
             cut += [(queries, keys, np.array(units[at : at + most])) for at in range(0, len(units), most)]
-        needed = max((self._elements(len(units), queries, keys) for queries, keys, units in cut), default=0)
-        self._used_threads = 1 if needed <= _SMALL else self._threads
-        if needed > len(self._scratch):
-            self._scratch = torch.empty(needed, dtype=self._dtype, device=self._device)
-        return [self._group(rows, first_token, *sizes) for sizes in cut]
+        return cut
 
     def _rows(self, queries: int) -> int:
         """Query rows of one key/value head, M."""
@@ -120,8 +135,8 @@ class TorchAttention:
         dim, m = self._shape.head_dim, self._rows(queries)
         return units * self._shape.kv_heads * (keys * (2 * dim + 2 * m) + m * dim)
 
-    def _group(self, rows: Rows, first_token: _Ints, queries: int, keys: int, units: _Ints) -> _Group:
-        row, start, n = units.T
+    def _group(self, rows: Rows, first_token: _Ints, window: int, queries: int, keys: int, units: _Ints) -> _Group:
+        row, start, n, first = units.T
         nth = np.arange(queries)
         # queries beyond a unit's own repeat its last one
         position = start[:, None] + np.minimum(nth, n[:, None] - 1)  # [units, queries]
@@ -132,8 +147,10 @@ class TorchAttention:
         sizes = (2 * batch * keys * dim, batch * m * keys, batch * m * keys, batch * m * dim)
         gathered, scores, weights, mixed = torch.split_with_sizes(self._scratch[: sum(sizes)], sizes)
         keys_gathered, values_gathered = gathered.view(2, batch, keys, dim)
-        late = int(start.min()) + 1  # keys before this one are seen by all
-        veil = np.where(np.arange(late, keys) > self._by_query_row(position, m)[:, None, :, None], -np.inf, 0.0)
+        late = 0 if window else int(start.min()) + 1  # keys before this one are seen by all
+        key = first[:, None, None, None] + np.arange(late, keys)
+        at = self._by_query_row(position, m)[:, None, :, None]
+        veil = np.where((key > at) | (key <= at - window if window else False), -np.inf, 0.0)
 
         def by_query(x: torch.Tensor) -> torch.Tensor:
             """[units, queries, kv_heads, heads per kv_head, dim] of [batch, M, dim]; one query has no dimension of its own."""
@@ -146,7 +163,7 @@ class TorchAttention:
             everything=queries == 1 and np.array_equal(tokens[:, 0], np.arange(int(rows.counts.sum()))),
             tokens=self._index(tokens),
             real=self._index(np.flatnonzero(nth < n[:, None])),
-            pages=self._index(self._pages(rows, row, start + n, keys)),
+            pages=self._index(self._pages(rows, row, start + n, first, keys)),
             asked=asked,
             queries=padded,
             gathered=gathered.view(-1, self._part * dim),
@@ -169,14 +186,14 @@ class TorchAttention:
         by_row = np.repeat(position, self._per_kv, axis=1)
         return np.pad(by_row, ((0, 0), (0, m - by_row.shape[1])), mode="edge")
 
-    def _pages(self, rows: Rows, row: _Ints, end: _Ints, keys: int) -> _Ints:
+    def _pages(self, rows: Rows, row: _Ints, end: _Ints, first: _Ints, keys: int) -> _Ints:
         """Cache rows of each unit's keys and values: [2, units, kv_heads, parts]."""
         kv_heads = self._shape.kv_heads
-        part = np.arange(keys // self._part)
-        index = np.where(part * self._part < end[:, None], part // self._parts, 0)  # [units, parts]
+        part = first[:, None] // self._part + np.arange(keys // self._part)  # [units, parts]
+        index = np.where(part * self._part < end[:, None], part // self._parts, 0)
         block = rows.tables[row[:, None], index].astype(np.int64)
         head = np.arange(2 * kv_heads).reshape(2, 1, kv_heads, 1)
-        return (block[:, None] * (2 * kv_heads) + head) * self._parts + part % self._parts
+        return (block[:, None] * (2 * kv_heads) + head) * self._parts + (part % self._parts)[:, None]
 
     def _index(self, values: _Ints) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64).reshape(-1)).to(self._device)
@@ -188,9 +205,10 @@ class TorchAttention:
         # waking a thread takes longer than what it could do for a small step
         torch.set_num_threads(self._used_threads)
         try:
-            if len(self._groups) == 1 and self._groups[0].everything:
-                return self._attend_to_all(layer, q, self._groups[0])
-            return self._attend_in_groups(layer, q)
+            groups = self._groups[self._scoring[layer].window]
+            if len(groups) == 1 and groups[0].everything:
+                return self._attend_to_all(layer, q, groups[0])
+            return self._attend_in_groups(layer, q, groups)
         finally:
             torch.set_num_threads(self._threads)
 
@@ -199,10 +217,10 @@ class TorchAttention:
             self._q, self._asking = q, q.view(group.asked.shape)
         return self._attend(layer, self._asking, group).to(q.dtype)
 
-    def _attend_in_groups(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def _attend_in_groups(self, layer: int, q: torch.Tensor, groups: list[_Group]) -> torch.Tensor:
         new = q.new_empty if self._all_real else q.new_zeros
         out = new(q.shape[0], self._heads * self._shape.head_dim)
-        for group in self._groups:
+        for group in groups:
             told = self._attend(layer, q.index_select(0, group.tokens).view(group.asked.shape), group)
             out[group.tokens[group.real]] = told[group.real].to(out.dtype)
         return out
@@ -210,8 +228,11 @@ class TorchAttention:
     def _attend(self, layer: int, q: torch.Tensor, group: _Group) -> torch.Tensor:
         """q: of `group.asked`'s shape. Returns `group.out`."""
         torch.index_select(self._gather_from[layer], 0, group.pages, out=group.gathered)
-        torch.mul(q, self._scale, out=group.asked)
+        scoring = self._scoring[layer]
+        torch.mul(q, scoring.scale, out=group.asked)
         torch.bmm(group.queries, group.keys, out=group.scores)
+        if scoring.softcap:
+            group.scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
         group.veiled.add_(group.veil)
         torch.softmax(group.scores, 2, out=group.weights)
         if len(group.values) == len(group.weights):

@@ -11,19 +11,35 @@ import torch
 
 from gpu_worker.attention.backends import check_backend, make_backend
 from gpu_worker.attention.interface import CacheShape, new_cache
+from gpu_worker.attention.scoring import Scoring
 from gpu_worker.errors import LoadError
 from tests.gpu_worker.test_attention_torch import CPU, Sequences, _tables
 
 PAGE = 256
 
 
-def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: int, pages: torch.Tensor) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: int,
+    pages: torch.Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> torch.Tensor:
     """One row, causal from the bottom right: q [n, heads, dim], keys and values [pages, page, kv_heads, dim]."""
-    n, heads, dim = q.shape
+    n, heads, _ = q.shape
     k, v = (x[pages.long()].flatten(0, 1)[:length].double() for x in (keys, values))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * dim**-0.5
-    hidden = torch.arange(length) > torch.arange(length - n, length)[:, None]
+    assert causal
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * softmax_scale
+    if softcap:
+        scores = (scores / softcap).tanh() * softcap
+    behind = torch.arange(length - n, length)[:, None] - torch.arange(length)  # how far a key lies before a query
+    hidden = (behind < 0) | (behind > (window_size[0] if window_size[0] >= 0 else length))
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(2), v).nan_to_num().to(q.dtype)
 
 
@@ -42,22 +58,21 @@ class Package(ModuleType):
         assert 0 <= int(tables.min()) <= int(tables.max()) < len(keys)
         assert int(lengths.max()) <= tables.shape[1] * keys.shape[1]
 
-    def flash_attn_with_kvcache(self, q, keys, values, *, cache_seqlens, block_table, causal):  # type: ignore[no-untyped-def]
+    def flash_attn_with_kvcache(self, q, keys, values, *, cache_seqlens, block_table, **options):  # type: ignore[no-untyped-def]
         self._check(keys, block_table, cache_seqlens)
-        assert causal
         assert q.shape[1] == 1
         self.calls.append("with_kvcache")
-        return torch.stack([attend(*row, keys, values, n, pages) for row, n, pages in zip(q[:, None], cache_seqlens, block_table)])
+        rows = zip(q[:, None], cache_seqlens, block_table)
+        return torch.stack([attend(*row, keys, values, n, pages, **options) for row, n, pages in rows])
 
-    def flash_attn_varlen_func(self, q, keys, values, starts, key_starts, most_q, most_k, *, causal, block_table):  # type: ignore[no-untyped-def]
+    def flash_attn_varlen_func(self, q, keys, values, starts, key_starts, most_q, most_k, *, block_table, **options):  # type: ignore[no-untyped-def]
         lengths = key_starts.diff()
         self._check(keys, block_table, lengths)
-        assert causal
         assert (most_q, most_k) == (int(starts.diff().max()), int(lengths.max()))
         assert int(starts[-1]) == len(q)
         self.calls.append("varlen")
         rows = zip(q.split(starts.diff().tolist()), lengths.tolist(), block_table, strict=True)
-        return torch.cat([attend(row, keys, values, n, pages) for row, n, pages in rows])
+        return torch.cat([attend(row, keys, values, n, pages, **options) for row, n, pages in rows])
 
 
 @pytest.fixture
@@ -68,13 +83,16 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Package:
 
 
 @pytest.mark.parametrize("heads", [(6, 2, 16), (4, 4, 32), (9, 3, 64)])
-def test_it_is_a_causal_softmax_in_decode_prefill_and_mixed_steps(package: Package, heads: tuple[int, int, int]) -> None:
-    sequences = Sequences(3, *heads)
+@pytest.mark.parametrize("scoring", [None, Scoring(0.3, 50), Scoring(0.3, 50, 2.0)])
+def test_it_is_a_causal_softmax_in_decode_prefill_and_mixed_steps(
+    package: Package, heads: tuple[int, int, int], scoring: Scoring | None
+) -> None:
+    sequences = Sequences(3, *heads, scoring)
     tables, blocks = _tables(3, PAGE)
     shape = CacheShape(1, blocks, sequences.kv_heads, PAGE, sequences.dim)
     cache = new_cache(shape, CPU, torch.float32)
     cache[:, : shape.dummy] = float("nan")  # a page's unwritten part is not read
-    attention = make_backend("flash_attn", cache, shape, sequences.heads)
+    attention = make_backend("flash_attn", cache, shape, sequences.heads, [sequences.scoring])
     steps = (
         [(0, 0, 300), (1, 0, 2)],
         [(0, 300, 301), (2, 0, 40), (1, 2, 3)],

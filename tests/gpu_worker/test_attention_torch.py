@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gpu_worker.attention.interface import CacheShape, Rows, new_cache
+from gpu_worker.attention.scoring import Scoring
 from gpu_worker.attention.torch_backend import TorchAttention
 
 CPU = torch.device("cpu")
@@ -16,16 +17,17 @@ LENGTH = 700
 class Sequences:
     """Random queries, keys and values of some sequences, and attention over any cut of them."""
 
-    def __init__(self, n: int, heads: int = 6, kv_heads: int = 2, dim: int = 16) -> None:
+    def __init__(self, n: int, heads: int = 6, kv_heads: int = 2, dim: int = 16, scoring: Scoring | None = None) -> None:
         generator = torch.Generator().manual_seed(3)
         self.q = torch.randn(n, LENGTH, heads, dim, generator=generator)
         self.kv = torch.randn(n, LENGTH, 2 * kv_heads, dim, generator=generator)
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
+        self.scoring = scoring or Scoring(dim**-0.5)
 
     def attention(self, block_size: int, blocks: int) -> tuple[TorchAttention, torch.Tensor]:
         shape = CacheShape(1, blocks, self.kv_heads, block_size, self.dim)
         cache = new_cache(shape, CPU, torch.float32)
-        return TorchAttention(cache, shape, self.heads), cache
+        return TorchAttention(cache, shape, self.heads, [self.scoring]), cache
 
     def step(
         self, attention: TorchAttention, rows: list[tuple[int, int, int]], tables: np.ndarray, dead: list[int] | None = None
@@ -41,8 +43,11 @@ class Sequences:
         """In float64, [tokens, heads · dim]."""
         q, kv = self.q[sequence, start:stop].double(), self.kv[sequence, :stop].double()
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in kv.split(self.kv_heads, dim=1))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * self.dim**-0.5
-        hidden = torch.arange(stop) > torch.arange(start, stop)[:, None]
+        scores = torch.einsum("qhd,khd->hqk", q, k) * self.scoring.scale
+        if self.scoring.softcap:
+            scores = self.scoring.softcap * torch.tanh(scores / self.scoring.softcap)
+        key, query = torch.arange(stop), torch.arange(start, stop)[:, None]
+        hidden = (key > query) | (key <= query - (self.scoring.window or LENGTH))
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(2), v).flatten(1)
 
 
@@ -62,11 +67,38 @@ def test_it_is_a_causal_softmax_over_everything_cached(block_size: int, heads: t
         assert torch.allclose(sequences.step(attention, rows, tables).double(), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_neither_batch_nor_chunks_nor_blocks_change_a_bit(threads: int) -> None:
+@pytest.mark.parametrize("window", [0, 1, 5, 128, 200, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_layer_may_have_a_window_a_soft_cap_and_a_scale_of_its_own(window: int, softcap: float) -> None:
+    sequences = Sequences(3, scoring=Scoring(0.4, window, softcap))
+    tables, blocks = _tables(3, 16)
+    attention, _ = sequences.attention(16, blocks)
+    steps = ([(0, 0, 150), (1, 0, 1)], [(0, 150, 151), (1, 1, 2)], [(0, 151, 420), (1, 2, 4), (2, 0, 90)], [(1, 4, 9), (0, 420, 421)])
+    for rows in (*steps, [(0, 421, 422), (1, 9, 10), (2, 90, 91)]):
+        expected = torch.cat([sequences.reference(*row) for row in rows])
+        assert torch.allclose(sequences.step(attention, rows, tables).double(), expected, atol=2e-6)
+
+
+def test_layers_of_different_windows_take_turns() -> None:
+    scorings = [Scoring(0.25, 7), Scoring(0.25), Scoring(0.5, 7, 3.0), Scoring(0.25, 130)]
+    layers = [Sequences(2, scoring=scoring) for scoring in scorings]
+    shape = CacheShape(4, 90, 2, 16, 16)
+    attention = TorchAttention(new_cache(shape, CPU, torch.float32), shape, 6, scorings)
+    tables, _ = _tables(2, 16)
+    for spans in ([(0, 0, 5), (1, 0, 140)], [(0, 5, 6), (1, 140, 141)], [(0, 6, 9), (1, 141, 300)]):
+        starts, stops = (np.array([span[i] for span in spans], np.int32) for i in (1, 2))
+        attention.begin(Rows(starts, stops - starts, tables, np.zeros(2, bool)))
+        for i, layer in enumerate(layers):
+            q, kv = (torch.cat([x[s, start:stop] for s, start, stop in spans]) for x in (layer.q, layer.kv))
+            expected = torch.cat([layer.reference(*span) for span in spans])
+            assert torch.allclose(attention.attend(i, q, kv).double(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("threads", "window"), [(1, 0), (2, 0), (2, 150)])
+def test_neither_batch_nor_chunks_nor_blocks_change_a_bit(threads: int, window: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    sequences = Sequences(5, 9, 3, 64)
+    sequences = Sequences(5, 9, 3, 64, Scoring(0.125, window))
     alone = []
     for s in range(5):
         tables, blocks = _tables(5, 16, seed=s)
