@@ -149,7 +149,7 @@ def prefill(
         b, i32 = torch.bfloat16, torch.int32
         kernel = TritonKernel(
             prefill_attention, [b, b, i32, i32, i32, b, 1.0], warps=warps, pdl=False, WIDTH=pages, KV_HEADS=KV_HEADS, R=repeat, RP=repeat,
-            D=D, DP=D, PAGE=PAGE, ROWS=tile_rows, TILE=tile, STAGES=stages, WINDOW=0, SOFTCAP=0,
+            D=D, DP=D, PAGE=PAGE, ROWS=tile_rows, TILE=tile, STAGES=stages, WINDOW=0, SOFTCAP=0, kv_scales=None,
         )  # fmt: skip
         pointers = [t.data_ptr() for t in (qkv, cache, table, tiles, rows, out)]
 
@@ -190,7 +190,7 @@ def decode_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream)
         kernel = TritonKernel(
             decode_attention, [b, b, i, i, b, f, f, i, b, b, f, f, 1.0, 1.0], warps=4, pdl=True,
             WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, RP=repeat, D=D, DP=D, PAGE=PAGE, TILE=TILE, STAGES=2,
-            WINDOW=0, SOFTCAP=0, QK_NORM=1, PDL=1,
+            WINDOW=0, SOFTCAP=0, QK_NORM=1, PDL=1, kv_scales=None,
         )  # fmt: skip
         results = sorted((*measure(case, kernel, least, spread, stream), f"m{least}c{spread}") for least, spread in variants)
         us, _, what = results[0]

@@ -44,8 +44,11 @@ def angles(config: ModelConfig, length: int, device: torch.device) -> tuple[torc
 class Engine:
     """The step on the card. `start` is called on one thread, in plan order; `finish` on another, in the same order."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, options: Options) -> None:
-        """Raises LoadError if the card has no room for a single sequence of max_model_len."""
+    def __init__(self, config: ModelConfig, weights: ModelWeights, options: Options, kv_scales: torch.Tensor | None = None) -> None:
+        """kv_scales: fp32 [layers, 2], units of keys and values; with them the cache is fp8.
+
+        Raises LoadError if the card has no room for a single sequence of max_model_len.
+        """
         self.config, self.options = config, options
         self.device, dtype = weights.embedding.device, weights.embedding.dtype
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -53,8 +56,9 @@ class Engine:
         tile_rows = 32 if dtype == torch.float32 else 128
         properties = torch.cuda.get_device_properties(self.device)
         spread = max(4, properties.multi_processor_count * 2 // config.kv_heads)  # items that fill the card, measured
-        element = weights.embedding.element_size()
-        blocks = options.num_blocks or blocks_that_fit(config, options, element, *torch.cuda.mem_get_info(self.device))
+        cached = dtype if kv_scales is None else torch.float8_e4m3fn
+        free = torch.cuda.mem_get_info(self.device)
+        blocks = options.num_blocks or blocks_that_fit(config, options, dtype.itemsize, cached.itemsize, *free)
         self.geometry = Geometry(
             block_size=options.block_size,
             blocks=blocks,
@@ -66,9 +70,9 @@ class Engine:
         )
         self.state = DeviceState(self.geometry, self.device, spread, max(1, tile_rows // repeat))
         shape = (config.layers, blocks + 1, 2, config.kv_heads, options.block_size, config.head_dim)
-        cache = torch.zeros(shape, dtype=dtype, device=self.device)
+        cache = torch.zeros(shape, dtype=cached, device=self.device)
         # mapped: kernels copy to and from it
-        self._host_cache = torch.zeros((config.layers, options.host_blocks, *shape[2:]), dtype=dtype, pin_memory=options.host_blocks > 0)
+        self._host_cache = torch.zeros((config.layers, options.host_blocks, *shape[2:]), dtype=cached, pin_memory=options.host_blocks > 0)
         self.forward = Forward(
             config,
             weights,
@@ -78,6 +82,7 @@ class Engine:
             pdl=options.pdl,
             few=options.few,
             few_attention=options.few_attention,
+            kv_scales=kv_scales,
         )
         self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
         self.graphs = Graphs(self._body, self.forward.layers, options.graphs)

@@ -30,7 +30,7 @@ SAMPLE_SPLITS = 64  # programs over the vocabulary for few outputs
 
 
 class Forward:
-    """The kernels of one model on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim]."""
+    """The kernels of one model on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim], its type the model's or fp8."""
 
     def __init__(
         self,
@@ -43,13 +43,15 @@ class Forward:
         pdl: bool = True,
         few: bool = True,
         few_attention: int = 8,
+        kv_scales: torch.Tensor | None = None,
     ) -> None:
         """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used. few_attention: up to
-        so many rows decode attention is `decode_few.cu`'s."""
+        so many rows decode attention is `decode_few.cu`'s. kv_scales: fp32 [layers, 2], units of keys and values in an fp8 cache."""
         self.config, self.weights, self.state, self.cache = config, weights, state, cache
         self.cosines, self.sines = angles
+        self.kv_scales = kv_scales
         self.layers = list(enumerate(weights.layers))
-        g, device, dtype = state.geometry, cache.device, cache.dtype
+        g, device, dtype = state.geometry, cache.device, weights.embedding.dtype
         properties = torch.cuda.get_device_properties(device)
         hopper = properties.major == 9  # clusters, wgmma; elsewhere cuBLAS and Triton do it
         self.pdl, self.few_attention = pdl and properties.major >= 9, few_attention if hopper else 0
@@ -101,7 +103,9 @@ class Forward:
         ]
         with ThreadPoolExecutor(len(jobs)) as pool:
             self.linears = dict(zip((job[0] for job in jobs), pool.map(linear, jobs), strict=True))
-        plan, elementwise = Module.of("plan.cu", arch), Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim})
+        fp8 = self.kv_scales is not None
+        plan = Module.of("plan.cu", arch)
+        elementwise = Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))
         slots, inputs = "PPPPii", "PPPPPPPPP"
         self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiiiiiii", 1024, pdl=False)
         self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
@@ -110,7 +114,7 @@ class Forward:
         self.k_embed = Kernel(elementwise, "embed", "PPPi", 128, pdl=self.pdl)
         vectors = c.hidden * self.h.element_size() // 16
         self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", min(256, -(-vectors // 32) * 32), pdl=self.pdl)
-        self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiif", 256, pdl=self.pdl)
+        self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiif" + "P" * fp8, 256, pdl=self.pdl)
         self.k_silu = Kernel(elementwise, "silu_mul", "PPq", 256, pdl=self.pdl)
         self.k_sample = Kernel(Module.of("sampler.cu", arch, {"DTYPE": dtype}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
 
@@ -120,12 +124,15 @@ class Forward:
         sizes["PAGE"] = s.geometry.block_size
         # a model without a window, or whose window no sequence outgrows, pays nothing for it; no supported family caps its scores
         window = c.sliding_window if c.sliding_window < s.geometry.max_model_len else 0
-        kind = {"DP": 1 << (c.head_dim - 1).bit_length(), "WINDOW": window, "SOFTCAP": 0}
+        kind: dict[str, int | None] = {"DP": 1 << (c.head_dim - 1).bit_length(), "WINDOW": window, "SOFTCAP": 0}
         ints, fp32 = torch.int32, torch.float32
-        arguments: list[torch.dtype | float] = [dtype, dtype, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32]
+        fp8 = self.kv_scales is not None
+        cached, scales = torch.float8_e4m3fn if fp8 else dtype, [fp32] if fp8 else []
+        kind |= {} if fp8 else {"kv_scales": None}
+        arguments: list[torch.dtype | float] = [dtype, cached, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32]
         self.k_decode_attention = TritonKernel(
             decode_attention,
-            [*arguments, self.scale, c.norm_eps],
+            [*arguments, self.scale, c.norm_eps, *scales],
             warps=4,
             pdl=self.pdl,
             TILE=TILE,
@@ -136,7 +143,7 @@ class Forward:
             **kind,
         )
         self.k_decode_few: dict[int, Kernel] = {}  # by blocks of a cluster
-        if dtype == torch.bfloat16 and self.repeat <= 4 and c.head_dim in (64, 128, 256) and self.few_attention and not window:
+        if dtype == torch.bfloat16 and self.repeat <= 4 and c.head_dim in (64, 128, 256) and self.few_attention and not window and not fp8:
             names = ("KV_HEADS", "R", "DIM", "PAGE", "WIDTH")
             macros = dict(zip(names, (c.kv_heads, self.repeat, c.head_dim, s.geometry.block_size, s.geometry.table_width), strict=True))
             for blocks in (4, 8):
@@ -147,7 +154,7 @@ class Forward:
         self.k_prefill_attention, self.k_prefill_long = (
             TritonKernel(
                 prefill_attention,
-                [dtype, dtype, ints, ints, ints, dtype, self.scale],
+                [dtype, cached, ints, ints, ints, dtype, self.scale, *scales],
                 warps=4 if wide else 8,
                 pdl=False,
                 ROWS=s.tile_tokens * self.padded_repeat,
@@ -233,6 +240,7 @@ class Forward:
                 c.kv_heads,
                 g.block_size,
                 c.norm_eps,
+                *self._scales_of(index),
             )
             self._prefill_attention(stream, index, tiles, tokens > LONG_ROWS * rows)
             self._rest(stream, layer, tokens)
@@ -338,6 +346,7 @@ class Forward:
             self.partial_ml.data_ptr(),
             self.arrivals.data_ptr(),
             *norms_and_angles,
+            *self._scales_of(index),
         )
 
     def _prefill_attention(self, stream: int, index: int, tiles: int, long: bool) -> None:
@@ -353,4 +362,9 @@ class Forward:
             s.rows.data_ptr(),
             self.attended.data_ptr(),
             self.scale,
+            *self._scales_of(index),
         )
+
+    def _scales_of(self, layer: int) -> tuple[int, ...]:
+        """What kernels that know of an fp8 cache are given in addition."""
+        return () if self.kv_scales is None else (self.kv_scales[layer].data_ptr(),)

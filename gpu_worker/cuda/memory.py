@@ -28,15 +28,16 @@ class Options:
     few_attention: int = 8  # rows up to which decode attention is decode_few.cu's
 
 
-def blocks_that_fit(config: ModelConfig, options: Options, element: int, free: int, total: int) -> int:
-    """Blocks that `free` of `total` bytes hold under `utilization`, the weights loaded; element: bytes of one value.
+def blocks_that_fit(config: ModelConfig, options: Options, element: int, cached: int, free: int, total: int) -> int:
+    """Blocks that `free` of `total` bytes hold under `utilization`, the weights loaded.
 
+    element, cached: bytes of one value of an activation, and of a key or value.
     Raises LoadError, one line, if they do not hold a sequence of max_model_len.
     """
     c, o = config, options
     width = c.hidden * 2 + c.q_size * 2 + 2 * c.kv_size + 3 * c.intermediate
     buffers = element * (o.max_num_batched_tokens * width + o.max_num_seqs * c.vocab_size) + _REST
-    block = c.layers * 2 * c.kv_heads * o.block_size * c.head_dim * element
+    block = c.layers * 2 * c.kv_heads * o.block_size * c.head_dim * cached
     blocks = int((free - (1 - o.utilization) * total - buffers) // block) - 1
     needed = -(-o.max_model_len // o.block_size)
     if blocks < needed:

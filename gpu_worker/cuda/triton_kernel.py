@@ -19,7 +19,7 @@ class TritonKernel:
     """
 
     def __init__(
-        self, function: triton.JITFunction, arguments: list[torch.dtype | float], *, warps: int, pdl: bool, **constants: float
+        self, function: triton.JITFunction, arguments: list[torch.dtype | float], *, warps: int, pdl: bool, **constants: float | None
     ) -> None:
         compiled = function.warmup(*arguments, grid=(1,), num_warps=warps, launch_pdl=pdl, **constants)
         signature = "".join("f" if isinstance(a, float) else "P" for a in arguments) + "PP"  # Triton adds two scratch pointers, unused here

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_worker.cuda.kernels.online_softmax import attend, capped, load_heads
+from gpu_worker.cuda.kernels.online_softmax import as_cached, attend, capped, load_heads
 
 
 @triton.jit
@@ -35,6 +35,7 @@ def decode_attention(
     sines,  # [positions, D / 2] fp32
     scale,  # softmax's, times log2(e)
     eps,
+    kv_scales,  # [2] fp32, of this layer's keys and values, where the cache is fp8; else None
     WIDTH: tl.constexpr,  # of the table
     KV_HEADS: tl.constexpr,
     R: tl.constexpr,  # query heads per KV head
@@ -105,6 +106,10 @@ def decode_attention(
         k2 = k2 * ks * kw2
     qr = (q * c[None, :] + q2 * s[None, :]).to(qkv.dtype.element_ty)
     kr = (k * c + k2 * s).to(qkv.dtype.element_ty)
+    if kv_scales is not None:  # the new token as those that read it later will see it
+        kr = as_cached(kr, tl.load(kv_scales))
+        v_new = as_cached(v_new, tl.load(kv_scales + 1))
+        scale = scale * tl.load(kv_scales)
 
     # the softmax begins with the new token, in the row's last span
     own = capped(tl.sum(qr.to(tl.float32) * kr.to(tl.float32)[None, :], 1), scale, SOFTCAP) * scale
@@ -130,6 +135,8 @@ def decode_attention(
         vt = tl.load(at + PLANE, mask=there, other=0.0)  # masked: a poisoned page must not reach 0 x NaN
         m, total, acc = attend(qr, kt, vt, ok[None, :], m, total, acc, scale, True, SOFTCAP)
 
+    if kv_scales is not None:
+        acc = acc * tl.load(kv_scales + 1)
     to = out + row * (HEADS * D) + (h * R + r)[:, None] * D + d[None, :]
     if splits == 1:
         tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)

@@ -1,5 +1,5 @@
 // What stands between the large linears: embedding, RMSNorm, rotary embedding with the write of K and V, SiLU. fp32 inside.
-// Macros: DTYPE, the model's type (common.cuh); DIM, the head dimension.
+// Macros: DTYPE, the model's type (common.cuh); DIM, the head dimension; KV8, where the cache of keys and values is fp8 (e4m3).
 #include "common.cuh"
 
 #define VECTOR (16 / (int)sizeof(elem))  // elements in 16 bytes
@@ -53,11 +53,17 @@ extern "C" __global__ void rms_norm(const elem* h, const int* index, const elem*
 // qkv[token, (heads + 2 kv_heads) * DIM]: q and k are normalised over DIM (if the weights are given) and rotated, q in place;
 // k and v go to cache[block][K, V][kv_head][offset][DIM] of one layer at places[token]. Grid (tokens, ceil((heads + 2 kv_heads) * SPAN /
 // 256)), 256 threads: SPAN neighbours a head, of which LANES have 16 bytes each. cosines, sines: [positions, DIM / 2] fp32.
+// KV8: kv_scales holds the units of keys and of values, fp32 [2]; what does not fit becomes 448, NaN stays NaN.
 #define LANES (DIM / VECTOR)
 #define SPAN (LANES <= 4 ? 4 : LANES <= 8 ? 8 : LANES <= 16 ? 16 : 32)
+#define CACHE_AT ((((u64)(place / block_size) * 2 + is_v) * kv_heads + (head - heads) % kv_heads) * block_size + place % block_size) * DIM + lane * VECTOR
 extern "C" __global__ void rotate_and_store(elem* qkv, const int* positions, const int* places, const elem* q_norm, const elem* k_norm,
                                             const float* cosines, const float* sines, elem* cache, int heads, int kv_heads,
-                                            int block_size, float eps) {
+                                            int block_size, float eps
+#ifdef KV8
+                                            , const float* kv_scales
+#endif
+                                            ) {
   static_assert(LANES <= 32 && DIM % VECTOR == 0 && LANES % 2 == 0, "a head must fit a warp");
   pdl_wait();
   pdl_trigger();
@@ -98,7 +104,21 @@ extern "C" __global__ void rotate_and_store(elem* qkv, const int* positions, con
   }
   if (!there) return;
   elem* to = x;
-  if (!is_q) to = cache + ((((u64)(place / block_size) * 2 + is_v) * kv_heads + (head - heads) % kv_heads) * block_size + place % block_size) * DIM + lane * VECTOR;
+#ifdef KV8
+  if (!is_q) {
+    const float unit = kv_scales[is_v];
+    union { uint2 eight; u32 four; u16 two[VECTOR / 2]; } bytes;
+#pragma unroll
+    for (int i = 0; i < VECTOR / 2; ++i)
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes.two[i]) : "f"(value(v.at[2 * i + 1]) / unit), "f"(value(v.at[2 * i]) / unit));
+    unsigned char* byte = (unsigned char*)cache + CACHE_AT;
+    if (VECTOR == 8) *(uint2*)byte = bytes.eight;
+    else *(u32*)byte = bytes.four;
+    return;
+  }
+#else
+  if (!is_q) to = cache + CACHE_AT;
+#endif
   *(uint4*)to = v.bits;
 }
 

@@ -28,11 +28,20 @@ def load_heads(pointers, d, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def as_cached(x, scale):
+    """What an fp8 cache (e4m3, finite, up to 448) holds of x, in x's type and in units of `scale`; NaN stays NaN."""
+    fits = tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return fits.to(tl.float8e4nv).to(x.dtype)
+
+
+@triton.jit
 def attend(q, k, v, ok, m, total, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """q [rows, D], k and v [tokens, D]; ok (where MASKED) [rows or 1, tokens]; scale: softmax's times log2(e).
+    """q [rows, D], k and v [tokens, D], of q's type or fp8; ok (where MASKED) [rows or 1, tokens]; scale: softmax's times log2(e).
 
     m, total [rows] and acc [rows, D] are maximum, sum and weighted sum so far; returns the new ones.
     """
+    k = k.to(q.dtype)
+    v = v.to(q.dtype)
     score = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
     if MASKED:
         score = tl.where(ok, score, -1.0e30)

@@ -23,6 +23,7 @@ def prefill_attention(
     rows,  # [rows, 8] int32: slot, first position, count, -, offset among the step's tokens, …
     out,  # [tokens, HEADS * D]
     scale,  # softmax's, times log2(e)
+    kv_scales,  # [2] fp32, of this layer's keys and values, where the cache is fp8; else None
     WIDTH: tl.constexpr,  # of the table
     KV_HEADS: tl.constexpr,
     R: tl.constexpr,
@@ -62,6 +63,8 @@ def prefill_attention(
         mask=live,
         other=0.0,
     )
+    if kv_scales is not None:
+        scale = scale * tl.load(kv_scales)
     position = first + token
     slot_table = table + slot * WIDTH
     plain = (first + at) // TILE * TILE  # keys below lie before every query of the tile
@@ -97,5 +100,7 @@ def prefill_attention(
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
         m, total, acc = attend(q, k, v, seen, m, total, acc, scale, True, SOFTCAP)
+    if kv_scales is not None:
+        acc = acc * tl.load(kv_scales + 1)
     to = out + (offset + token).to(tl.int64)[:, None] * (HEADS * D) + head[:, None] * D + d[None, :]
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)

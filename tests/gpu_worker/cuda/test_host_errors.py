@@ -26,17 +26,17 @@ CARD = runner.has_card()
 
 
 def test_blocks_fill_what_is_left_beside_weights_and_buffers() -> None:
-    blocks = blocks_that_fit(LLAMA_8B, Options(), 2, free=64 * GIB, total=80 * GIB)
+    blocks = blocks_that_fit(LLAMA_8B, Options(), 2, 2, free=64 * GIB, total=80 * GIB)
     used = blocks * 2 * (32 * 2 * 8 * 16 * 128)
     assert 53 * GIB < used < 56 * GIB  # 8 GiB stay unused, some 1.5 are buffers
-    smaller = blocks_that_fit(LLAMA_8B, replace(Options(), max_num_batched_tokens=16384), 2, 64 * GIB, 80 * GIB)
+    smaller = blocks_that_fit(LLAMA_8B, replace(Options(), max_num_batched_tokens=16384), 2, 2, 64 * GIB, 80 * GIB)
     assert smaller < blocks
 
 
 def test_a_card_without_room_for_one_sequence_says_what_helps() -> None:
     options = Options(max_model_len=131072, max_num_seqs=8)
     with pytest.raises(LoadError, match=r"8192 blocks of 2048 KiB are needed .* lower --max-model-len") as refused:
-        blocks_that_fit(LLAMA_8B, options, 2, free=20 * GIB, total=80 * GIB)
+        blocks_that_fit(LLAMA_8B, options, 2, 2, free=20 * GIB, total=80 * GIB)
     assert "\n" not in str(refused.value)
 
 

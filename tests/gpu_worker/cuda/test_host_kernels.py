@@ -29,6 +29,12 @@ def test_plan_elementwise_and_sampler_compile(dtype: int, dim: int) -> None:
         assert compile_cubin(source, "sm_90a", {"DTYPE": dtype, "DIM": dim})
 
 
+@pytest.mark.parametrize("dtype", [0, 1, 2])
+def test_the_write_of_keys_and_values_compiles_for_an_fp8_cache(dtype: int) -> None:
+    for arch in ("sm_89", "sm_90a"):
+        assert compile_cubin("elementwise.cu", arch, {"DTYPE": dtype, "DIM": 128, "KV8": 1})
+
+
 @pytest.mark.slow
 def test_linears_compile_for_the_measured_shapes() -> None:
     for (n, k, norm), how in MEASURED.items():
