@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from frontend.measures import Measures
+from frontend.measures import ELSEWHERE, Measures
 from protocol.columns import pack, unpack
 from protocol.messages import Attach, Failed, SamplingParams, Submit
 from protocol.messages import Choice as WireChoice
@@ -134,6 +134,15 @@ class Choice:
         elif length >= self._max:
             self._end("length", None)
 
+    def extend(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
+        """Commit tokens until one ends the choice; `logprobs` holds one for each of them, or none at all."""
+        for at, token in enumerate(tokens):
+            if logprobs:
+                self.fresh_logprobs.append(logprobs[at])
+            self.commit(token)
+            if self.finish_reason:
+                return
+
     def end(self, reason: str) -> None:
         """End the choice for a reason outside its tokens ("abort", "error")."""
         self._end(reason, None)
@@ -191,6 +200,37 @@ class Entry:
                 choice.end("length")
         self.unfinished = sum(not choice.finish_reason for choice in self.choices)
         self._to_score = self.prompt_tokens if new.params.prompt_logprobs >= 0 else 0
+
+    def adopt(self, new: NewRequest, submit: Submit, measures: Measures, now: float) -> list[Choice]:
+        """Take over the request from another frontend, as its SUBMIT tells it. Returns the choices that end with that."""
+        self.fill(new)
+        self.attaching = None
+        self.measures = measures
+        self.owner = submit.owner
+        self.admitted = submit.admitted
+        self.cached = submit.cached
+        self.scored = submit.scored
+        self.submitted = self.arrived = now - submit.age
+        ended: list[Choice] = []
+        for choice, wire in zip(self.choices, submit.choices, strict=True):
+            known = unpack(wire.known).tolist()
+            if known and not choice.finish_reason:
+                choice.extend(known)
+                choice.at, self.first_token = now, ELSEWHERE
+                if choice.finish_reason:
+                    ended.append(choice)
+        return ended
+
+    def came(self, choice: Choice, before: int, now: float) -> None:
+        """Note the time of a choice's tokens behind the first `before`."""
+        measures = self.measures
+        measures.tokens += len(choice.tokens) - before
+        if before:
+            measures.gaps[choice.at] = measures.gaps.get(choice.at, 0) + 1
+        elif not self.first_token:
+            self.first_token = now
+            measures.begun(self, now)
+        choice.at = now
 
     @property
     def unscored(self) -> bool:

@@ -1,4 +1,4 @@
-"""Tokenizer files over the wire: one bundle, asked for piece by piece. No I/O."""
+"""Tokenizer files over the wire: one bundle after another, each asked for piece by piece. No I/O."""
 
 from __future__ import annotations
 
@@ -41,4 +41,28 @@ class Fetch:
             self._data += message.data
             if len(self._data) >= message.total:
                 self.bundle = bytes(self._data)
+        return True
+
+
+class Fetches:
+    """The bundles that are wanted. One request is outstanding, that of the oldest."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[bytes, Fetch] = {}
+
+    def ask(self, tokenizer: bytes) -> Fetch:
+        """Want a bundle, by its hash."""
+        return self._wanted.setdefault(tokenizer, Fetch(tokenizer))
+
+    def request(self) -> FileRequest | None:
+        """What is asked for now; None if nothing is wanted."""
+        return next((fetch.request() for fetch in self._wanted.values()), None)
+
+    def take(self, message: FileChunk) -> bool:
+        """Take a piece; returns False for one that nobody awaits."""
+        fetch = self._wanted.get(message.tokenizer)
+        if fetch is None or not fetch.chunk(message):
+            return False
+        if fetch.over:
+            del self._wanted[message.tokenizer]
         return True

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
-from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
-from frontend.fetch import Fetch
-from frontend.measures import ELSEWHERE, Measures
+from frontend.deadlines import Deadlines
+from frontend.entries import Choice, Entry, NewRequest
+from frontend.fetch import Fetch, Fetches
+from frontend.measures import Measures
+from frontend.rows import prompt_logprobs, rows
 from protocol.columns import pack, unpack, unpack_floats
 from protocol.counters import Counters
 from protocol.messages import (
@@ -62,12 +64,11 @@ class Journal:
         self.models_changed = False  # set at each MODELS; the shell clears it
         self.credit = 0
         self.measures: dict[str, Measures] = {}  # by model
-        self.fetches: dict[bytes, Fetch] = {}
+        self.fetches = Fetches()
         self.is_open = False
-        self._times = times
+        self._deadlines = Deadlines(times)
         self._revive = revive
         self._protocol = PROTOCOL  # of the open session
-        self._closed_at = -math.inf
         self._next_handle = 0
         self._by_handle: dict[int, Entry] = {}
         self._by_id: dict[bytes, Entry] = {}
@@ -118,11 +119,10 @@ class Journal:
 
     def fetch(self, tokenizer: bytes) -> Fetch:
         """Ask for tokenizer files by their hash; the answer is in the returned object's `bundle` or `failed`."""
-        fetch = self.fetches.get(tokenizer)
-        if fetch is None:
-            fetch = self.fetches[tokenizer] = Fetch(tokenizer)
-            if len(self.fetches) == 1:  # one outstanding
-                self._send(fetch.request())
+        idle = self.fetches.request() is None
+        fetch = self.fetches.ask(tokenizer)
+        if idle:
+            self._send(fetch.request())
         return fetch
 
     # ---------------------------------------------------------------- what the link reports
@@ -140,13 +140,13 @@ class Journal:
         self.out.append(Resumed(len(named)))
         for entry in named:
             self._refuse_scores(entry)
-        if self.fetches:
-            self.out.append(next(iter(self.fetches.values())).request())
+        if (request := self.fetches.request()) is not None:
+            self.out.append(request)
 
     def closed(self, now: float) -> None:
         """The session is over; what was not yet sent is said again in the next one."""
         if self.is_open:
-            self._closed_at = now
+            self._deadlines.closed_at = now
         self.is_open = False
         self.out.clear()
 
@@ -186,21 +186,14 @@ class Journal:
         if self.is_open:
             return
         for entry in [e for e in self._by_handle.values() if not e.ended]:
-            if now >= self._hold_until(entry):
-                self._failed(
-                    Failed(entry.request, 503, "no_scheduler", "no scheduler has been reachable for too long", "", self._times.move)
-                )
-            elif now >= self._admit_until(entry):
-                self._failed(
-                    Failed(entry.request, 503, "queue_timeout", "the request waited longer than its deadline", "", self._times.move)
-                )
+            if (failed := self._deadlines.overdue(entry, now)) is not None:
+                self._failed(failed)
 
     def next_time(self) -> float:
         """When `tick` has something to do next; infinity if never."""
         if self.is_open:
             return math.inf
-        waiting = (e for e in self._by_handle.values() if not e.ended)
-        return min((min(self._hold_until(e), self._admit_until(e)) for e in waiting), default=math.inf)
+        return min((self._deadlines.due(entry) for entry in self._by_handle.values() if not entry.ended), default=math.inf)
 
     def entries(self) -> list[Entry]:
         """Every request not yet done, by age."""
@@ -226,34 +219,10 @@ class Journal:
         if self.is_open:
             self.out.append(message)
 
-    def _hold_until(self, entry: Entry) -> float:
-        return max(self._closed_at, entry.submitted) + self._times.hold
-
-    def _admit_until(self, entry: Entry) -> float:
-        return entry.submitted + entry.new.deadline if entry.new.deadline and not entry.admitted else math.inf
-
     def _tokens(self, message: Tokens, now: float) -> None:
-        queued = unpack_floats(message.queued).tolist()
-        for at, (handle, cached) in enumerate(zip(unpack(message.admitted).tolist(), unpack(message.cached).tolist(), strict=True)):
-            admitted = self._by_handle.get(handle)
-            if admitted is not None:
-                admitted.admitted = True
-                if admitted.cached < 0:
-                    admitted.cached = cached
-                    admitted.queued = queued[at] if queued else -1.0
-        ids = unpack(message.ids).tolist()
-        logprobs = _logprobs(message) if message.lp_counts else None
-        by_handle = self._by_handle
-        end = 0
-        for handle, index, first, count in zip(
-            unpack(message.handles).tolist(),
-            unpack(message.choices).tolist(),
-            unpack(message.firsts).tolist(),
-            unpack(message.counts).tolist(),
-            strict=True,
-        ):
-            start, end = end, end + count
-            entry = by_handle.get(handle)
+        self._admissions(message)
+        for handle, index, first, ids, logprobs in rows(message):
+            entry = self._by_handle.get(handle)
             if entry is None or not 0 <= index < len(entry.choices):
                 self.counters.add("journal_unknown")
                 continue
@@ -265,36 +234,35 @@ class Journal:
                 self.counters.add("journal_gap")
                 self.fault = f"tokens from index {first} on for a choice of {length} tokens"
                 break
-            if first + count <= length:
+            if first + len(ids) <= length:
                 self.counters.add("journal_duplicate")
                 continue
             entry.admitted = True
             try:
-                for at in range(start + length - first, end):
-                    if logprobs is not None:
-                        choice.fresh_logprobs += logprobs[at]
-                    choice.commit(ids[at])
-                    if choice.finish_reason:
-                        self._choice_ended(entry, choice)
-                        break
+                choice.extend(ids[length - first :], logprobs[length - first :])
             except Exception as error:  # a fault in one request's text must not reach its neighbours
                 self.counters.add("journal_exception")
                 choice.text = None
                 self._send(Abort(entry.request))
                 self._failed(Failed(entry.request, 500, "internal_error", f"the text could not be made: {error!r}"))
                 continue
-            measures = entry.measures
-            measures.tokens += len(choice.tokens) - length
-            if length:
-                measures.gaps[choice.at] = measures.gaps.get(choice.at, 0) + 1
-            elif not entry.first_token:
-                entry.first_token = now
-                measures.begun(entry, now)
-            choice.at = now
+            if choice.finish_reason:
+                self._choice_ended(entry, choice)
+            entry.came(choice, length, now)
             if entry.new.every_step or not entry.unfinished:
                 self.touched[handle] = entry
         for measures in self.measures.values():
             measures.step(now)
+
+    def _admissions(self, message: Tokens) -> None:
+        queued = unpack_floats(message.queued).tolist()
+        for at, (handle, cached) in enumerate(zip(unpack(message.admitted).tolist(), unpack(message.cached).tolist(), strict=True)):
+            entry = self._by_handle.get(handle)
+            if entry is not None:
+                entry.admitted = True
+                if entry.cached < 0:
+                    entry.cached = cached
+                    entry.queued = queued[at] if queued else -1.0
 
     def _scores(self, message: PromptScores) -> None:
         entry, scores = self._by_handle.get(message.handle), message.scores
@@ -310,11 +278,7 @@ class Journal:
             self.counters.add("journal_duplicate")
             return
         entry.admitted = True
-        ids, values = unpack(scores.ids).tolist(), unpack_floats(scores.values).tolist()
-        pairs = len(ids) // scores.count
-        for at, rank in enumerate(unpack(scores.ranks).tolist()[told:], told):
-            span = slice(at * pairs, (at + 1) * pairs)
-            entry.scores.append(TokenLogprobs(ids[span], values[span], rank))
+        entry.scores += prompt_logprobs(scores)[told:]
         entry.scored = scores.first + scores.count
         if not entry.unscored:
             self.touched[entry.handle] = entry
@@ -359,44 +323,12 @@ class Journal:
         except LookupError as error:
             self._failed(Failed(submit.request, 404, "stream_gone", f"the stream cannot be resumed: {error}", "Last-Event-ID"))
             return
-        entry.fill(new)
-        entry.attaching = None
-        entry.owner = submit.owner
-        entry.admitted = submit.admitted
-        entry.cached = submit.cached
-        entry.scored = submit.scored
-        entry.submitted = entry.arrived = now - submit.age
-        entry.measures = self._measures(new.model)
-        for choice, known in zip(entry.choices, submit.choices, strict=True):
-            if choice.finish_reason:
-                continue
-            for token in unpack(known.known).tolist():
-                if not choice.finish_reason:
-                    choice.commit(token)
-                    choice.at, entry.first_token = now, ELSEWHERE
-            if choice.finish_reason:
-                self._choice_ended(entry, choice)
+        for choice in entry.adopt(new, submit, self._measures(new.model), now):
+            self._choice_ended(entry, choice)
         self.touched[entry.handle] = entry
 
     def _chunk(self, message: FileChunk) -> None:
-        fetch = self.fetches.get(message.tokenizer)
-        if fetch is None or not fetch.chunk(message):
+        if not self.fetches.take(message):
             self.counters.add("journal_unknown")
-            return
-        if fetch.over:
-            del self.fetches[message.tokenizer]
-        if self.fetches:
-            self._send(next(iter(self.fetches.values())).request())
-
-
-def _logprobs(message: Tokens) -> list[list[TokenLogprobs]]:
-    """The log probabilities of each token of the message: a list of one, or of none where its row asked for none."""
-    ids, values = unpack(message.lp_ids).tolist(), unpack_floats(message.lp_values).tolist()
-    ranks = iter(unpack(message.lp_ranks).tolist())
-    result: list[list[TokenLogprobs]] = []
-    at = 0
-    for pairs, count in zip(unpack(message.lp_counts).tolist(), unpack(message.counts).tolist(), strict=True):
-        for _ in range(count):
-            result.append([TokenLogprobs(ids[at : at + pairs], values[at : at + pairs], next(ranks))] if pairs else [])
-            at += pairs
-    return result
+        elif (request := self.fetches.request()) is not None:
+            self._send(request)
