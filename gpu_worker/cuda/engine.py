@@ -45,7 +45,7 @@ class Engine:
     """The step on the card. `start` is called on one thread, in plan order; `finish` on another, in the same order."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, options: Options, kv_scales: torch.Tensor | None = None) -> None:
-        """kv_scales: fp32 [layers, 2], units of keys and values; with them the cache is fp8.
+        """kv_scales: fp32 [layers, 4], units of keys and values, the rest unused (16 bytes a layer); with them the cache is fp8.
 
         Raises LoadError if the card has no room for a single sequence of max_model_len.
         """

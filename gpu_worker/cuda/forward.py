@@ -30,7 +30,7 @@ SAMPLE_SPLITS = 64  # programs over the vocabulary for few outputs
 
 
 class Forward:
-    """The kernels of one model on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim], its type the model's or fp8."""
+    """One model's kernels on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim], fp8 or of the model's type."""
 
     def __init__(
         self,
@@ -46,7 +46,8 @@ class Forward:
         kv_scales: torch.Tensor | None = None,
     ) -> None:
         """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used. few_attention: up to
-        so many rows decode attention is `decode_few.cu`'s. kv_scales: fp32 [layers, 2], units of keys and values in an fp8 cache."""
+        so many rows decode attention is `decode_few.cu`'s. kv_scales: with an fp8 cache,
+        fp32 [layers, 4]: units of keys and of values, then two words unused, since kernels want 16 bytes."""
         self.config, self.weights, self.state, self.cache = config, weights, state, cache
         self.cosines, self.sines = angles
         self.kv_scales = kv_scales
