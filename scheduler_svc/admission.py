@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler_svc.requests import Choice
-from scheduler_svc.worker import DECODE, PLANNED, PREFILL, Worker, blocks_for
+from scheduler_svc.slots import DECODE, PLANNED, PREFILL, blocks_for
+from scheduler_svc.worker import Worker
 
 BEYOND = 64  # tokens still expected of a sequence that is longer than predicted
 

@@ -10,7 +10,9 @@ import numpy as np
 from protocol.columns import EMPTY, Int32, pack
 from protocol.messages import Admit, Plan
 from scheduler_svc.frontends import Frontends
-from scheduler_svc.worker import DRAIN, PLANNED, Copy, DecodeRows, Index, InFlight, Worker, per_frontend
+from scheduler_svc.slots import DRAIN, PLANNED, Index
+from scheduler_svc.steps import Copy, DecodeRows, InFlight, per_frontend
+from scheduler_svc.worker import Worker
 
 Entries = tuple[Index, Int32, Int32]  # slots, indices, blocks of tables
 NONE_FILLED: tuple[Index, Int32, Int32] = (np.zeros(0, dtype=np.intp), EMPTY, EMPTY)

@@ -6,7 +6,8 @@ import numpy as np
 
 from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.preemption import preempt
-from scheduler_svc.worker import DECODE, PREFILL, Worker
+from scheduler_svc.slots import DECODE, PREFILL
+from scheduler_svc.worker import Worker
 
 
 def move_away(worker: Worker, arrivals: Arrivals, now: float) -> None:

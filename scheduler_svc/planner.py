@@ -20,9 +20,11 @@ from scheduler_svc.draft import Draft, assemble
 from scheduler_svc.frontends import Allowance, Frontends
 from scheduler_svc.requests import Choice, State
 from scheduler_svc.settings import SchedulerSettings
+from scheduler_svc.slots import DECODE, PLANNED, Index
+from scheduler_svc.steps import Copy, DecodeRows
 from scheduler_svc.tables import bind, bring_back, extend, grow, publish, share
 from scheduler_svc.victims import Victims
-from scheduler_svc.worker import DECODE, PLANNED, Copy, DecodeRows, Index, Worker
+from scheduler_svc.worker import Worker
 
 
 class Planner:

@@ -6,7 +6,8 @@ It drains: rows already sent are valid, no new ones are planned, and it waits ag
 from __future__ import annotations
 
 from scheduler_svc.requests import Choice, State
-from scheduler_svc.worker import DRAIN, Worker, blocks_for
+from scheduler_svc.slots import DRAIN, blocks_for
+from scheduler_svc.worker import Worker
 
 
 def preempt(worker: Worker, choice: Choice, swap_at: int = 0) -> None:

@@ -10,7 +10,9 @@ from protocol.columns import Int32, pack, pack_floats, unpack, unpack_floats
 from protocol.messages import DEAD, NAN, STOPPED, Result, Scored, Tokens
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.requests import Choice
-from scheduler_svc.worker import DRAIN, DecodeRows, Index, InFlight, Worker, per_frontend
+from scheduler_svc.slots import DRAIN, Index
+from scheduler_svc.steps import DecodeRows, InFlight, per_frontend
+from scheduler_svc.worker import Worker
 
 NO_LOGPROBS = (b"", b"", b"", b"")
 NO_SLOTS: Index = np.zeros(0, dtype=np.intp)

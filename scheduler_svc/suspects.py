@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from protocol.messages import Hello
 from scheduler_svc.frontends import Frontends
 from scheduler_svc.requests import Request
-from scheduler_svc.worker import InFlight, Worker
+from scheduler_svc.steps import InFlight
+from scheduler_svc.worker import Worker
 
 FATAL = 4
 

@@ -8,7 +8,8 @@ from protocol.columns import Int32, pack
 from protocol.messages import Admit
 from scheduler_svc.draft import Draft, Entries
 from scheduler_svc.requests import Choice
-from scheduler_svc.worker import Index, Worker
+from scheduler_svc.slots import Index
+from scheduler_svc.worker import Worker
 
 
 def bind(worker: Worker, draft: Draft, choice: Choice) -> int:

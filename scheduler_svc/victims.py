@@ -10,7 +10,8 @@ from scheduler_svc.frontends import Allowance
 from scheduler_svc.preemption import preempt, swaps
 from scheduler_svc.requests import Choice
 from scheduler_svc.settings import SchedulerSettings
-from scheduler_svc.worker import DECODE, PREFILL, Worker
+from scheduler_svc.slots import DECODE, PREFILL
+from scheduler_svc.worker import Worker
 
 
 class Victims:

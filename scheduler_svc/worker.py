@@ -1,22 +1,11 @@
-"""One worker as the scheduler sees it: numpy columns over its slots, the plans in flight, what the next plan must say.
-
-A slot's tokens are counted three times, known ≤ length and computed ≤ length:
-
-    known     tokens whose ids this process has
-    length    tokens that exist once every plan in flight is done (known + sampling rows in flight)
-    computed  tokens whose K and V exist once every plan in flight is done
-
-A row computes tokens computed … length − 1, and samples the next one if it reaches length.
-"""
+"""One worker as the scheduler sees it: its slots and blocks, the plans in flight, what the next plan must say."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from protocol.columns import Int32, pack
 from protocol.messages import PROTOCOL, SCORES_SINCE, Geometry
@@ -26,92 +15,14 @@ from scheduler_svc.depth import Depth
 from scheduler_svc.prefix import Chain, Hasher
 from scheduler_svc.requests import Choice, State
 from scheduler_svc.settings import SchedulerSettings
+from scheduler_svc.slots import DRAIN, FREE, PREFILL, Index, Slots, blocks_for
+from scheduler_svc.steps import Copy, DecodeRows, InFlight, per_frontend
 from scheduler_svc.swap import HostBlocks
 from scheduler_svc.waiting import Queue, Shares
 
 if TYPE_CHECKING:
     from scheduler_svc.frontends import Frontend
     from scheduler_svc.models import Model
-
-Index = npt.NDArray[np.intp]
-
-FREE, PREFILL, DECODE, PLANNED, DRAIN = range(5)
-# PREFILL: more than its last token to compute; DECODE: one token a step; PLANNED: its last row is in flight;
-# DRAIN: preempted, waiting for its last row
-
-
-class Slots:
-    """Columns of shape [slots], int32; `history` int32 [slots, more than max_model_len]; `table` int32 [slots, width]."""
-
-    def __init__(self, geometry: Geometry, slots: int) -> None:
-        self.count = slots
-        # one allocation; a row of it is a contiguous column
-        columns = np.zeros((13, slots), dtype=np.int32)
-        self.state, self.length, self.computed, self.known, self.prompt, self.limit = columns[:6]
-        self.blocks, self.capacity, self.generation = columns[6:9]  # entries in the table, tokens they hold
-        self.handle, self.index, self.frontend, self.priority = columns[9:]
-        self.table = np.zeros((slots, geometry.table_width), dtype=np.int32)
-        # zeros are not touched, so the memory is only used as far as sequences reach
-        width = geometry.table_width * geometry.block_size + geometry.block_size
-        self.history = np.zeros((slots, width), dtype=np.int32)
-        self.flat_history = self.history.reshape(-1)
-        self.block_history = self.history.reshape(slots, -1, geometry.block_size)
-        self.choice: list[Choice | None] = [None] * slots
-        self.names: list[list[bytes]] = [[] for _ in range(slots)]  # of the slot's full blocks, in order
-        self.free = list(range(slots - 1, -1, -1))
-
-
-@dataclass(slots=True)
-class DecodeRows:
-    """Slots that decode together, with whatever their messages need of them that does not change from step to step.
-
-    Arrays have shape [rows], in the order of the slots; `mask` and `one` have shape [slots] and are True and 1 at these:
-    adding `one` to a column moves all of them for a quarter of the cost of indexing.
-    """
-
-    slots: Index
-    mask: npt.NDArray[np.bool_]
-    one: Int32
-    generations: Int32
-    credit: list[tuple[int, int]]  # (frontend index, rows)
-    prompts: Int32  # lengths
-    base: Index  # where each slot's history begins in the flat one
-    slots_packed: bytes
-    generations_packed: bytes
-    ones_packed: bytes
-    handles_packed: bytes
-    indices_packed: bytes
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A plan until its result has come. Arrays have shape [outputs], in the result's order."""
-
-    step: int
-    version: int  # the worker's, when the plan was made: equal to the present one, every row still has its owner
-    slots: Index
-    generations: Int32
-    credit: list[tuple[int, int]]  # (frontend index, sampling rows)
-    decoding: DecodeRows | None  # the rows, if the step does nothing else
-    filled: tuple[Index, Int32, Int32]  # decoding slots whose last block this step fills, generations, indices of these blocks
-    pending: list[tuple[int, bytes]]  # prompt blocks that this step fills
-    row_slots: Index  # every row's, sampling or not
-    row_generations: Int32
-    sent: float  # when
-    alone: bool  # nothing else was in flight then
-    prefilled: int = 0  # tokens of rows that are no decodes
-    copied: int = 0  # blocks copied from or to the host
-    scored: list[tuple[int, int]] = field(default_factory=list)  # slots, generations of scorers whose last row it holds
-
-
-@dataclass(slots=True)
-class Copy:
-    """A fork's copy of a partly filled block, for the head of the next plan. It holds a reference on its source."""
-
-    source: int
-    target: int
-    slot: int
-    generation: int
 
 
 class Worker:
@@ -341,14 +252,3 @@ class Worker:
             assert s.handle[slot] == choice.request.handle
         assert sorted(s.free) == [i for i in range(s.count) if s.choice[i] is None], "the free slots are not those without owner"
         self.blocks.check(references)
-
-
-def blocks_for(tokens: int, block_size: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-tokens // block_size)
-
-
-def per_frontend(indices: Int32) -> list[tuple[int, int]]:
-    """(frontend index, rows) of a column."""
-    counts = np.bincount(indices)
-    return [(i, int(counts[i])) for i in counts.nonzero()[0].tolist()]
