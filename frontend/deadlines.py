@@ -25,7 +25,9 @@ class Deadlines:
         if now >= self._hold_until(entry):
             return Failed(entry.request, 503, "no_scheduler", "no scheduler has been reachable for too long", "", self._times.move)
         if now >= self._admit_until(entry):
-            return Failed(entry.request, 503, "queue_timeout", "the request waited longer than its deadline", "", self._times.move)
+            return Failed(
+                entry.request, 503, "queue_timeout", "the request waited longer than its queue_timeout", "queue_timeout", self._times.move
+            )
         return None
 
     def _hold_until(self, entry: Entry) -> float:

@@ -19,16 +19,12 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from frontend.conversation import TemplateError, check_shown, plain_messages
+
+__all__ = ["ChatTemplate", "TemplateError"]
+
 MAX_RENDERED = 16 << 20  # characters; more than any context holds
 _MARK = "\uf8ff\uf8fe\uf8ff "  # private-use characters, and a space that shows whether the template trims content
-
-
-class TemplateError(ValueError):
-    """Messages that the template cannot render; `param` names the field at fault."""
-
-    def __init__(self, why: str, param: str = "messages") -> None:
-        super().__init__(why)
-        self.param = param
 
 
 class ChatTemplate:
@@ -48,7 +44,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        """The prompt for `messages` (role, content as a string or a list of text parts, and what else the template reads).
+        """The prompt for `messages` (role, content as a string or a list of text parts, tool calls, and what else the template reads).
 
         continue_final_message: the prompt ends inside the last message, for the model to go on with it; then
         add_generation_prompt must be False. `kwargs` are passed to the template. Raises TemplateError.
@@ -56,15 +52,15 @@ class ChatTemplate:
         taken = {"messages", *self._special} & kwargs.keys()
         if taken:
             raise TemplateError(f"{min(taken)!r} is set by the server", "chat_template_kwargs")
-        chat = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
-        if not chat:
+        if not messages:
             raise TemplateError("messages must hold at least one message")
+        chat = plain_messages(messages, self._compiled[1])
         values = {**self._special, **kwargs, "add_generation_prompt": add_generation_prompt}
-        if not continue_final_message:
-            return self._render({**values, "messages": chat})
-        if add_generation_prompt:
+        if continue_final_message and add_generation_prompt:
             raise TemplateError("cannot be combined with add_generation_prompt", "continue_final_message")
-        return self._continue(chat, values)
+        text = self._continue(chat, values) if continue_final_message else self._render({**values, "messages": chat})
+        check_shown(chat, text)
+        return text
 
     def _continue(self, chat: list[dict[str, Any]], values: dict[str, Any]) -> str:
         content = chat[-1].get("content")
@@ -81,15 +77,13 @@ class ChatTemplate:
     def _render(self, values: dict[str, Any]) -> str:
         parts, length = [], 0
         try:
-            for part in self._template.generate(values):
+            for part in self._compiled[0].generate(values):
                 length += len(part)
                 if length > MAX_RENDERED:
                     raise TemplateError(f"the rendered chat is longer than {MAX_RENDERED} characters")
                 parts.append(part)
         except TemplateError:
             raise
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"the model's chat template is broken, line {error.lineno}: {error.message}") from error
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses the messages: {error.message}") from error
         except Exception as error:  # a template can raise whatever Python can
@@ -97,8 +91,26 @@ class ChatTemplate:
         return "".join(parts)
 
     @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        return _environment().from_string(self._source)
+    def _compiled(self) -> tuple[jinja2.Template, frozenset[str]]:
+        """The template, and the names that it looks up."""
+        environment = _environment()
+        try:
+            tree = environment.parse(self._source)
+            reads = _lookups(tree)
+            return environment.from_string(tree), reads
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"the model's chat template is broken, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # nested too deep
+            raise TemplateError(f"the model's chat template is broken: {error}") from error
+
+
+def _lookups(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """Every name that a template looks up in something: `m.name`, `m['name']`, `'name' in m`, `m.get('name')`."""
+    values: list[jinja2.nodes.Node] = [item.arg for item in tree.find_all(jinja2.nodes.Getitem)]
+    values += [compared.expr for compared in tree.find_all(jinja2.nodes.Compare)]
+    values += [call.args[0] for call in tree.find_all(jinja2.nodes.Call) if call.args]
+    names = {value.value for value in values if isinstance(value, jinja2.nodes.Const) and isinstance(value.value, str)}
+    return frozenset(names | {lookup.attr for lookup in tree.find_all(jinja2.nodes.Getattr)})
 
 
 class _Generation(jinja2.ext.Extension):
@@ -131,34 +143,3 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
-
-
-def _plain(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message with its content as one string and without absent (null) fields, as templates expect it."""
-    if not isinstance(message, Mapping):
-        raise TemplateError(f"{where} must be an object", where)
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise TemplateError(f"{where}.role must be a string", f"{where}.role")
-    plain = {key: value for key, value in message.items() if value is not None}
-    content = plain.get("content")
-    if isinstance(content, list):
-        plain["content"] = "\n".join(_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    elif content is None:
-        if not plain.get("tool_calls"):
-            raise TemplateError(f"{where}.content is missing", f"{where}.content")
-    elif not isinstance(content, str):
-        raise TemplateError(f"{where}.content must be a string or a list of parts", f"{where}.content")
-    return plain
-
-
-def _part_text(part: Any, where: str) -> str:
-    if not isinstance(part, Mapping):
-        raise TemplateError(f"{where} must be an object", where)
-    kind = part.get("type")
-    if kind not in ("text", "refusal"):
-        raise TemplateError(f"{where}.type: {kind!r} is not supported, only text is", f"{where}.type")
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise TemplateError(f"{where}.{kind} must be a string", f"{where}.{kind}")
-    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ MAX_STOP_LENGTH = 1024  # characters
 MAX_IDS = 4096  # entries of an id list or of logit_bias
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 256
+MAX_QUEUE_TIMEOUT = 86_400.0  # seconds
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may know fewer
 
 T = TypeVar("T")
@@ -63,6 +65,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     allowed_token_ids: Ids | None = None
     bad_words: Annotated[list[str], msgspec.Meta(max_length=MAX_BAD_WORDS)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    queue_timeout: Annotated[float, msgspec.Meta(gt=0.0, le=MAX_QUEUE_TIMEOUT)] | None = None  # ours
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None
     return_token_ids: bool | None = None
     # what concerns OpenAI's own service only, accepted and without effect
@@ -168,7 +171,12 @@ def check_chat(body: ChatBody) -> None:
     check_max_tokens(body, "max_tokens", body.max_tokens)
     both = bool(body.add_generation_prompt) and body.continue_final_message
     require(not both, "continue_final_message", "contradicts add_generation_prompt")
-    for i, message in enumerate(body.messages):
+    check_roles(body.messages)
+
+
+def check_roles(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Demand a role of OpenAI's of every message. Raises ApiError."""
+    for i, message in enumerate(messages):
         role = message.get("role")
         require(role in ROLES, f"messages[{i}].role", f"must be one of {', '.join(ROLES)}, not {_brief(role)}" if role else "is missing")
 

@@ -28,7 +28,7 @@ FIELDS = {
     "logprobs": "log probabilities: how many alternatives (completions), or whether (chat)",
     "max_completion_tokens": "OpenAI's newer name of `max_tokens`",
     "max_tokens": "of each output; 0, with `echo` or `prompt_logprobs`, asks for the prompt alone",
-    "messages": "the conversation, by role and content",
+    "messages": "the conversation, see [below](#messages)",
     "metadata": IGNORED,
     "min_p": "tokens less likely than this share of the most likely one are left out",
     "min_tokens": "neither end token nor stop id before so many",
@@ -41,6 +41,7 @@ FIELDS = {
     "prompt": "a text, several, token ids, or several lists of them",
     "prompt_cache_key": IGNORED,
     "prompt_logprobs": "log probabilities of the prompt's tokens, with so many alternatives; not streamed (there, `echo` and `logprobs`)",
+    "queue_timeout": "seconds it may wait to be begun, then it is refused with 503 (`queue_timeout`); by default as long as it takes. Ours",
     "reasoning_effort": "not supported",
     "repetition_penalty": "divides the logits of tokens that prompt or output have, 1 is none",
     "response_format": "only the type `text`",
@@ -74,6 +75,16 @@ named, a field that is left out, or null, asks for nothing, or the model's own d
 [user guide](../guide.md#the-api).
 """
 
+MESSAGES = """## Messages
+
+A message has a `role` (OpenAI's: system, developer, user, assistant, tool, function) and `content`, a string or a list of parts of
+type `text` (or `refusal`); parts are joined by line. What else it may have is what the model's chat template reads, so a history with
+`tool_calls` and their results works with a model that was trained on them: `arguments`, JSON in a string, become an object for the
+template, and `content` may be null beside them. `name` and `tool_call_id` are always accepted. Any other field that holds something is
+refused by name, as in `messages[1].tool_calls` (400, `unsupported_parameter`); one that is null or empty asks for nothing. A part has no
+other field than `type` and its text (400, `unknown_parameter`).
+"""
+
 
 def api_page() -> str:
     """Markdown of all paths, and of each body's fields."""
@@ -86,7 +97,7 @@ def api_page() -> str:
             if "requestBody" in operation:
                 reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
                 sections += [f"## POST {path}", "", operation["summary"], "", *_fields(schemas[reference.rpartition("/")[2]]), ""]
-    sections += ["## Stream options", "", *_fields(schemas["StreamOptions"]), ""]
+    sections += ["## Stream options", "", *_fields(schemas["StreamOptions"]), "", MESSAGES]
     return "\n".join([INTRO, *table(("path", ""), rows), "", *sections])
 
 

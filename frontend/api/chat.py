@@ -60,7 +60,7 @@ def render(model: Model, body: ChatBody) -> str:
             **(body.chat_template_kwargs or {}),
         )
     except TemplateError as error:
-        raise ApiError(400, str(error), error.param, "invalid_value") from None
+        raise ApiError(400, str(error), error.param, error.code) from None
 
 
 def encode(model: Model, text: str) -> list[int]:

@@ -148,6 +148,7 @@ def new_request(
         has_stop_strings=bool(text.stops),
         show_stop_ids=body.include_stop_str_in_output,
         every_step=bool(body.stream),
+        deadline=body.queue_timeout or 0.0,
         priority=body.priority,
         tenant=tenant,
         cache_salt=(body.cache_salt or "").encode(),

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from frontend.api import chat
 from frontend.api.handling import client_of, json_response, read_body
 from frontend.sampling import checked_ids
-from frontend.validation import MAX_PROMPTS, ChatBody, parse, require
+from frontend.validation import MAX_PROMPTS, ChatBody, check_roles, parse, require
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -64,8 +64,7 @@ async def detokenize(request: Request) -> Response:
 
 def conversation(body: TokenizeBody) -> ChatBody:
     """The conversation of a body, checked as chat checks it. Raises ApiError."""
-    for i, message in enumerate(body.messages or []):
-        require(isinstance(message.get("role"), str), "messages", f"message {i} has no role")
+    check_roles(body.messages or [])
     both = bool(body.add_generation_prompt) and body.continue_final_message
     require(not both, "continue_final_message", "contradicts add_generation_prompt")
     return ChatBody(

@@ -42,6 +42,7 @@ EVERY: dict[str, Any] = {
     "return_token_ids": True,
     "add_special_tokens": True,
     "priority": 1,
+    "queue_timeout": 600.0,
     "cache_salt": "salt",
     "user": "somebody",
 }

@@ -147,8 +147,8 @@ WAYS: dict[str, tuple[Act, list[Sample], Engine | None]] = {
     "held too long for a worker": (lambda s: s.complete(), [http(503, "no_worker"), output("error")], refusing(503, "no_worker")),
     "too long in the queue": (
         lambda s: s.complete(stream=True),
-        [http(503, "deadline_exceeded"), output("error")],
-        refusing(503, "deadline_exceeded"),
+        [http(503, "queue_timeout"), output("error")],
+        refusing(503, "queue_timeout"),
     ),
     "its steps fail": (lambda s: s.complete(), [http(500, "step_failed"), output("error")], refusing(500, "step_failed")),
     "an error in mid-stream": (

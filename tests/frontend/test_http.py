@@ -389,6 +389,7 @@ class TestWhatTravels:
             "logit_bias": {"5": 1.5, "6": -100},
             "allowed_token_ids": [4, 3],
             "bad_words": ["ab"],
+            "queue_timeout": 2.5,
             "priority": -3,
             "cache_salt": "pepper",
         }
@@ -402,6 +403,7 @@ class TestWhatTravels:
         assert dict(zip(unpack(params.bias_ids).tolist(), unpack_floats(params.bias_values).tolist(), strict=True)) == {5: 1.5, 6: -100.0}
         assert unpack(params.allowed_ids).tolist() == [3, 4]
         assert params.bad_words == sorted([pack(b" ab"), pack(b"ab")])
+        assert submit.deadline == pytest.approx(2.5, abs=0.5)  # what is left of it
         assert (submit.priority, submit.cache_salt, submit.tenant) == (-3, b"pepper", "acme")
         submit.check()
 
@@ -553,6 +555,9 @@ BAD = [
     ({"prompt": "x", "logit_bias": {"999": 1}}, "logit_bias"),
     ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids"),
     ({"prompt": "x", "bad_words": [" "]}, "bad_words"),
+    ({"prompt": "x", "queue_timeout": 0}, "queue_timeout"),
+    ({"prompt": "x", "queue_timeout": 1e9}, "queue_timeout"),
+    ({"prompt": "x", "queue_timeout": "soon"}, "queue_timeout"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
     ({"prompt": "x", "n": 3, "best_of": 2}, "best_of"),
     ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
