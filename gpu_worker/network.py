@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from queue import SimpleQueue
@@ -23,6 +22,9 @@ import psutil
 import zmq
 
 from gpu_worker.core import file_chunk
+from gpu_worker.figures import Figures
+from gpu_worker.hang import HangWatch
+from gpu_worker.inbox import Item, PlanArrived, SessionClosed, SessionOpened, Stop
 from gpu_worker.runner import Description, Runner
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.spans import RequestSpans
@@ -41,50 +43,6 @@ from protocol.tracing import tracer
 DRAINING_SINCE = 2  # the protocol's version
 TELEMETRY = 0.9  # seconds after which figures are published, with whatever wakes the thread
 TELEMETRY_LATEST = 1.3  # seconds after which it wakes for them
-HUNG = 5  # × the progress time: a step that stood still so long after its session has ended ends the process
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOpened:
-    """A session is open and waits for READY."""
-
-    session: int
-    hash_key: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SessionClosed:
-    """A session is over; plans of it that have not begun never will."""
-
-    session: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlanArrived:
-    """The next plan of a session, checked against the geometry."""
-
-    session: int
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Leave the loop: asked to, or (`error`) because a thread has failed."""
-
-    error: BaseException | None = None
-
-
-Item = SessionOpened | SessionClosed | PlanArrived | Stop
-
-
-@dataclass(slots=True)
-class Figures:
-    """What the worker has done since its start, for telemetry."""
-
-    steps: int = 0
-    tokens: int = 0
-    step_seconds: float = 0.0
-    idle_seconds: float = 0.0
 
 
 class Network(threading.Thread):
@@ -117,8 +75,7 @@ class Network(threading.Thread):
         self._refusal = ""
         self._planned = self._answered = 0  # newest plan and newest result of the session
         self._progress_at = inf
-        self._hung_at = inf
-        self._seen_counter = 0
+        self._hang = HangWatch(runner, settings.times.progress)
         self._published = -inf
 
     # ------------------------------------------------------------ for other threads
@@ -143,7 +100,7 @@ class Network(threading.Thread):
 
     def settled(self) -> None:
         """Nothing of an ended session runs any more."""
-        self._call(self._settled)
+        self._call(self._hang.end)
 
     def close(self) -> None:
         """Send what has been handed over, close all sockets, and wait for that."""
@@ -193,7 +150,7 @@ class Network(threading.Thread):
 
     def _turn(self) -> None:
         tick_at = self._dialer.next_time()
-        wait = min(tick_at, self._progress_at, self._hung_at, self._published + TELEMETRY_LATEST) - time.monotonic()
+        wait = min(tick_at, self._progress_at, self._hang.at, self._published + TELEMETRY_LATEST) - time.monotonic()
         self._wire.wait(wait)
         if self._wire.is_ready(self._wake_fd):
             os.eventfd_read(self._wake_fd)
@@ -215,7 +172,7 @@ class Network(threading.Thread):
         now = time.monotonic()
         if now >= self._progress_at:
             self._report_progress(now)
-        if now >= self._hung_at:
+        if now >= self._hang.at:
             self._judge_step(now)
         if now >= tick_at:
             self._happened(self._dialer.tick(now))
@@ -257,7 +214,7 @@ class Network(threading.Thread):
                     self._progress_at = inf
                     if self._service.draining.is_set():
                         self._service.request_stop()  # what it had has gone with the session
-                    self._watch_step(time.monotonic())
+                    self._hang.begin(time.monotonic())
                     if not self._stop_seen:
                         self._service.fenced(reason)
                         self._say_state()
@@ -305,7 +262,7 @@ class Network(threading.Thread):
         elif isinstance(message, Result):
             self._answered = message.step
             self._progress_at = now + self._settings.times.heartbeat if self._planned > message.step else inf
-            self._count(message)
+            self._figures.count(message)
             if self._spans is not None:
                 self._spans.answered(message, now)
 
@@ -314,18 +271,15 @@ class Network(threading.Thread):
         self._progress_at = now + self._settings.times.heartbeat
         self._dialer.send(Progress(self._answered + 1, self._runner.counter), now)
 
-    def _watch_step(self, now: float) -> None:
-        self._seen_counter = self._runner.counter
-        self._hung_at = now + HUNG * self._settings.times.progress
-
     def _judge_step(self, now: float) -> None:
         """The session is over and its last step still runs. If it hangs, only a new process can serve again."""
-        if self._runner.counter != self._seen_counter or self._description is None:
-            self._watch_step(now)
-            return
-        self._service.log.critical("a step hangs: the process ends; stacks and flight recorder: %s", self._service.flight.dump("hung step"))
-        signal.raise_signal(signal.SIGUSR1)  # all stacks, into the log
-        os._exit(EXIT_FAILED)
+        if self._description is None:
+            self._hang.begin(now)
+        elif self._hang.hangs(now):
+            dump = self._service.flight.dump("hung step")
+            self._service.log.critical("a step hangs: the process ends; stacks and flight recorder: %s", dump)
+            signal.raise_signal(signal.SIGUSR1)  # all stacks, into the log
+            os._exit(EXIT_FAILED)
 
     def _leave(self) -> None:
         """Ask the scheduler to take away what it has given; without one that understands, or anything given, just go."""
@@ -335,9 +289,6 @@ class Network(threading.Thread):
         self._service.log.info("draining")
         self._service.state("draining")
         self._dialer.send(Phase("draining"), time.monotonic())
-
-    def _settled(self) -> None:
-        self._hung_at = inf
 
     def _fail(self, session: int, step: int, reason: str) -> None:
         if session == self.session:
@@ -366,24 +317,13 @@ class Network(threading.Thread):
         if not self.session:
             self._service.waiting("a scheduler")
 
-    def _count(self, result: Result) -> None:
-        figures = self._figures
-        figures.steps += 1
-        figures.tokens += len(result.ids) // 4
-        figures.step_seconds += result.seconds
-        figures.idle_seconds += result.idle
-
     def _publish(self) -> None:
-        figures = self._figures
         self._publisher.publish(
             {
                 "worker_loaded": float(self._description is not None),
                 "worker_session_open": float(self.session != 0),
                 "worker_plans_in_flight": float(self._planned - self._answered),
-                "worker_steps": float(figures.steps),
-                "worker_tokens": float(figures.tokens),
-                "worker_step_seconds": figures.step_seconds,
-                "worker_idle_seconds": figures.idle_seconds,
+                **self._figures.values(),
                 "worker_link_round_trip_seconds": self._dialer.round_trip,
                 "epoch": float(self._dialer.epoch >> 32),
                 "memory_bytes": float(self._process.memory_info().rss),

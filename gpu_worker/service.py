@@ -20,7 +20,8 @@ from queue import Empty, SimpleQueue
 from gpu_worker.core import WorkerCore, scored
 from gpu_worker.errors import LoadError
 from gpu_worker.faults import KillSwitch
-from gpu_worker.network import Item, Network, PlanArrived, SessionClosed, SessionOpened, Stop
+from gpu_worker.inbox import Item, PlanArrived, SessionClosed, SessionOpened, Stop
+from gpu_worker.network import Network
 from gpu_worker.runner import Runner, Step
 from gpu_worker.runners import make_runner
 from gpu_worker.settings import WorkerSettings

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpu_worker.network import Stop
+from gpu_worker.inbox import Stop
 from gpu_worker.service import _Loop
 
 
