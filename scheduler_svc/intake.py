@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from protocol.columns import EMPTY, Int32, pack, pack_floats, unpack
 from protocol.counters import Counters
 from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit, Tokens
-from protocol.messages import Choice as TheirChoice
 from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.frontends import Frontend, Frontends
+from scheduler_svc.journals import cut, ends, journal_of, must_restart
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.models import Model
 from scheduler_svc.prefix import Hasher
@@ -80,7 +80,7 @@ class Intake:
         self._score(request, now)
         for choice, told in zip(request.choices, message.choices, strict=True):
             choice.dismissed = told.ended
-            if told.ended or _ends(choice):
+            if told.ended or ends(choice):
                 self._ledger.stop(choice)
             else:
                 self._arrivals.enqueue(choice, now)
@@ -118,7 +118,7 @@ class Intake:
         if request.frontend.incarnation != frontend.incarnation:
             self._ledger.send(request.frontend, Moved(request.id))
         request.owner = message.owner
-        lacks = message.scored < request.scored or any(map(_must_restart, request.choices, message.choices))
+        lacks = message.scored < request.scored or any(map(must_restart, request.choices, message.choices))
         if request.ended and request.failure is None and lacks:
             self._ledger.forget(request)
             self._new(frontend, replace(message, admitted=message.admitted or request.admitted), now)
@@ -138,7 +138,7 @@ class Intake:
             if told.ended:
                 choice.dismissed = True
                 self._ledger.stop(choice)
-            elif _must_restart(choice, told):
+            elif must_restart(choice, told):
                 self._restart(choice, unpack(told.known), now)
             elif committed < len(known):
                 handles.append(request.handle)
@@ -167,7 +167,7 @@ class Intake:
         self._ledger.stop(choice)
         choice.worker = None
         choice.tokens = known
-        if not _ends(choice):
+        if not ends(choice):
             choice.state = State.WAITING
             self._arrivals.enqueue(choice, now)
 
@@ -248,9 +248,9 @@ class Intake:
             self._ledger.send(frontend, Journal(journal))
             self._ledger.send(frontend, request.failure)
             return
-        journal = _cut(journal, unpack(message.told).tolist())
+        journal = cut(journal, unpack(message.told).tolist())
         self._ledger.send(frontend, Journal(journal))
-        if journal.scored != request.scored or any(map(_must_restart, request.choices, journal.choices)):
+        if journal.scored != request.scored or any(map(must_restart, request.choices, journal.choices)):
             self._resume(frontend, request, journal, now)
 
     def release_attaches(self, _now: float) -> None:
@@ -271,59 +271,3 @@ class Intake:
                 self._ledger.abort(request, now)
                 self._ledger.forget(request)
         self._frontends.sweep()
-
-
-def journal_of(request: Request, now: float) -> Submit:
-    """The request as another frontend, or another scheduler, would submit it."""
-    told = request.submit
-    choices = [TheirChoice(choice.index, choice.seed, pack(choice.known), choice.dismissed) for choice in request.choices]
-    return Submit(
-        request=request.id,
-        handle=request.handle,
-        model=told.model,
-        prompt=told.prompt,
-        params=told.params,
-        choices=choices,
-        owner=request.owner,
-        admitted=request.admitted,
-        age=max(now - request.arrival, 0.0),
-        deadline=max(request.deadline - now, 0.001) if request.deadline else 0.0,
-        priority=told.priority,
-        tenant=told.tenant,
-        cache_salt=told.cache_salt,
-        cached=request.cached,
-        header=told.header,
-        scored=request.scored,
-        trace=told.trace,
-    )
-
-
-def _cut(journal: Submit, told: list[int]) -> Submit:
-    """The journal without the tokens whose log probabilities the client has not seen: they are sampled again.
-
-    The prompt's are told before anything else of a choice.
-    """
-    counts = [*told, *[0] * len(journal.choices)][: len(journal.choices)]
-    if journal.params.prompt_logprobs >= 0:
-        journal = replace(journal, scored=max(len(journal.prompt) // 4, 1) if all(counts) else 1)
-    if journal.params.logprobs < 0:
-        return journal
-    choices = [
-        TheirChoice(choice.index, choice.seed, choice.known[: 4 * count]) if len(choice.known) > 4 * count else choice
-        for choice, count in zip(journal.choices, counts, strict=True)
-    ]
-    return replace(journal, choices=choices)
-
-
-def _must_restart(choice: Choice, told: TheirChoice) -> bool:
-    """Whether the journal knows more than we do, or lacks logprobs, which are told once only."""
-    committed, known = len(told.known) // 4, len(choice.known)
-    return not told.ended and (committed > known or (committed < known and choice.request.params.logprobs >= 0))
-
-
-def _ends(choice: Choice) -> bool:
-    """Whether a choice's known tokens end it: by their number, or by a stop id."""
-    params, tokens = choice.request.params, choice.tokens
-    if len(tokens) >= params.max_tokens:
-        return True
-    return len(tokens) > params.min_tokens and tokens[-1].item() in unpack(params.stop_ids)
