@@ -21,6 +21,7 @@ import torch
 
 from gpu_worker.attention.interface import CacheShape, Rows, cache_rows
 from gpu_worker.attention.scoring import Scoring, plain
+from gpu_worker.attention.stores import Fp8Cache, new_store
 
 TILE = 128  # keys of a tile
 _PART = 32  # keys that are gathered at once, at most; divides every number of keys in `_round_up`
@@ -64,8 +65,15 @@ class TorchAttention:
 
     name = "torch"
 
-    def __init__(self, cache: torch.Tensor, shape: CacheShape, heads: int, scoring: Sequence[Scoring] | None = None) -> None:
-        """scoring: of each layer; by default all keys by 1 / √head_dim."""
+    def __init__(
+        self,
+        cache: torch.Tensor,
+        shape: CacheShape,
+        heads: int,
+        scoring: Sequence[Scoring] | None = None,
+        fp8: Fp8Cache | None = None,
+    ) -> None:
+        """scoring: of each layer; by default all keys by 1 / √head_dim. fp8: what the bytes of an fp8 cache mean."""
         self._shape = shape
         self._scoring = scoring or plain(shape.layers, shape.head_dim)
         self._heads = heads
@@ -73,10 +81,9 @@ class TorchAttention:
         self._per_kv = heads // shape.kv_heads
         self._part = math.gcd(shape.block_size, _PART)  # tokens of a cache row in the view below
         self._parts = shape.block_size // self._part
-        self._dtype = cache.dtype
+        self._store = new_store(cache, shape, self._part, fp8)
+        self._dtype = self._store.dtype
         self._device = cache.device
-        self._gather_from = cache.view(shape.layers, -1, self._part * shape.head_dim).unbind()
-        self._write_to = cache.view(shape.layers, -1, shape.head_dim).unbind()
         self._scratch = torch.empty(0, dtype=self._dtype, device=self._device)
         self._written = torch.empty(0, dtype=torch.int64)  # cache rows of each token's keys and values, token by token
         self._groups: dict[int, list[_Group]] = {}  # of each window
@@ -201,7 +208,7 @@ class TorchAttention:
     # ------------------------------------------------------------ once a layer
 
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        self._write_to[layer].index_copy_(0, self._written, kv.reshape(-1, self._shape.head_dim).to(self._dtype))
+        self._store.write(layer, self._written, kv)
         # waking a thread takes longer than what it could do for a small step
         torch.set_num_threads(self._used_threads)
         try:
@@ -227,7 +234,7 @@ class TorchAttention:
 
     def _attend(self, layer: int, q: torch.Tensor, group: _Group) -> torch.Tensor:
         """q: of `group.asked`'s shape. Returns `group.out`."""
-        torch.index_select(self._gather_from[layer], 0, group.pages, out=group.gathered)
+        self._store.read(layer, group.pages, group.gathered)
         scoring = self._scoring[layer]
         torch.mul(q, scoring.scale, out=group.asked)
         torch.bmm(group.queries, group.keys, out=group.scores)

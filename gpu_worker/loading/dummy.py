@@ -8,7 +8,7 @@ import zlib
 import torch
 
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.loading.source import FourBit, Piece
+from gpu_worker.loading.source import FourBit, Fp8, Piece
 
 
 class DummyTensors:
@@ -36,12 +36,18 @@ class DummyTensors:
         sizes = {"q_proj": self._config.q_size, "k_proj": self._config.kv_size, "v_proj": self._config.kv_size}
         return torch.zeros(sizes.get(part, self._config.hidden), device=self._device, dtype=self._dtype)
 
+    def number(self, name: str) -> float | None:
+        return None
+
     def read(self, piece: Piece) -> torch.Tensor:
         generator = torch.Generator(self._device)
         generator.manual_seed((self._seed << 32) + zlib.crc32(piece.name.encode()))
         rows, columns = piece.rows[1] - piece.rows[0], piece.columns[1] - piece.columns[0]
         weights = torch.empty(rows, columns, device=self._device, dtype=self._dtype)
         return weights.normal_(0.0, columns**-0.5, generator=generator)
+
+    def fp8(self, piece: Piece) -> Fp8 | None:
+        return None
 
     def four_bit(self, piece: Piece) -> FourBit | None:
         return None

@@ -14,7 +14,7 @@ import torch
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.config import from_gguf as config_from_gguf
-from gpu_worker.loading.source import FourBit, Piece
+from gpu_worker.loading.source import FourBit, Fp8, Piece
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -103,6 +103,12 @@ class GgufFile:
         rows = self._row_ids(piece, int(tensor.shape[1]))
         values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
         return torch.from_numpy(values[:, slice(*piece.columns)].astype(np.float32))
+
+    def number(self, name: str) -> float | None:
+        return None
+
+    def fp8(self, piece: Piece) -> Fp8 | None:
+        return None
 
     def four_bit(self, piece: Piece) -> FourBit | None:
         tensor = self._find(piece.name, piece)

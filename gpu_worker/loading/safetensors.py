@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gpu_worker.errors import LoadError
-from gpu_worker.loading.source import FourBit, Piece
+from gpu_worker.loading.quantization import Quantization
+from gpu_worker.loading.source import FP8_GROUP, FourBit, Fp8, Piece
 
 INDEX = "model.safetensors.index.json"
 
@@ -19,9 +21,10 @@ INDEX = "model.safetensors.index.json"
 class SafetensorsFolder:
     """The tensors of a model folder (a TensorSource)."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises LoadError if the folder has no usable safetensors."""
+    def __init__(self, folder: Path, quantization: Quantization | None = None) -> None:
+        """quantization: how fp8 tensors are scaled. Raises LoadError if the folder has no usable safetensors."""
         self.folder = folder
+        self._quantization = quantization
         try:
             files = _files(folder)
             self._open: list[Any] = [safe_open(file, framework="pt") for file in files]
@@ -37,11 +40,58 @@ class SafetensorsFolder:
         vector: torch.Tensor = self._find(name).get_tensor(name)
         return vector
 
+    def number(self, name: str) -> float | None:
+        return float(self.vector(name).float().item()) if self.has(name) else None
+
     def read(self, piece: Piece) -> torch.Tensor:
+        part = self._stored(piece)
+        if part.dtype != torch.float8_e4m3fn:
+            return part
+        at = piece.columns[0] % FP8_GROUP  # groups begin at multiples of 128
+        whole = replace(piece, columns=(piece.columns[0] - at, piece.columns[1]))
+        return self._scaled(whole).values()[:, at:]
+
+    def fp8(self, piece: Piece) -> Fp8 | None:
+        stored = self._find(piece.name).get_slice(piece.name).get_dtype()
+        if stored != "F8_E4M3" or (self._quantization and self._quantization.by_block and piece.columns[0] % FP8_GROUP):
+            return None
+        return self._scaled(piece)
+
+    def _scaled(self, piece: Piece) -> Fp8:
+        """An e4m3 piece with its scales."""
+        if self._quantization is None:
+            raise LoadError(f"{self.folder}: {piece.name} is fp8, and config.json has no quantization_config that says how it is scaled")
+        name = piece.name.removesuffix("weight") + self._quantization.scales
+        scales = self.vector(name).float()
+        rows, columns = self._find(piece.name).get_slice(piece.name).get_shape()
+        if self._quantization.by_block:
+            fits = scales.shape == (-(-rows // FP8_GROUP), -(-columns // FP8_GROUP))
+            first, last = piece.columns[0] // FP8_GROUP, -(-piece.columns[1] // FP8_GROUP)
+        else:
+            fits = scales.numel() in (1, rows)
+            first, last = 0, 1
+        if not fits:
+            raise LoadError(f"{self.folder}: {name} has shape {list(scales.shape)}, which scales no matrix of {rows} × {columns}")
+        if self._quantization.by_block:
+            scales = scales.repeat_interleave(FP8_GROUP, 0)
+        elif scales.numel() == 1:
+            scales = scales.reshape(1, 1).expand(rows, 1)
+        else:
+            scales = scales.reshape(rows, 1)
+        input_scale = self.vector(piece.name.removesuffix("weight") + "input_scale") if self._quantization.static else None
+        return Fp8(
+            self._stored(piece),
+            scales[slice(*piece.rows), first:last].contiguous(),
+            None if input_scale is None else input_scale.float().reshape(()),
+        )
+
+    def _stored(self, piece: Piece) -> torch.Tensor:
         view = self._find(piece.name).get_slice(piece.name)
         shape = view.get_shape()
         if len(shape) != 2 or piece.rows[1] > shape[0] or piece.columns[1] > shape[1]:
             raise LoadError(f"{self.folder}: {piece.name} has shape {shape}, too small for the model's sizes")
+        if view.get_dtype().startswith("F8") and view.get_dtype() != "F8_E4M3":
+            raise LoadError(f"{self.folder}: {piece.name} is stored as {view.get_dtype()}, which is not supported; F8_E4M3 is")
         part: torch.Tensor = view[slice(*piece.rows), slice(*piece.columns)]
         return part
 

@@ -9,6 +9,8 @@ import torch
 
 from gpu_worker.loading.config import ModelConfig
 
+FP8_GROUP = 128  # weights of a row that may share a scale
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -46,6 +48,24 @@ class FourBit:
     zero: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Fp8:
+    """Rows of 8-bit floats: value = q · scale.
+
+    q: float8_e4m3fn [rows, columns]; scale: float32 [rows, 1] or, for each 128 neighbours in a row, [rows, ⌈columns / 128⌉].
+    input_scale: float32 scalar by which activations are to be scaled; None: by their own.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    input_scale: torch.Tensor | None = None
+
+    def values(self) -> torch.Tensor:
+        """Dequantised, float32 [rows, columns]."""
+        columns, groups = self.q.shape[1], self.scale.shape[1]
+        return self.q.float() * (self.scale if groups == 1 else self.scale.repeat_interleave(FP8_GROUP, 1)[:, :columns])
+
+
 class TensorSource(Protocol):
     """A model's tensors under transformers' names (`model.layers.0.self_attn.q_proj.weight`)."""
 
@@ -55,8 +75,14 @@ class TensorSource(Protocol):
     def vector(self, name: str) -> torch.Tensor:
         """A one-dimensional tensor. Raises LoadError if it is missing."""
 
+    def number(self, name: str) -> float | None:
+        """A tensor of one element; None if it is missing."""
+
     def read(self, piece: Piece) -> torch.Tensor:
         """A piece, dequantised, shape [rows, columns], in any float dtype. Raises LoadError if it is missing or has other sizes."""
+
+    def fp8(self, piece: Piece) -> Fp8 | None:
+        """The piece as it is stored, if that is fp8 with scales of rows, or of groups that begin where the piece does; else None."""
 
     def four_bit(self, piece: Piece) -> FourBit | None:
         """The piece as it is stored, if that is 4 bits in groups of 32; else None."""

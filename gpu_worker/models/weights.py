@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from gpu_worker.layers.fp8 import Fp8Linear
 from gpu_worker.layers.linear import DenseLinear, EightBitRows, FourBitLinear, Linear, PrepackedLinear
 from gpu_worker.layers.rope import pairs_side_by_side
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.loading.source import FourBit, Piece, Shard, TensorSource, layer_pieces
+from gpu_worker.loading.source import FourBit, Fp8, Piece, Shard, TensorSource, layer_pieces
+
+log = logging.getLogger("worker")
 
 
 @dataclass
@@ -73,15 +77,23 @@ class LinearMaker(Protocol):
 
 
 class DenseMaker:
-    """Plain tensors of one dtype on one device; a tied head shares the embedding's memory."""
+    """Plain tensors of one dtype on one device, and fp8 where a checkpoint has it and the device multiplies it; a tied head shares the
+    embedding's memory."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._dtype = dtype
+        self._told = False
 
     def linear(
         self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None, order: torch.Tensor | None = None
     ) -> Linear:
+        fp8 = stack_fp8(source, pieces, self._device)
+        if fp8 is not None and Fp8Linear.fits(fp8, self._device):
+            return Fp8Linear(_ordered_fp8(fp8, order), bias)
+        if fp8 is not None and not self._told:
+            self._told = True
+            log.warning("torch does not multiply such fp8 weights on this device: they are kept as %s", self._dtype)
         return DenseLinear(_ordered(stack_rows(source, pieces, self._device, self._dtype), order), bias)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
@@ -147,6 +159,17 @@ def stack_rows(source: TensorSource, pieces: tuple[Piece, ...], device: torch.de
     return stacked
 
 
+def stack_fp8(source: TensorSource, pieces: tuple[Piece, ...], device: torch.device) -> Fp8 | None:
+    """The pieces below one another as they are stored, if all are fp8; of several scales for one input the largest, as all share it."""
+    parts = [source.fp8(piece) for piece in pieces]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    q, scale = (torch.cat(columns).to(device) for columns in ([p.q for p in found], [p.scale for p in found]))
+    inputs = [p.input_scale for p in found if p.input_scale is not None]
+    return Fp8(q, scale, torch.stack(inputs).max().to(device) if inputs else None)
+
+
 def load_weights(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard: Shard | None = None) -> Weights:
     """Read a model, or the shard of one rank, into fused parameters. Raises LoadError for what is missing.
 
@@ -196,6 +219,11 @@ def _layer(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard:
 
 def _float32(source: TensorSource, pieces: tuple[Piece, ...]) -> torch.Tensor:
     return stack_rows(source, pieces, torch.device("cpu"), torch.float32)
+
+
+def _ordered_fp8(weights: Fp8, order: torch.Tensor | None) -> Fp8:
+    q = _ordered(weights.q.view(torch.uint8), order).view(weights.q.dtype)  # torch does not index fp8 everywhere
+    return Fp8(q, _ordered(weights.scale, order), weights.input_scale)
 
 
 def _ordered(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

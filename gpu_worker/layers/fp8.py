@@ -1,0 +1,70 @@
+"""Numbers of 8 bits (e4m3: Micikevicius et al. 2022) with scales, and linears that multiply them: W8A8.
+
+Weights have a scale for each row, or one for each 128 neighbours in a row; activations are rounded to e4m3 before the
+product, with scales of the same kind. The product is cuBLAS's, through `torch._scaled_mm`, summed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gpu_worker.loading.source import FP8_GROUP, Fp8
+
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0  # e4m3's largest number
+_LEAST = 1e-12  # scale of nothing but zeros
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """x, float of any shape, in e4m3; what is too large becomes ±448, NaN stays NaN."""
+    return x.clamp(-FP8_MOST, FP8_MOST).to(FP8)
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x: float [rows, columns]. Returns e4m3 of its shape and scales, float32 [rows, 1]."""
+    wide = x.float()
+    scale = (wide.abs().amax(dim=1, keepdim=True) / FP8_MOST).clamp_(min=_LEAST)
+    return to_fp8(wide / scale), scale
+
+
+def round_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x: float [rows, columns], columns a multiple of 128. Returns e4m3 of its shape and scales, float32 [rows, columns / 128]."""
+    q, scale = round_rows(x.reshape(-1, FP8_GROUP))
+    return q.view(x.shape), scale.view(x.shape[0], -1)
+
+
+class Fp8Linear:
+    """y = x · Wᵀ + b with both factors in e4m3; results in bfloat16. On a card for which `fits` is true; rows also on the CPU."""
+
+    def __init__(self, weights: Fp8, bias: torch.Tensor | None) -> None:
+        self._weight = weights.q.t()
+        # cuBLAS wants the scales of groups with rows side by side
+        self._scale = weights.scale.t().contiguous()
+        self._by_group = weights.scale.shape[1] > 1
+        self._input_scale = weights.input_scale
+        self._bias = bias
+        self.out_features = weights.q.shape[0]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        if self._by_group:
+            q, scale = round_groups(F.pad(x, (0, 0, 0, -rows % 4)))  # scales of four rows are read at once
+            scale = scale.t().contiguous().t()
+        elif self._input_scale is not None:
+            q, scale = to_fp8(x.float() / self._input_scale), self._input_scale.expand(rows, 1).contiguous()
+        else:
+            q, scale = round_rows(x)
+        y = torch._scaled_mm(q, self._weight, scale_a=scale, scale_b=self._scale, out_dtype=torch.bfloat16)[:rows]
+        return y if self._bias is None else y + self._bias
+
+    @staticmethod
+    def fits(weights: Fp8, device: torch.device) -> bool:
+        """Whether torch multiplies such weights there: rows from compute capability 8.9 on, groups on 9.x with CUDA 12.9 or later."""
+        if device.type != "cuda" or any(size % 16 for size in weights.q.shape):
+            return False
+        capability = torch.cuda.get_device_capability(device)
+        if weights.scale.shape[1] == 1:
+            return capability >= (8, 9)
+        cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+        return capability[0] == 9 and cuda >= (12, 9) and weights.q.shape[1] % FP8_GROUP == 0
