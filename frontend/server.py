@@ -153,7 +153,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         settings.telemetry or process.rundir.telemetry, "frontend", settings.name, process.incarnation, os.getpid(), context
     )
     client.link.trace = publisher.trace
-    traces = tracer(settings.otlp_traces_endpoint, "frontend", settings.name)
+    traces = tracer(settings.otlp_traces_endpoint, "frontend", settings.name, client.counters)
     if traces is not None:
         client.spans = RequestSpans(traces)
     app = make_app(client)

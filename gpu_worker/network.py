@@ -138,7 +138,7 @@ class Network(threading.Thread):
         self._publisher = Publisher(telemetry, "worker", self._settings.name, self._service.incarnation, os.getpid(), context)
         stack.callback(self._publisher.close)
         self.trace = self._publisher.trace
-        traces = tracer(self._settings.otlp_traces_endpoint, "worker", self._settings.name)
+        traces = tracer(self._settings.otlp_traces_endpoint, "worker", self._settings.name, self._counters)
         if traces is not None:
             stack.callback(traces.close)
             self._spans = RequestSpans(traces)

@@ -7,37 +7,39 @@ Services measure on their monotonic clock, and a span is made when its end is kn
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
+from protocol.counters import Counters
 from protocol.service import CannotRun
 
-EXPORT_EVERY = 1000  # milliseconds
 LAST_WORDS = 0.3  # seconds that a closing service waits for its collector
 
 
 class Tracer:
-    """A service's way to the collector. Raises CannotRun if the packages are not there. Any thread may call it."""
+    """A service's way to the collector, for one thread; nothing here waits for it. Raises CannotRun if the packages are not there.
 
-    def __init__(self, endpoint: str, role: str, name: str) -> None:
+    counters: where spans that did not get there are counted, see `protocol.span_export`.
+    """
+
+    def __init__(self, endpoint: str, role: str, name: str, counters: Counters) -> None:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+            from protocol.span_export import SpanQueue
         except ImportError as error:
             raise CannotRun(f"--otlp-traces-endpoint needs OpenTelemetry ({error}): install pagewire[otel]") from None
         self._propagator = TraceContextTextMapPropagator()
-        self._provider = TracerProvider(resource=Resource.create({"service.name": f"pagewire-{role}", "service.instance.id": name}))
-        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=2)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY))
-        self._tracer = self._provider.get_tracer("pagewire")
+        provider = TracerProvider(resource=Resource.create({"service.name": f"pagewire-{role}", "service.instance.id": name}))
+        self._queue = SpanQueue(provider, OTLPSpanExporter(endpoint=endpoint, timeout=2), counters)
+        self._tracer = provider.get_tracer("pagewire")
 
     def begin(self, name: str, parent: str, at: float) -> Any:
         """A span that others will be children of, begun at a time of the monotonic clock. An unusable parent is none."""
-        return self._tracer.start_span(name, self._context(parent), start_time=wall(at))
+        return self._start(name, parent, wall(at))
 
     def traceparent(self, span: Any) -> str:
         """What children are to be told; empty if the span is not recorded, since its trace was not chosen to be."""
@@ -51,32 +53,36 @@ class Tracer:
 
     def end(self, span: Any, at: float, attributes: dict[str, str | int | float], error: str = "") -> None:
         """End a span that has been begun."""
-        span.set_attributes(attributes)
-        if error:
-            from opentelemetry.trace import Status, StatusCode
-
-            span.set_status(Status(StatusCode.ERROR, error))
-        span.end(wall(at))
+        ended = wall(at)
+        self._queue.put(lambda: _end(span, ended, attributes, error))
 
     def span(self, name: str, parent: str, begin: float, end: float, attributes: dict[str, str | int | float] | None = None) -> None:
         """A whole span, a child of the traceparent."""
-        self.end(self.begin(name, parent, begin), end, attributes or {})
+        begun, ended = wall(begin), wall(end)
+        self._queue.put(lambda: _end(self._start(name, parent, begun), ended, attributes or {}, ""))
 
     def close(self) -> None:
         """Export what there is, unless the collector takes too long."""
-        closing = threading.Thread(target=self._provider.shutdown, name="otlp", daemon=True)
-        closing.start()
-        closing.join(LAST_WORDS)
+        self._queue.close(LAST_WORDS)
 
-    def _context(self, parent: str) -> Any:
+    def _start(self, name: str, parent: str, at: int) -> Any:
         from opentelemetry.context import Context
 
-        return self._propagator.extract({"traceparent": parent}, Context())
+        return self._tracer.start_span(name, self._propagator.extract({"traceparent": parent}, Context()), start_time=at)
 
 
-def tracer(endpoint: str, role: str, name: str) -> Tracer | None:
+def tracer(endpoint: str, role: str, name: str, counters: Counters) -> Tracer | None:
     """The service's tracer; None if no endpoint is named. Raises CannotRun as Tracer does."""
-    return Tracer(endpoint, role, name) if endpoint else None
+    return Tracer(endpoint, role, name, counters) if endpoint else None
+
+
+def _end(span: Any, at: int, attributes: dict[str, str | int | float], error: str) -> None:
+    span.set_attributes(attributes)
+    if error:
+        from opentelemetry.trace import Status, StatusCode
+
+        span.set_status(Status(StatusCode.ERROR, error))
+    span.end(at)
 
 
 def wall(at: float) -> int:

@@ -154,7 +154,7 @@ class Arrivals:
 
     def _overdue(self, request: Request, now: float) -> None:
         if not request.admitted:
-            self._ledger.fail(request, now, 503, "deadline_exceeded", "The request waited longer than its deadline allows.")
+            self._ledger.fail(request, now, 503, "queue_timeout", "the request waited longer than its queue_timeout", "queue_timeout")
 
     def steal(self, worker: Worker) -> None:
         """An idle worker fills its free slots with the first in line of workers that have no room, as far as its own goes."""

@@ -62,7 +62,7 @@ def run(settings: SchedulerSettings) -> None:
             settings.telemetry or service.rundir.telemetry, "scheduler", settings.name, service.incarnation, psutil.Process().pid, context
         )
         stack.callback(publisher.close)
-        traces = tracer(settings.otlp_traces_endpoint, "scheduler", settings.name)
+        traces = tracer(settings.otlp_traces_endpoint, "scheduler", settings.name, counters)
         if traces is not None:
             stack.callback(traces.close)
         loop = _Loop(settings, service, sockets, authenticator, counters, tap, publisher, traces)

@@ -106,6 +106,8 @@ EVENTS = {
     "session_stale": "messages of another session, dropped",
     "session_stale_unsent": "results of a session that is over, not sent",
     "socket_full": "messages that ZeroMQ could not take; the link sends them again",
+    "spans_dropped": "OpenTelemetry spans dropped, since too many waited for the collector",
+    "spans_unsent": "OpenTelemetry spans that the collector did not take",
     "welcome_lower_epoch": "a WELCOME of a scheduler that has been replaced, answered with STALE",
     "welcome_stale": "a WELCOME of an earlier attempt, ignored",
     "wire_send_dropped": "messages that ZeroMQ could not take; the link sends them again",

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from protocol.counters import Counters
 from protocol.service import CannotRun
 from protocol.tracing import Tracer, tracer
 from tests.e2e.stack import Stack, eventually, stack
@@ -138,7 +139,7 @@ def test_a_collector_that_is_not_there_holds_nothing_up() -> None:
 
 
 def test_without_the_packages_the_flag_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracer("", "frontend", "frontend-0") is None
+    assert tracer("", "frontend", "frontend-0", Counters()) is None
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.resources", None)
     with pytest.raises(CannotRun, match=r"pagewire\[otel\]"):
-        Tracer("http://127.0.0.1:9/v1/traces", "frontend", "frontend-0")
+        Tracer("http://127.0.0.1:9/v1/traces", "frontend", "frontend-0", Counters())

@@ -382,7 +382,7 @@ def test_a_deadline_ends_the_wait_for_admission_and_nothing_else() -> None:
     stage.turn(1.0)
     assert running.failed is None
     assert waiting.failed is not None
-    assert waiting.failed.code == "deadline_exceeded"
+    assert (waiting.failed.code, waiting.failed.param) == ("queue_timeout", "queue_timeout")
 
 
 def test_a_request_for_no_tokens_ends_at_once() -> None:

@@ -1,0 +1,93 @@
+"""Spans on their way to a collector: made, encoded and sent in a thread of their own. Needs OpenTelemetry's packages.
+
+A service only puts down what is to be done; making a span takes 16 µs, encoding one 18 µs. What a collector is too slow for is dropped
+and counted. The SDK's BatchSpanProcessor makes and queues spans in the caller's thread, logs each one that it drops and counts none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from protocol.counters import Counters
+
+log = logging.getLogger("tracing")
+
+WAITING = 1 << 14  # spans that may wait
+BATCH = 128  # spans of one message: 4 ms of Python that other threads wait for
+EXPORT_EVERY = 1.0  # seconds
+DROPPED, UNSENT = "spans_dropped", "spans_unsent"
+
+
+class SpanQueue:
+    """One thread puts, another exports. `counters`: its counts of what was dropped here, and of what the collector did not take."""
+
+    def __init__(self, provider: TracerProvider, exporter: SpanExporter, counters: Counters) -> None:
+        self._exporter = exporter
+        self._counters = counters
+        for name in (DROPPED, UNSENT):
+            counters.add(name, 0)  # now: two threads count, and a dictionary that is being read must not grow
+        self._ended = _Ended()
+        provider.add_span_processor(self._ended)
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="otlp", daemon=True)
+        self._thread.start()
+
+    def put(self, make: Callable[[], None]) -> None:
+        """Let the thread make and end a span. Never waits."""
+        if len(self._waiting) >= WAITING:
+            self._counters.add(DROPPED)
+            return
+        self._waiting.append(make)
+        if len(self._waiting) == BATCH:
+            self._wake.set()
+
+    def close(self, within: float) -> None:
+        """Export what there is, for so many seconds at most."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(within)
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            self._wake.wait(EXPORT_EVERY)
+            self._wake.clear()
+            last = self._closing
+            while self._waiting:
+                self._export([self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH))])
+        self._exporter.shutdown()
+
+    def _export(self, batch: list[Callable[[], None]]) -> None:
+        try:
+            for make in batch:
+                make()
+            spans, self._ended.spans = self._ended.spans, []
+            sent = not spans or self._exporter.export(spans) is SpanExportResult.SUCCESS
+        except Exception:
+            log.exception("spans could not be exported")
+            sent = False
+        if not sent:
+            self._counters.add(UNSENT, len(batch))
+
+
+class _Ended(SpanProcessor):
+    """Keeps the spans that have ended and whose trace was chosen."""
+
+    def __init__(self) -> None:
+        self.spans: list[ReadableSpan] = []
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        pass
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.context is not None and span.context.trace_flags.sampled:
+            self.spans.append(span)

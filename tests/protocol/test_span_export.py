@@ -1,0 +1,121 @@
+"""Spans go to the collector without the service's waiting for it; what does not get there is counted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from protocol import span_export
+from protocol.counters import Counters
+from protocol.span_export import BATCH, DROPPED, UNSENT
+from protocol.tracing import Tracer
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+CHOSEN, UNCHOSEN = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
+
+
+class Collector(ThreadingHTTPServer):
+    """Takes spans once `open` is set. `sizes`: spans of each message that it took."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.open = threading.Event()
+        self.status = 200
+        self.sizes: list[int] = []
+        self.names: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1/traces"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        message = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+        spans = [span for resource in message.resource_spans for scope in resource.scope_spans for span in scope.spans]
+        self.server.open.wait(10)
+        if self.server.status == 200:
+            self.server.sizes.append(len(spans))
+            self.server.names += [span.name for span in spans]
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.open.set()
+    made.shutdown()
+    made.server_close()
+    thread.join(5)
+
+
+def eventually(condition) -> None:
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_a_stuck_collector_holds_nobody_up_and_what_is_dropped_is_counted(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(span_export, "WAITING", 200)
+    counters = Counters()
+    made = Tracer(collector.url, "frontend", "f", counters)
+    for _ in range(3000):  # ends, although nothing is taken meanwhile
+        made.span("s", CHOSEN, 1.0, 2.0)
+    assert not collector.sizes
+    assert counters[DROPPED] > 0
+    collector.open.set()
+    eventually(lambda: sum(collector.sizes) + counters[DROPPED] == 3000)
+    assert max(collector.sizes) <= BATCH
+    assert counters[UNSENT] == 0
+    made.close()
+
+
+def test_what_the_collector_refuses_is_counted(collector: Collector) -> None:
+    collector.open.set()
+    collector.status = 400
+    counters = Counters()
+    made = Tracer(collector.url, "frontend", "f", counters)
+    for _ in range(10):
+        made.span("s", CHOSEN, 1.0, 2.0)
+    made.close()
+    eventually(lambda: counters[UNSENT] == 10)
+    assert counters[DROPPED] == 0
+
+
+def test_what_there_is_goes_out_at_the_end_but_nothing_of_traces_that_were_not_chosen(collector: Collector) -> None:
+    collector.open.set()
+    made = Tracer(collector.url, "frontend", "f", Counters())
+    request = made.begin("request", CHOSEN, 1.0)
+    made.span("child", made.traceparent(request), 1.0, 2.0)
+    made.end(request, 2.0, {"a": 1}, "failed")
+    made.span("unchosen", UNCHOSEN, 1.0, 2.0)
+    made.close()
+    eventually(lambda: sorted(collector.names) == ["child", "request"])
+
+
+def test_a_span_that_cannot_be_made_ends_no_thread(collector: Collector) -> None:
+    collector.open.set()
+    counters = Counters()
+    made = Tracer(collector.url, "frontend", "f", counters)
+    made._queue.put(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    eventually(lambda: counters[UNSENT] == 1)
+    made.span("next", CHOSEN, 1.0, 2.0)
+    made.close()
+    eventually(lambda: collector.names == ["next"])
