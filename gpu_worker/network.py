@@ -77,6 +77,7 @@ class Network(threading.Thread):
         self._progress_at = inf
         self._hang = HangWatch(runner, settings.times.progress)
         self._published = -inf
+        self._began = time.monotonic()
 
     # ------------------------------------------------------------ for other threads
 
@@ -125,6 +126,7 @@ class Network(threading.Thread):
                 self._opened.put(None)
                 while not self._closing:
                     self._turn()
+                self._publish()
         except Exception as error:
             self.inbox.put(Stop(error))
 
@@ -324,6 +326,7 @@ class Network(threading.Thread):
                 "worker_session_open": float(self.session != 0),
                 "worker_plans_in_flight": float(self._planned - self._answered),
                 **self._figures.values(),
+                "worker_seconds": time.monotonic() - self._began,
                 "worker_link_round_trip_seconds": self._dialer.round_trip,
                 "epoch": float(self._dialer.epoch >> 32),
                 "memory_bytes": float(self._process.memory_info().rss),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.options import service_command, start
+from protocol.service import leave
 from protocol.times import Times
 
 
@@ -29,7 +30,11 @@ class AdminSettings:
 def _load() -> Callable[[Any], None]:
     from pagewire.admin_server import run
 
-    return run
+    def run_and_leave(settings: AdminSettings) -> None:
+        run(settings)
+        leave()
+
+    return run_and_leave
 
 
 main = service_command("admin", AdminSettings, _load, "Serve the figures of all services on loopback.")

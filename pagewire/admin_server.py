@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from pagewire import handover
 from pagewire.admin import AdminSettings
 from pagewire.ask import AskError, ask
 from pagewire.metrics import Figures
@@ -48,31 +49,41 @@ PAGE_HEADERS = {
 
 def run(settings: AdminSettings) -> None:
     """Serve until asked to stop. Raises RunDirError if the port or the collector's endpoint is taken."""
-    process = Service("admin", settings.name, settings.run_dir, settings.log_level, log_format=settings.log_format)
+    process = Service("admin", settings.name, settings.run_dir, settings.log_level, drains=True, log_format=settings.log_format)
     with process as service, contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listen(settings))
         endpoint = settings.telemetry or service.rundir.telemetry
         stack.enter_context(Guard(endpoint))
         context: zmq.Context[Any] = stack.enter_context(zmq.Context())
         collector = stack.enter_context(contextlib.closing(Collector(endpoint, context)))
-        began = process_start(os.getpid())
         figures = Figures()
-        monitor = Monitor(time.monotonic(), lambda telemetry: process_start(telemetry.pid) < began - STARTED_TOGETHER)
+        left = service.rundir.path / "monitor.json"
+        together = process_start(os.getpid()) - STARTED_TOGETHER
+        # Of one that has ended already nothing is known (0): it is counted, since most are of our age.
+        monitor = Monitor(time.monotonic(), lambda telemetry: 0 < process_start(telemetry.pid) < together, handover.take_up(left))
         watch = Watch(figures, monitor)
 
         def collect() -> None:
             now = time.monotonic()
             for telemetry in collector.receive():
                 figures.take(telemetry, now)
-                monitor.take(telemetry, now)
+                monitor.take(telemetry)
             monitor.sample(now)
             watch.look(service.rundir.services(), now)
 
+        def sum_up() -> None:
+            """The last thing to do: whoever still asks is not waited for."""
+            collect()
+            now = time.monotonic()
+            if service.stopping.is_set():
+                print("summary " + json.dumps({name: round(value, 4) for name, value in monitor.summary(now).items()}), flush=True)
+            else:
+                handover.leave(left, monitor.sums(now))
+            service.request_stop()  # from here on it must not take long
+
         recorder = Recorder(collector, collect)
         application = app(service.rundir, collect, figures, monitor, watch, recorder, settings.api)
-        asyncio.run(_serve(service, listening, application, collect))
-        collect()
-        print("summary " + json.dumps({name: round(value, 4) for name, value in monitor.summary(time.monotonic()).items()}), flush=True)
+        asyncio.run(_serve(service, listening, application, collect, sum_up))
 
 
 class Recorder:
@@ -176,8 +187,10 @@ def _listen(settings: AdminSettings) -> socket.socket:
     return listening
 
 
-async def _serve(service: Service, listening: socket.socket, application: Starlette, collect: Callable[[], None]) -> None:
-    stopping = asyncio.Event()
+async def _serve(
+    service: Service, listening: socket.socket, application: Starlette, collect: Callable[[], None], sum_up: Callable[[], None]
+) -> None:
+    ending = asyncio.Event()
 
     class Server(uvicorn.Server):
         """uvicorn without its signal handlers, the service has its own, and without its ten looks a second."""
@@ -187,7 +200,8 @@ async def _serve(service: Service, listening: socket.socket, application: Starle
             yield
 
         async def main_loop(self) -> None:
-            await stopping.wait()
+            await ending.wait()
+            sum_up()
 
     config = uvicorn.Config(
         application,
@@ -201,16 +215,17 @@ async def _serve(service: Service, listening: socket.socket, application: Starle
     )
     server = Server(config)
 
-    def stop() -> None:
-        asyncio.get_running_loop().remove_reader(service.stop_fd)
-        stopping.set()
+    def end(fd: int) -> None:
+        asyncio.get_running_loop().remove_reader(fd)
+        ending.set()
 
     async def collecting() -> None:
         while True:
             collect()
             await asyncio.sleep(COLLECT_EVERY)
 
-    asyncio.get_running_loop().add_reader(service.stop_fd, stop)
+    for fd in (service.stop_fd, service.drain_fd):
+        asyncio.get_running_loop().add_reader(fd, end, fd)
     collector = asyncio.create_task(collecting())
     service.serves(http_url(listening))
     service.state("ready")

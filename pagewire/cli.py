@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
+from pagewire.finding import NothingRuns, find_stack
 from protocol.files import RunDirError
 from protocol.options import CONTEXT, options, run_dir_option, start
-from protocol.rundir import RunDir
 from protocol.times import Times
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
@@ -73,22 +73,23 @@ def _up_command(name: str) -> click.Command:
 @main.command()
 @run_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
-@click.option("--all", "everyone", is_flag=True, help="List the admin server as well.")
-def ps(run_dir: Path, as_json: bool, everyone: bool) -> None:
-    """List the services of a run directory."""
-    running = RunDir(run_dir).services() if run_dir.is_dir() else []
-    found = [record for record in running if everyone or record.role != "admin"]
+def ps(run_dir: Path, as_json: bool) -> None:
+    """List the services of a run directory; exit code 1 if there are none."""
     columns = ("role", "name", "pid", "incarnation", "state")
-    rows = [{column: getattr(record, column) for column in columns} for record in found]
+    try:
+        services = find_stack(run_dir).services()
+    except NothingRuns:
+        if as_json:
+            click.echo("[]")
+        raise
+    rows = [{column: getattr(record, column) for column in columns} for record in services]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
-    elif not rows:
-        click.echo(f"no service runs in {run_dir}")
-    else:
-        table = [columns, *([str(row[column]) for column in columns] for row in rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-        for line in table:
-            click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+        return
+    table = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    for line in table:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
 
 @main.command()
@@ -106,13 +107,14 @@ def tap(name: str, run_dir: Path, content: bool, count: int | None) -> None:
     from pagewire.tap import line, messages
     from protocol.options import Usage
 
-    names = [record.name for record in RunDir(run_dir).services()] if run_dir.is_dir() else []
+    rundir = find_stack(run_dir)
+    names = [record.name for record in rundir.services()]
     if name not in names:
-        raise Usage(f"no service {name!r} runs in {run_dir}; there are: {', '.join(names) or 'none'}")
+        raise Usage(f"no service {name!r} runs in {run_dir}; there are: {', '.join(names)}")
     stop, wake = os.pipe()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda *_: os.write(wake, b"."))
-    with contextlib.closing(messages(RunDir(run_dir).tap(name), zmq.Context.instance(), stop)) as passing:
+    with contextlib.closing(messages(rundir.tap(name), zmq.Context.instance(), stop)) as passing:
         for number, (direction, at, frames) in enumerate(passing, 1):
             click.echo(line(direction, at, frames, content))
             if number == count:
@@ -128,12 +130,24 @@ def tap(name: str, run_dir: Path, content: bool, count: int | None) -> None:
 def drain(name: str, run_dir: Path, timeout: float) -> None:
     """Let a worker or frontend hand over what it does, and leave.
 
-    A worker's requests go on at others of its model. `pagewire up` does not start it again.
+    A worker's requests go on at others of its model. `pagewire up` does not start it again until `pagewire start` says so.
     """
     from pagewire.replace import drain as run
 
     with _usage():
-        sys.exit(0 if run(RunDir(run_dir), name, timeout, click.echo) else 1)
+        sys.exit(0 if run(find_stack(run_dir), name, timeout, click.echo) else 1)
+
+
+@main.command("start")
+@click.argument("name")
+@run_dir_option
+@click.option("--ready-timeout", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds to get ready.")
+def start_again(name: str, run_dir: Path, ready_timeout: float) -> None:
+    """Start a service of `pagewire up` again that was drained."""
+    from pagewire.replace import start as run
+
+    with _usage():
+        run(find_stack(run_dir), name, ready_timeout, click.echo)
 
 
 @main.command()
@@ -149,7 +163,7 @@ def roll(names: tuple[str, ...], run_dir: Path, drain_timeout: float, ready_time
     from pagewire.replace import roll as run
 
     with _usage():
-        run(RunDir(run_dir), names, drain_timeout, ready_timeout, click.echo)
+        run(find_stack(run_dir), names, drain_timeout, ready_timeout, click.echo)
 
 
 @contextlib.contextmanager

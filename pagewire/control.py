@@ -1,8 +1,10 @@
-"""How `pagewire drain` and `roll` talk to the supervisor of a run directory: a line of JSON each way, on a Unix socket.
+"""How `pagewire drain`, `start` and `roll` talk to the supervisor of a run directory: a line of JSON each way, on a Unix socket.
 
 {"do": "twin", "name": NAME}      start another service like this one  → {"name": its name}
 {"do": "retire", "name": NAME}    let it drain, and do not start it again
+{"do": "start", "name": NAME}     start one again that was drained
 {"do": "restart", "name": NAME}   let it stop, and start it again at once
+{"do": "look", "name": NAME}      nothing; an error if it has been given up
 """
 
 from __future__ import annotations

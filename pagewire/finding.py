@@ -21,23 +21,43 @@ admin_option = click.option(
 )
 
 
+class NothingRuns(click.ClickException):
+    """No service runs in the run directory that is asked; nothing has been made there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(f"no service runs in {run_dir}")
+
+
+def find_stack(run_dir: Path) -> RunDir:
+    """The run directory of services that run. Raises NothingRuns; Usage, one line, if it cannot be used."""
+    try:
+        rundir = RunDir(run_dir, make=False)
+    except RunDirError as error:
+        raise Usage(str(error)) from None
+    if not rundir.services():
+        raise NothingRuns(run_dir)
+    return rundir
+
+
 def find_api(named: str, run_dir: Path) -> str:
-    """The URL of an API. Raises Usage, one line, if the user named a run directory in which no frontend answers."""
+    """The URL of an API. Raises NothingRuns, or Usage if no frontend answers, in a run directory that the user named."""
     return named or _found(run_dir, "frontend") or API
 
 
 def find_admin(named: str, run_dir: Path) -> str:
-    """The URL of an admin server. Raises Usage, one line, if the user named a run directory in which none answers."""
+    """The URL of an admin server. Raises NothingRuns, or Usage if none answers, in a run directory that the user named."""
     return named or _found(run_dir, "admin") or ADMIN
 
 
 def _found(run_dir: Path, role: str) -> str:
+    named = click.get_current_context().get_parameter_source("run_dir") is not click.core.ParameterSource.DEFAULT
     try:
-        services = RunDir(run_dir).services() if run_dir.is_dir() else []
-    except RunDirError as error:
-        raise Usage(str(error)) from None
+        services = find_stack(run_dir).services()
+    except NothingRuns:
+        if named:
+            raise
+        return ""
     url = next((record.url for record in services if record.role == role and record.url), "")
-    context = click.get_current_context()
-    if not url and context.get_parameter_source("run_dir") is not click.core.ParameterSource.DEFAULT:
+    if not url and named:
         raise Usage(f"no {role} answers in {run_dir}: is `pagewire up` running there?")
     return url

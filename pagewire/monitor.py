@@ -3,52 +3,60 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+
+import msgspec
 
 from protocol.telemetry import Telemetry
 
 WINDOW = 60.0  # seconds that `figures` looks back
 APART = 0.5  # seconds between samples that are kept, but for the last
-SILENCE = 3.0  # seconds between two messages of a worker that count as its life; behind more it was gone
 COUNTED = {  # by role, what is added up over incarnations
     "frontend": (
         *("requests_finished", "requests_failed", "requests_aborted", "generation_tokens", "prompt_tokens", "request_seconds"),
         *("first_token_seconds", "first_token_requests", "later_token_seconds", "later_tokens"),
     ),
     "scheduler": ("prefix_queries", "prefix_hits", "preemptions"),
-    "worker": ("worker_tokens", "worker_step_seconds", "worker_idle_seconds", "worker_steps"),
+    "worker": ("worker_tokens", "worker_seconds", "worker_step_seconds", "worker_idle_seconds", "worker_steps"),
 }
 
 
+class Sums(msgspec.Struct):
+    """Where a monitor stands: what another one goes on from. Times are those of the host's monotonic clock."""
+
+    began: float
+    at: float
+    totals: dict[str, float]
+    seen: dict[str, tuple[int, dict[str, float]]]  # by name: incarnation, counters
+
+
 class Monitor:
-    """Adds up counters of all services, whoever dies meanwhile.
+    """Adds up counters of all services, whoever dies meanwhile; goes on from `before`, if there is such.
 
     `began_before(telemetry)`: whether a service that is heard for the first time had worked before this monitor's time,
     which is not counted then.
     """
 
-    def __init__(self, now: float, began_before: Callable[[Telemetry], bool] = lambda telemetry: False) -> None:
-        self._began = now
+    def __init__(self, now: float, began_before: Callable[[Telemetry], bool] = lambda telemetry: False, before: Sums | None = None) -> None:
+        sums = before or Sums(now, now, {}, {})
+        self._began = sums.began
         self._began_before = began_before
-        self._seen: dict[str, tuple[int, float, Mapping[str, float]]] = {}  # by name: incarnation, when, counters
-        self._totals: Counter[str] = Counter()
-        self._samples: deque[tuple[float, Counter[str]]] = deque([(now, Counter())])
+        self._seen = sums.seen
+        self._totals: Counter[str] = Counter(sums.totals)  # of floats
+        self._samples: deque[tuple[float, Counter[str]]] = deque([(sums.at, Counter(self._totals))])
         self._gauges: dict[str, dict[str, float]] = {}  # by scheduler
 
-    def take(self, telemetry: Telemetry, now: float) -> None:
+    def take(self, telemetry: Telemetry) -> None:
         """Count what a service did since its last message."""
         name, values = telemetry.name, telemetry.values
-        incarnation, heard, before = self._seen.get(name, (0, now, {}))
+        incarnation, before = self._seen.get(name, (0, {}))
         if incarnation != telemetry.incarnation:
             before = values if not incarnation and self._began_before(telemetry) else {}
-            heard = now
         for key in COUNTED.get(telemetry.role, ()):
             self._totals[key] += values.get(key, 0.0) - before.get(key, 0.0)  # type: ignore[assignment]  # of floats
-        if telemetry.role == "worker":
-            self._totals["worker_seconds"] += min(now - heard, SILENCE)  # type: ignore[assignment]
-        elif telemetry.role == "scheduler":
+        if telemetry.role == "scheduler":
             self._gauges[name] = {key: values.get(key, 0.0) for key in ("blocks", "blocks_used")}
-        self._seen[name] = (telemetry.incarnation, now, values)
+        self._seen[name] = (telemetry.incarnation, values)
 
     def sample(self, now: float) -> None:
         """Note where the counters stand; called about once a second, and whenever somebody reads.
@@ -85,6 +93,10 @@ class Monitor:
             "requests_per_second": _share(did["requests_finished"], end - begin),
             "window_seconds": end - begin,
         }
+
+    def sums(self, now: float) -> Sums:
+        """What another monitor needs to go on."""
+        return Sums(self._began, now, dict(self._totals), self._seen)
 
     def summary(self, now: float) -> dict[str, float]:
         """The whole time since the start, in the units of `figures`; requests however they ended."""

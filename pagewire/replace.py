@@ -1,7 +1,8 @@
-"""`pagewire drain` and `pagewire roll`: services that leave on purpose, one at a time, while the others serve."""
+"""`pagewire drain`, `start` and `roll`: services that leave on purpose and come back, one at a time, while the others serve."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -22,8 +23,8 @@ ORDER = ("worker", "frontend", "scheduler", "admin")  # in which `roll` goes
 def drain(rundir: RunDir, name: str, timeout: float, say: Callable[[str], None]) -> bool:
     """Let a service hand over what it does, and end; whether it did so in time. Raises RunDirError.
 
-    A service of `pagewire up` is not started again. After the timeout it is told to stop: what it still had goes on
-    elsewhere as after a loss.
+    A service of `pagewire up` is not started again until `start` asks for it. After the timeout it is told to stop:
+    what it still had goes on elsewhere as after a loss.
     """
     record = _find(rundir, name)
     if record.role not in DRAINS:
@@ -39,6 +40,15 @@ def drain(rundir: RunDir, name: str, timeout: float, say: Callable[[str], None])
     say(f"{name} (pid {record.pid}) still had work after {timeout:g} s: stopped; its requests go on elsewhere")
     _until(lambda: not record.alive, STOPS)
     return False
+
+
+def start(rundir: RunDir, name: str, ready_timeout: float, say: Callable[[str], None]) -> None:
+    """Have `pagewire up` start a service again that was drained, and wait until it is ready. Raises RunDirError."""
+    began = time.monotonic()
+    old = rundir.last_record(name)
+    _ask(rundir, "start", name)
+    _await_ready(rundir, name, old.pid if old is not None else 0, ready_timeout)
+    say(f"{name} (pid {_find(rundir, name).pid}) is ready after {time.monotonic() - began:.1f} s")
 
 
 def roll(rundir: RunDir, names: Sequence[str], drain_timeout: float, ready_timeout: float, say: Callable[[str], None]) -> None:
@@ -59,7 +69,8 @@ def roll(rundir: RunDir, names: Sequence[str], drain_timeout: float, ready_timeo
             try:
                 _await_ready(rundir, fresh, record.pid, ready_timeout)
             except RunDirError:
-                _ask(rundir, "retire", fresh)
+                with contextlib.suppress(RunDirError):  # it may have been given up
+                    _ask(rundir, "retire", fresh)
                 raise
             drain(rundir, record.name, drain_timeout, lambda _: None)
         new = _find(rundir, fresh)
@@ -69,10 +80,11 @@ def roll(rundir: RunDir, names: Sequence[str], drain_timeout: float, ready_timeo
 def _await_ready(rundir: RunDir, name: str, old: int, timeout: float) -> None:
     def ready() -> bool:
         record = rundir.last_record(name)
+        _ask(rundir, "look", name)
         return record is not None and record.alive and record.pid != old and record.state == "ready"
 
     if not _until(ready, timeout):
-        raise RunDirError(f"{name} is not ready after {timeout:g} s: what it was to replace stays; see {rundir.logs / name}.log")
+        raise RunDirError(f"{name} is not ready after {timeout:g} s; see {rundir.logs / name}.log")
 
 
 def _find(rundir: RunDir, name: str) -> ServiceRecord:

@@ -27,6 +27,7 @@ from protocol.service import DRAIN_SIGNAL, PARENT
 
 READY = ("ready", "waiting")  # states of a service that has started well
 STOP_MARGIN = 0.9  # seconds from the streams' end to SIGKILL
+LAST_FIGURES = 0.5  # of these, the admin server waits so long for what the others say at their end
 LOOK_EVERY = 0.05  # seconds between two looks at `probe` and at dying processes
 
 
@@ -53,8 +54,10 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     start_at: float | None = 0.0  # when to start it; None: it runs, or never again
-    retired: bool = False  # it leaves on purpose, and is not started again
+    retired: bool = False  # it leaves on purpose, or has left; it is started again only when somebody asks
     renewed: bool = False  # it was told to stop, and is started again at once
+    added: bool = False  # it was asked for while others serve, and has not been ready yet: if it cannot run, they go on
+    failure: str = ""  # why it has been given up
 
 
 class Supervisor:
@@ -131,29 +134,41 @@ class Supervisor:
     # ------------------------------------------------------------ planned replacement
 
     def _command(self, command: str, name: str) -> dict[str, str]:
-        """What `pagewire drain` and `roll` ask for. Raises ValueError."""
-        child = next((child for child in self._children if child.spec.name == name and not child.retired), None)
-        if child is None:
-            raise ValueError(f"this supervisor has no service {name!r}")
+        """What `pagewire drain`, `start` and `roll` ask for. Raises ValueError."""
+        child = next((child for child in self._children if child.spec.name == name), None)
+        if child is None or (child.retired and command != "start"):
+            raise ValueError(child.failure if child is not None and child.failure else f"this supervisor has no service {name!r}")
         match command:
             case "twin":
-                taken = {child.spec.name for child in self._children}
-                fresh = next(n for i in itertools.count() if (n := f"{child.spec.role}-{i}") not in taken)
-                self._children.append(_Child(dataclasses.replace(child.spec, name=fresh)))
-                return {"name": fresh}
+                return {"name": self._add_twin(child.spec)}
+            case "start":
+                if not child.retired:
+                    raise ValueError(f"{name} has not been drained: there is nothing to start")
+                # One that is still leaving is started again when it has left.
+                running = child.process is not None
+                child.retired, child.renewed, child.start_at = False, running, None if running else 0.0
+                child.added, child.failure, child.restarts = True, "", Restarts()
             case "retire":
-                child.retired = True
-                if child.process is None:
-                    self._children.remove(child)
-                else:
+                child.retired, child.start_at = True, None
+                if child.process is not None:
                     child.process.send_signal(DRAIN_SIGNAL)
             case "restart":
                 child.renewed = True
                 if child.process is not None:
-                    child.process.terminate()
+                    child.process.send_signal(DRAIN_SIGNAL)  # who has nothing to hand over just stops
+            case "look":
+                pass
             case _:
                 raise ValueError(f"there is no command {command!r}")
         return {}
+
+    def _add_twin(self, spec: Spec) -> str:
+        """Have another service like this one, under the first name of its role that nobody bears."""
+        taken = {child.spec.name for child in self._children if child.process is not None or not child.retired}
+        name = next(n for i in itertools.count() if (n := f"{spec.role}-{i}") not in taken)
+        others = [child for child in self._children if child.spec.name != name]
+        self._children = [*others, _Child(dataclasses.replace(spec, name=name), added=True)]
+        return name
 
     def _until_next_start(self) -> float | None:
         due = [child.start_at for child in self._children if child.start_at is not None]
@@ -171,20 +186,29 @@ class Supervisor:
                 if child.retired or child.renewed:
                     self._rundir.forget(child.spec.name, pid)
                 if child.retired:
-                    self._children.remove(child)
                     self._say(f"pagewire up: {child.spec.name} (pid {pid}) has left")
                     continue
                 if child.renewed:
                     child.renewed, child.start_at = False, 0.0
                     continue
                 lived = time.monotonic() - child.started
-                delay = child.restarts.died(code, lived, self._was_ready(child.spec.name, pid, code, lived))
+                was_ready = self._was_ready(child.spec.name, pid, code, lived)
+                child.added = child.added and not was_ready
+                delay = child.restarts.died(code, lived, was_ready)
                 self._rundir.forget(child.spec.name, pid)
                 if delay is None:
-                    self._failure = self._failure or f"{child.spec.name} cannot run: it {_how(code)}; see {self._rundir.logs}"
+                    self._give_up(child, f"{child.spec.name} cannot run: it {_how(code)}; see {self._rundir.logs}")
                 else:
                     child.start_at = time.monotonic() + delay
                     self._say(f"pagewire up: {child.spec.name} (pid {pid}) {_how(code)}; starting it again in {delay:.1f} s")
+
+    def _give_up(self, child: _Child, why: str) -> None:
+        """Without a service that was there from the start, end everything; without one that was added, go on."""
+        if child.added:
+            child.retired, child.failure = True, why
+            self._say(f"pagewire up: {why}; the others go on")
+        else:
+            self._failure = self._failure or why
 
     def _was_ready(self, name: str, pid: int, code: int, lived: float) -> bool:
         """Whether the service had started: one that was killed or crashed leaves its last state behind."""
@@ -200,10 +224,11 @@ class Supervisor:
     # ------------------------------------------------------------ the end
 
     def _stop(self, wakeups: int) -> None:
-        """Frontends first, which stop accepting and see their streams out; then the rest; then by force."""
+        """Frontends first, which stop accepting and see their streams out; then who serves them; then the admin server, which
+        counts what those say at their end; then by force."""
         streams_end = time.monotonic() + self._shutdown_timeout
-        frontends = [child for child in self._children if child.spec.role == "frontend"]
-        self._end(frontends, wakeups, streams_end)
+        self._end([child for child in self._children if child.spec.role == "frontend"], wakeups, streams_end)
+        self._end([child for child in self._children if child.spec.role != "admin"], wakeups, streams_end + LAST_FIGURES)
         self._end(self._children, wakeups, streams_end + STOP_MARGIN)
         left = [child.process for child in self._children if child.process is not None and child.process.poll() is None]
         for process in left:

@@ -141,9 +141,9 @@ def _option(role: str, field: Field, flag: Flag) -> click.Option:
     return click.Option(declaration, **{**keywords, **extra})
 
 
-def _run_dir() -> Path:
+def _run_dir(make: bool = True) -> Path:
     try:
-        return default_run_dir()
+        return default_run_dir(make)
     except RunDirError as error:
         raise click.ClickException(str(error)) from None
 
@@ -155,7 +155,8 @@ RUN_DIR: dict[str, Any] = {
     "show_default": "one per working directory",
     "help": FLAGS["run_dir"].help,
 }
-run_dir_option = click.option("--run-dir", **RUN_DIR)  # the decorator for commands that talk to a running stack
+# the decorator for commands that talk to a running stack
+run_dir_option = click.option("--run-dir", **{**RUN_DIR, "default": lambda: _run_dir(make=False)})
 
 
 def _read_config(context: click.Context, role: str, path: Path | None) -> None:

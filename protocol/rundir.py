@@ -5,6 +5,7 @@
     RUN_DIR/logs/NAME.log         rotated
     RUN_DIR/flight/               flight recorders, written on a crash or a fenced session
     RUN_DIR/hash.key, epoch       the deployment's hash key; the last scheduler's epoch
+    RUN_DIR/monitor.json          while the admin server is replaced, its sums
 
 Sockets live in a private folder with a short path: in the run directory if it is one, else in a folder of the
 temporary directory named by a hash of the run directory's path.
@@ -28,31 +29,40 @@ LONGEST_SOCKET = len("/tap-") + LONGEST_NAME + len(".sock")
 KEY_BYTES = 16
 
 
-def default_run_dir() -> Path:
-    """`$XDG_RUNTIME_DIR/pagewire/HASH`, else a folder of the temporary directory; HASH is the working directory's."""
+def default_run_dir(make: bool = True) -> Path:
+    """`$XDG_RUNTIME_DIR/pagewire/HASH`, else a folder of the temporary directory; HASH is the working directory's.
+
+    The temporary directory is anybody's: the folder in it is made at once, unless nothing is to be (`make`).
+    Raises RunDirError if it is somebody else's.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime and is_private(Path(runtime)):
         base = Path(runtime) / "pagewire"
     else:
         base = Path(tempfile.gettempdir()) / f"pagewire-{os.getuid()}"
-        make_private(base)
-        if not is_private(base):
+        if make:
+            make_private(base)
+        if base.exists() and not is_private(base):
             raise RunDirError(f"{base} belongs to somebody else or is open to others: name a run directory (--run-dir)")
     return base / _digest(os.getcwd())
 
 
 class RunDir:
-    """A run directory, made if it does not exist. Raises RunDirError."""
+    """A run directory, made if it does not exist, unless nothing is to be (`make`). Raises RunDirError."""
 
-    def __init__(self, path: Path | str | None = None) -> None:
-        self.path = (Path(path) if path else default_run_dir()).expanduser().absolute()
+    def __init__(self, path: Path | str | None = None, make: bool = True) -> None:
+        self.path = (Path(path) if path else default_run_dir(make)).expanduser().absolute()
+        if make:
+            self._make()
+        self.sockets = self._socket_folder(make)
+
+    def _make(self) -> None:
         try:
             make_private(self.path)
             for folder in (self.logs, self.flight, self._services):
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise RunDirError(f"run directory {self.path}: {error.strerror}") from error
-        self.sockets = self._socket_folder()
 
     @property
     def logs(self) -> Path:
@@ -68,15 +78,16 @@ class RunDir:
     def _services(self) -> Path:
         return self.path / "services"
 
-    def _socket_folder(self) -> Path:
+    def _socket_folder(self, make: bool) -> Path:
         if len(os.fsencode(self.path)) + LONGEST_SOCKET < IPC_LIMIT and is_private(self.path):
             return self.path
         name = f"pagewire-{os.getuid()}-{_digest(str(self.path.resolve()))}"
         for base in (tempfile.gettempdir(), "/tmp"):
             folder = Path(base) / name
             if len(os.fsencode(folder)) + LONGEST_SOCKET < IPC_LIMIT:
-                make_private(folder)
-                if not is_private(folder):
+                if make:
+                    make_private(folder)
+                if folder.exists() and not is_private(folder):
                     raise RunDirError(f"{folder} belongs to somebody else or is open to others; it would hold the sockets")
                 return folder
         raise RunDirError(f"run directory {self.path}: its path is too long for sockets, and the temporary directory's too")

@@ -13,6 +13,7 @@ from protocol.series import Series
 from protocol.trace import TOPIC, Spans, Trace
 
 HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
+LAST_WORDS = 200  # ms that the context waits at its end for what was published last
 
 
 class Telemetry(msgspec.Struct, array_like=True, tag="telemetry", frozen=True):
@@ -48,7 +49,9 @@ class Publisher:
         self._socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 1000)  # no collector is a normal state: look for one seldom
+        # One that starts beside us or is replaced is found soon; that there is none is normal, too: then look seldom.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         self._socket.connect(endpoint)
 
     def publish(
@@ -72,8 +75,8 @@ class Publisher:
                 self._socket.send(TOPIC + self._encoder.encode(Spans(*self._about, spans, lost)), zmq.DONTWAIT)
 
     def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
+        """Close the socket. What was published last still goes out, if somebody reads."""
+        self._socket.close(linger=LAST_WORDS)
 
 
 class Collector:

@@ -120,6 +120,7 @@ class _Loop:
             self._turn(dict(self._poller.poll(max(0, int(wait * 1000) + 1) if wait > 0 else 0)))
             self._say_state()
         self._service.state("stopping")
+        self._publish()
 
     def close(self) -> None:
         """Close the monitors, without which the context would wait for ever."""

@@ -46,6 +46,7 @@ FIGURES = {
         "plans_in_flight": "plans received and not yet answered",
         "steps": "steps finished",
         "tokens": "tokens sampled",
+        "seconds": "since it began",
         "step_seconds": "time of the device in steps",
         "idle_seconds": "time of the device between steps, while there was work",
         "link_round_trip_seconds": "round trip of the link to the scheduler",

@@ -32,7 +32,7 @@ COMMANDS = list(dict.fromkeys(command for block in BLOCKS for command in block.c
 SERVICES = [block for block in BLOCKS if are_services(block)]
 RUN = list(dict.fromkeys(ours for block in BLOCKS if not are_services(block) if (ours := block.without(reason)).commands))
 STARTS = [block.commands[0] for block in RUN if starts_a_stack(block.commands[0])]
-FLEET = [block for block in RUN if re.match(r"pagewire (roll|drain)\b", block.commands[0])]
+FLEET = [block for block in RUN if re.match(r"pagewire (roll|drain|start)\b", block.commands[0])]
 ASKED = [block for block in RUN if block not in FLEET and not starts_a_stack(block.commands[0])]  # in the order of the pages
 THE_STACK = "make serve"  # runs while these are asked
 SAID = {"capital of France": "Paris", "/v1/models": "SmolLM2", "(?m)^pagewire ps$": "scheduler-0", "(?m)^pagewire top": "worker-0"}

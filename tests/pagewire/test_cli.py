@@ -52,21 +52,44 @@ def test_the_version_and_every_command_are_shown() -> None:
 def test_ps_lists_the_services_that_live(run_dir: Path) -> None:
     registrations = [RunDir(run_dir).register("worker", "worker-0", 5), RunDir(run_dir).register("admin", "admin", 6)]
     registrations[0].state("ready")
-    listed = json.loads(invoke("ps", "--run-dir", str(run_dir), "--json").output)
-    assert listed == [{"role": "worker", "name": "worker-0", "pid": os.getpid(), "incarnation": 5, "state": "ready"}]
-    everyone = json.loads(invoke("ps", "--run-dir", str(run_dir), "--json", "--all").output)
-    assert [service["role"] for service in everyone] == ["admin", "worker"]
+    admin, worker = json.loads(invoke("ps", "--run-dir", str(run_dir), "--json").output)
+    assert admin["role"] == "admin"
+    assert worker == {"role": "worker", "name": "worker-0", "pid": os.getpid(), "incarnation": 5, "state": "ready"}
     assert "worker-0" in invoke("ps", "--run-dir", str(run_dir)).output
     for registration in registrations:
         registration.remove()
-    assert json.loads(invoke("ps", "--run-dir", str(run_dir), "--json").output) == []
-    assert "no service runs in" in invoke("ps", "--run-dir", str(run_dir)).output
+    assert json.loads(invoke("ps", "--run-dir", str(run_dir), "--json").stdout) == []
+    assert invoke("ps", "--run-dir", str(run_dir)).exit_code == 1
 
 
-def test_a_run_directory_that_does_not_exist_is_not_made_by_asking(run_dir: Path) -> None:
-    assert json.loads(invoke("ps", "--run-dir", str(run_dir / "x"), "--json").output) == []
-    assert invoke("tap", "worker-0", "--run-dir", str(run_dir / "x")).exit_code == 2
-    assert not (run_dir / "x").exists()
+ASKS = [
+    ("ps",),
+    ("tap", "worker-0"),
+    ("drain", "worker-0"),
+    ("start", "worker-0"),
+    ("roll",),
+    ("top", "--once"),
+    ("trace", "--output", "x"),
+    ("chat",),
+]
+
+
+@pytest.mark.parametrize("command", ASKS, ids=lambda command: command[0])
+def test_where_nothing_runs_that_is_all_that_is_said_and_nothing_is_made(run_dir: Path, command: tuple[str, ...]) -> None:
+    missing, empty = run_dir / "x", run_dir / "y"
+    empty.mkdir()
+    for folder in (missing, empty):
+        asked = invoke(*command, "--run-dir", str(folder))
+        assert (asked.exit_code, asked.output) == (1, f"Error: no service runs in {folder}\n")
+    assert not missing.exists()
+    assert list(empty.iterdir()) == []
+
+
+def test_asking_makes_no_folder_for_run_directories_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert invoke("ps").exit_code == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_procfile_names_the_commands_that_up_runs() -> None:

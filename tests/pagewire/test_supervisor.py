@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pagewire.control import ask
+from pagewire.replace import drain, roll, start
+from protocol.files import RunDirError
 from protocol.registration import ServiceRecord
 from protocol.rundir import RunDir
 from tests.pagewire.processes import Program, eventually, left_in, running
@@ -57,6 +60,14 @@ def test_frontends_end_before_the_services_they_need(run_dir: Path) -> None:
         said = program.output
         assert 0 < said.index("frontend-0 stops") < said.index("scheduler-0 stops")
         assert said.index("frontend-0 stops") < said.index("worker-0 stops")
+
+
+def test_the_admin_server_ends_last_and_counts_what_the_others_said_at_their_end(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=slow", "frontend-0=serve", "admin=serve") as program:
+        program.read_until("ready: fakes")
+        os.kill(program.pid, signal.SIGTERM)
+        program.wait(5)
+        assert max(program.output.index(f"{name} stops") for name in ("scheduler-0", "worker-0")) < program.output.index("admin stops")
 
 
 def test_a_hung_service_is_killed_in_time_and_its_stacks_are_logged(run_dir: Path) -> None:
@@ -132,6 +143,57 @@ def test_a_service_that_refuses_its_configuration_is_not_tried_again(run_dir: Pa
         assert program.output.count("pagewire: no such model: somewhere/nothing") == 1
         assert "starting it again" not in program.output
     assert time.monotonic() - begun < 20
+
+
+def test_a_drained_service_stays_away_until_it_is_started_again(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=serve") as program:
+        program.read_until("ready: fakes")
+        before, rundir, said = record(run_dir, "worker-0"), RunDir(run_dir), list[str]()
+        with pytest.raises(RunDirError, match="worker-0 has not been drained"):
+            start(rundir, "worker-0", 10.0, said.append)
+        assert drain(rundir, "worker-0", 10.0, said.append)
+        program.read_until("worker-0 (pid")
+        with pytest.raises(RunDirError, match="no service 'worker-0'"):
+            drain(rundir, "worker-0", 10.0, said.append)
+        start(rundir, "worker-0", 30.0, said.append)
+        assert record(run_dir, "worker-0").pid != before.pid
+        assert said[-1].startswith(f"worker-0 (pid {record(run_dir, 'worker-0').pid}) is ready")
+        with pytest.raises(RunDirError, match="no service 'worker-9'"):
+            start(rundir, "worker-9", 10.0, said.append)
+        os.kill(record(run_dir, "worker-0").pid, signal.SIGKILL)  # it is kept running as before
+        program.read_until("worker-0 (pid", 10)
+        program.read_until("starting it again in 0.1 s")
+
+
+def test_a_service_that_is_still_leaving_is_started_again_when_it_has_left(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=slow") as program:
+        program.read_until("ready: fakes")
+        before = record(run_dir, "worker-0")
+        ask(RunDir(run_dir), "retire", "worker-0")
+        start(RunDir(run_dir), "worker-0", 30.0, lambda _: None)
+        assert record(run_dir, "worker-0").pid != before.pid
+        assert [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", "worker-0"]
+
+
+def test_a_replacement_that_cannot_run_is_given_up_at_once_and_what_it_was_to_replace_stays(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=alone") as program:
+        program.read_until("ready: fakes")
+        before = record(run_dir, "worker-0")
+        with pytest.raises(RunDirError, match="worker-1 cannot run: it ended with code 78"):
+            roll(RunDir(run_dir), ["worker-0"], 10.0, 60.0, lambda _: None)
+        program.read_until("the others go on")
+        assert record(run_dir, "worker-0") == before
+        assert program.process.poll() is None
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.wait(5) == 0
+
+
+def test_a_rolled_service_has_the_first_name_that_nobody_bears(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=serve") as program:
+        program.read_until("ready: fakes")
+        for name, fresh in (("worker-0", "worker-1"), ("worker-1", "worker-0"), ("worker-0", "worker-1")):
+            roll(RunDir(run_dir), [name], 10.0, 60.0, lambda _: None)
+            eventually(lambda fresh=fresh: [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", fresh])
 
 
 def test_a_service_ended_in_order_by_somebody_else_is_started_again(run_dir: Path) -> None:

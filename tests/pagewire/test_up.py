@@ -92,7 +92,7 @@ def test_up_serves_lists_its_services_and_leaves_nothing_behind(run_dir: Path) -
         assert generate(address) == generate(address)
         eventually(lambda: len(found := services(run_dir)) == 4 and all(r.state == "ready" for r in found.values()))
         listed = json.loads(subprocess.check_output([*PAGEWIRE, "ps", "--json", "--run-dir", str(run_dir)], timeout=60))
-        assert sorted(service["role"] for service in listed) == ["frontend", "scheduler", "worker"]
+        assert sorted(service["role"] for service in listed) == ["admin", "frontend", "scheduler", "worker"]
         assert all(service["state"] and psutil.pid_exists(service["pid"]) for service in listed)
         admin = program.output.split("admin http://")[1].split(",")[0]
         assert get(admin, "/health")[0] == 200

@@ -38,6 +38,25 @@ def test_figures_arrive_with_the_name_of_their_service(tmp_path: Path, context: 
     collector.close()
 
 
+def test_what_a_service_publishes_last_arrives(tmp_path: Path, context: zmq.Context[Any]) -> None:
+    for i in range(5):
+        with contextlib.closing(Collector(f"ipc://{tmp_path}/t{i}.sock", context)) as collector:
+            own: zmq.Context[Any] = zmq.Context()
+            publisher = Publisher(f"ipc://{tmp_path}/t{i}.sock", "worker", "worker-0", 5, 6, own)
+            deadline = time.monotonic() + 10
+            while not collector.receive() and time.monotonic() < deadline:
+                publisher.publish({"tokens": 1.0})
+                collector.socket.poll(50)
+            publisher.publish({"tokens": 2.0}, pictures={"worker-0": bytes(500_000)})
+            publisher.close()
+            own.term()
+            received: list[Telemetry] = []
+            while not any(told.values == {"tokens": 2.0} for told in received):
+                assert time.monotonic() < deadline, "it was lost"
+                collector.socket.poll(50)
+                received += collector.receive()
+
+
 def test_publishing_to_nobody_never_waits(tmp_path: Path, context: zmq.Context[Any]) -> None:
     publisher = Publisher(f"ipc://{tmp_path}/nobody.sock", "worker", "worker-0", 5, 6, context)
     for _ in range(10_000):

@@ -22,6 +22,9 @@ try:
     with Service(given.name.partition("-")[0], given.name, given.run_dir) as service:
         if given.behaviour == "refuse":
             raise CannotRun("no such model: somewhere/nothing")
+        role = given.name.partition("-")[0]
+        if given.behaviour == "alone" and any(r.role == role and r.name != given.name for r in service.rundir.services()):
+            raise CannotRun("no memory beside the other one")
         if given.behaviour == "stillborn":
             os._exit(7)
         service.state("ready")
@@ -39,6 +42,7 @@ try:
             listening = socket.socket(fileno=given.listen_fd)
             listening.setblocking(True)
         service.stopping.wait()
+        time.sleep(1.0 if given.behaviour == "slow" else 0.0)
         print(f"{given.name} stops", file=sys.stderr, flush=True)
 except CannotRun as error:
     refuse(error)
