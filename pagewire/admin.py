@@ -19,6 +19,7 @@ class AdminSettings:
     run_dir: Path
     name: str = "admin"
     admin_port: int = 8001
+    admin_hosts: str = ""  # names, with commas between, that requests may call it by, besides loopback's
     listen_fd: int = -1  # a listening socket handed over by the supervisor; −1: bind 127.0.0.1 and admin_port
     api: str = ""  # URL of a frontend that the live page's prompts go to; empty: it takes none
     telemetry: str = ""  # endpoint; empty: the run directory's

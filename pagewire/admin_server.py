@@ -18,10 +18,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from pagewire import handover
 from pagewire.admin import AdminSettings
 from pagewire.ask import AskError, ask
+from pagewire.host_guard import HostGuard
 from pagewire.metrics import Figures
 from pagewire.monitor import Monitor
 from pagewire.trace import chrome, services
@@ -83,7 +85,7 @@ def run(settings: AdminSettings) -> None:
 
         recorder = Recorder(collector, collect)
         application = app(service.rundir, collect, figures, monitor, watch, recorder, settings.api)
-        asyncio.run(_serve(service, listening, application, collect, sum_up))
+        asyncio.run(_serve(service, listening, HostGuard(application, settings.admin_hosts), collect, sum_up))
 
 
 class Recorder:
@@ -188,7 +190,7 @@ def _listen(settings: AdminSettings) -> socket.socket:
 
 
 async def _serve(
-    service: Service, listening: socket.socket, application: Starlette, collect: Callable[[], None], sum_up: Callable[[], None]
+    service: Service, listening: socket.socket, application: ASGIApp, collect: Callable[[], None], sum_up: Callable[[], None]
 ) -> None:
     ending = asyncio.Event()
 

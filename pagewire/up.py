@@ -27,7 +27,7 @@ NOT_PASSED = {  # `up` settles these; its links are ipc:// and need no keys
     *("name", "schedulers", "bind_frontends", "bind_workers", "telemetry", "listen_fd", "standby"),
     *("key_file", "server_key", "allow_file"),
 }
-COUNTS = [Field("workers", int, 1), Field("frontends", int, 1), Field("admin_port", int, 8001)]
+OWN = [Field("workers", int, 1), Field("frontends", int, 1), Field("admin_port", int, 8001), Field("admin_hosts", str, "")]
 
 
 def service_settings() -> dict[str, type]:
@@ -40,13 +40,13 @@ def service_settings() -> dict[str, type]:
 
 
 def up_fields() -> list[Field]:
-    """The settings of `up`: those of all services, each once, and how many of each."""
+    """The settings of `up`: those of all services, each once, how many of each, and where the admin server is."""
     fields: dict[str, Field] = {}
     for settings in service_settings().values():
         for field in settings_fields(settings):
             if field.name not in NOT_PASSED:
                 fields.setdefault(field.name, field)
-    return [*fields.values(), *COUNTS]
+    return [*fields.values(), *OWN]
 
 
 def passed_on(context: click.Context, settings: type) -> tuple[str, ...]:

@@ -96,5 +96,6 @@ FLAGS: dict[str, Flag] = {
     "admin_port": Flag("Port of the admin server, on loopback; 0 takes a free one.", low=0, high=65535),
     "api": Flag("URL of the API that the live page's prompts go to.", empty="none", own=True),
     "workers": Flag("Workers to start.", low=1, high=64),
+    "admin_hosts": Flag("Names that requests may call the admin server by, besides loopback's, with commas between.", empty="none"),
     "frontends": Flag("Frontend processes that share the port.", low=1, high=64),
 }
