@@ -54,16 +54,18 @@ def compile_cubin(source: str, arch: str, defines: Mapping[str, int | str]) -> b
     The cache key covers everything the result depends on: source, headers beside it, macros, arch, compiler version.
     """
     text = (KERNELS / source).read_text()
-    header = (KERNELS / "common.cuh").read_text()
+    headers = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.cuh"))}
     lib = _nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
     lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
-    key = hashlib.blake2b("\0".join([text, header, *options, f"{major.value}.{minor.value}"]).encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b(
+        "\0".join([text, *headers.values(), *options, f"{major.value}.{minor.value}"]).encode(), digest_size=16
+    ).hexdigest()
     path = cache_dir() / f"{source}-{key}.cubin"
     if path.exists():
         return path.read_bytes()
-    cubin = _compile(lib, text, header, source, options)
+    cubin = _compile(lib, text, headers, source, options)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # renamed whole: a killed process leaves no half file
         file.write(cubin)
@@ -71,11 +73,11 @@ def compile_cubin(source: str, arch: str, defines: Mapping[str, int | str]) -> b
     return cubin
 
 
-def _compile(lib: ctypes.CDLL, text: str, header: str, source: str, options: list[str]) -> bytes:
+def _compile(lib: ctypes.CDLL, text: str, headers: Mapping[str, str], source: str, options: list[str]) -> bytes:
     program = ctypes.c_void_p()
-    headers = (ctypes.c_char_p * 1)(header.encode())
-    names = (ctypes.c_char_p * 1)(b"common.cuh")
-    _check(lib, lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 1, headers, names))
+    texts = (ctypes.c_char_p * len(headers))(*(header.encode() for header in headers.values()))
+    names = (ctypes.c_char_p * len(headers))(*(name.encode() for name in headers))
+    _check(lib, lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), len(headers), texts, names))
     try:
         args = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         if lib.nvrtcCompileProgram(program, len(options), args):  # ctypes drops the GIL: kernels compile in parallel threads

@@ -5,7 +5,8 @@ one matrix product), attends to its span of cached tokens through the block tabl
 also rotates the new key, adds the new token itself and writes K and V to the cache. Spans of one row are joined by
 whichever program arrives last (flash decoding: Dao et al. 2023), always in the order of the spans.
 
-The work list (`plan.cu`, `prepare`) is made on the device each step: the grid is fixed, what each program does is not.
+The work list (`plan.cu`, `prepare`) is made on the device each step: the grid is fixed, what each program does is not. With PACKED,
+it also holds spans that several rows share (`shared_prefix.py`).
 """
 
 # mypy: ignore-errors
@@ -16,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_worker.cuda.kernels.online_softmax import as_cached, attend, capped, load_heads
+from gpu_worker.cuda.kernels.online_softmax import as_cached, attend, capped, join_splits, load_heads
+from gpu_worker.cuda.kernels.shared_prefix import attend_shared_span
 
 
 @triton.jit
@@ -49,9 +51,17 @@ def decode_attention(
     SOFTCAP: tl.constexpr,  # of the scores (Gemma 2); 0: none
     QK_NORM: tl.constexpr,
     PDL: tl.constexpr,
+    PACKED: tl.constexpr = 0,  # whether items of splits 0 are spans that several rows share
 ):
     h = tl.program_id(0)
     item = items + tl.program_id(1) * 8
+    if PACKED:  # noqa: SIM102 - decided when it is compiled
+        if tl.load(item + 3) == 0:
+            attend_shared_span(
+                item, items, h, qkv, cache, table, out, partial, partial_ml, arrivals, q_norm, cosines, sines, scale, eps, kv_scales,
+                WIDTH, KV_HEADS, R, RP, D, DP, PAGE, TILE, STAGES, WINDOW, SOFTCAP, QK_NORM, PDL,
+            )  # fmt: skip
+            return
     row = tl.load(item)
     lo = tl.load(item + 1)
     hi = tl.load(item + 2)
@@ -148,36 +158,4 @@ def decode_attention(
         tl.debug_barrier()
         seen = tl.atomic_add(arrivals + row * KV_HEADS + h, 1, sem="acq_rel")
         if seen == splits - 1:
-            first = tl.load(item + 5)
-            rr = tl.arange(0, RP)
-            some = tl.arange(0, 32 // RP)  # partials at a time; more take too many registers
-            m_all = tl.full([RP], -1.0e30, tl.float32)
-            l_all = tl.zeros([RP], tl.float32)
-            acc_all = tl.zeros([RP, DP], tl.float32)
-            cell_ok = (rr < R)[:, None]
-            if DP != D:
-                cell_ok = cell_ok & (d < D)[None, :]
-            for begin in range(0, splits, 32 // RP):
-                present = begin + some < splits
-                cells = (first + begin + some) * KV_HEADS + h
-                ml = partial_ml + cells[:, None] * (2 * RP) + rr[None, :]
-                ms = tl.load(ml, mask=present[:, None], other=-1.0e30, cache_modifier=".cg")
-                ls = tl.load(ml + RP, mask=present[:, None], other=0.0, cache_modifier=".cg")
-                os = tl.load(
-                    partial + cells[:, None, None] * (RP * D) + rr[None, :, None] * D + d[None, None, :],
-                    mask=present[:, None, None] & cell_ok[None, :, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                top = tl.maximum(m_all, tl.max(ms, 0))
-                shrink = tl.exp2(m_all - top)
-                weight = tl.where(present[:, None], tl.exp2(ms - top[None, :]), 0.0)
-                l_all = l_all * shrink + tl.sum(weight * ls, 0)
-                acc_all = acc_all * shrink[:, None] + tl.sum(weight[:, :, None] * os, 0)
-                m_all = top
-            tl.store(
-                out + row * (HEADS * D) + (h * R + rr)[:, None] * D + d[None, :],
-                (acc_all / l_all[:, None]).to(out.dtype.element_ty),
-                mask=cell_ok,
-            )
-            tl.store(arrivals + row * KV_HEADS + h, 0)
+            join_splits(out, partial, partial_ml, arrivals, row, tl.load(item + 5), splits, h, d, KV_HEADS, R, RP, D, DP)

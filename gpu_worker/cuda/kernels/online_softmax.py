@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # The bodies are Triton's language, not Python's.
-"""A tile of keys and values joined into a running softmax (Milakov & Gimelshein 2018)."""
+"""A tile of keys and values joined into a running softmax (Milakov & Gimelshein 2018), and partial results into one."""
 
 from __future__ import annotations
 
@@ -51,3 +51,46 @@ def attend(q, k, v, ok, m, total, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return top, total, acc
+
+
+@triton.jit
+def join_splits(
+    out, partial, partial_ml, arrivals, row, first, splits, h, d,
+    KV_HEADS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Write a row's result of KV head `h` from its partial ones, `first` and those behind it; its count of arrivals is zero again.
+
+    Shapes as in `decode_attention`; d: [DP].
+    """
+    rr = tl.arange(0, RP)
+    some = tl.arange(0, 32 // RP)  # partials at a time; more take too many registers
+    m_all = tl.full([RP], -1.0e30, tl.float32)
+    l_all = tl.zeros([RP], tl.float32)
+    acc_all = tl.zeros([RP, DP], tl.float32)
+    cell_ok = (rr < R)[:, None]
+    if DP != D:
+        cell_ok = cell_ok & (d < D)[None, :]
+    for begin in range(0, splits, 32 // RP):
+        present = begin + some < splits
+        cells = (first + begin + some) * KV_HEADS + h
+        ml = partial_ml + cells[:, None] * (2 * RP) + rr[None, :]
+        ms = tl.load(ml, mask=present[:, None], other=-1.0e30, cache_modifier=".cg")
+        ls = tl.load(ml + RP, mask=present[:, None], other=0.0, cache_modifier=".cg")
+        os = tl.load(
+            partial + cells[:, None, None] * (RP * D) + rr[None, :, None] * D + d[None, None, :],
+            mask=present[:, None, None] & cell_ok[None, :, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        top = tl.maximum(m_all, tl.max(ms, 0))
+        shrink = tl.exp2(m_all - top)
+        weight = tl.where(present[:, None], tl.exp2(ms - top[None, :]), 0.0)
+        l_all = l_all * shrink + tl.sum(weight * ls, 0)
+        acc_all = acc_all * shrink[:, None] + tl.sum(weight[:, :, None] * os, 0)
+        m_all = top
+    tl.store(
+        out + row * (KV_HEADS * R * D) + (h * R + rr)[:, None] * D + d[None, :],
+        (acc_all / l_all[:, None]).to(out.dtype.element_ty),
+        mask=cell_ok,
+    )
+    tl.store(arrivals + row * KV_HEADS + h, 0)

@@ -8,6 +8,7 @@
 //   output: row of the logits, slot, position, 0     tile: row, first token in the row     logit row: token of the step
 //   copy: from, to
 #include "common.cuh"
+#include "work_list.cuh"
 
 struct Slots {        // rows of the tables: slots + 1; the last one is the dummy, whose table names the dummy page only
   int* table;         // [slots + 1, width] blocks
@@ -34,34 +35,10 @@ __device__ __forceinline__ u64 nanoseconds() {
   return t;
 }
 
-// Exclusive prefix sum over the block (1,024 threads at most); *total is the sum. Ends with a barrier.
-__device__ __forceinline__ int prefix_sum(int v, int* scratch, int* total) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  int run = v;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int up = __shfl_up_sync(0xffffffffu, run, d);
-    if (lane >= d) run += up;
-  }
-  if (lane == 31) scratch[warp] = run;
-  __syncthreads();
-  int before = 0, sum = 0;
-  for (int i = 0; i < blockDim.x / 32; ++i) {
-    if (i < warp) before += scratch[i];
-    sum += scratch[i];
-  }
-  __syncthreads();
-  *total = sum;
-  return before + run - v;
-}
-
 // One block. Applies assignments and bindings, then builds rows and outputs; for a decode step (every row one token and one output;
 // `bucket` rows launched) tokens, positions and the attention's work list as well. The entry lies across the bus: what does not
 // depend on one another is asked for at once. Where more rows, tokens or tiles are launched than the step has, as a captured graph does,
 // the rest are empty rows, tokens that go to the dummy block, and tiles of row -1.
-//
-// Work list: tiles of 64 cached tokens; chunk = max(least, ceil(all tiles / spread)) tiles, at most 16 while `limit` allows; a row gets ceil(tiles / chunk)
-// items of nearly equal size, at least one. Item: row, first, end, splits, own partial, row's first partial, slot, position.
 extern "C" __global__ void __launch_bounds__(1024)
 prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* results, int result_words, int bucket, int max_items,
         int spread, int least, int limit, int block_size, int decode, int tokens_launched, int tiles_launched, int dummy_block) {
@@ -109,7 +86,7 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
   }
   __syncthreads();
 
-  int tiles = 0, position = 0, slot = s.slots;
+  int position = 0, slot = s.slots;
   if (tid < bucket) {
     if (tid >= rows) {
       a = make_int4(s.slots, 0, decode, 0);
@@ -125,28 +102,13 @@ prepare(Slots s, Inputs in, const int* ring, int entry_words, int entries, u64* 
     slot = a.x;
     position = a.y;
     if (decode) {
-      tiles = max((position + 63) / 64, 1);
       in.tokens[tid] = tid < rows ? (a.w ? b.z : s.last_token[slot]) : 0;
       in.positions[tid] = position;
       in.places[tid] = s.table[(u64)slot * s.width + position / block_size] * block_size + position % block_size;
       in.logit_rows[tid] = tid;
     }
   }
-  if (!decode) return;
-  int all, items;
-  prefix_sum(tiles, scratch, &all);
-  const int chunk = max(min(max(least, (all + spread - 1) / spread), 16), (all + limit - 1) / limit);
-  const int wanted = (tiles + chunk - 1) / chunk, share = wanted ? (tiles + wanted - 1) / wanted : 1;
-  const int splits = (tiles + share - 1) / share;  // none is empty: only one item may end at the row's position
-  const int first = prefix_sum(splits, scratch, &items);
-  if (tid < bucket) {
-    const int per = share * 64;
-    for (int i = 0; i < splits; ++i) {
-      in.items[2 * (first + i)] = make_int4(tid, min(i * per, position), min((i + 1) * per, position), splits);
-      in.items[2 * (first + i) + 1] = make_int4(first + i, first, slot, position);
-    }
-  }
-  for (int i = items + tid; i < max_items; i += blockDim.x) in.items[2 * i] = make_int4(-1, 0, 0, 1);
+  if (decode) work_list(in.items, max_items, bucket, slot, position, spread, least, limit, s.table, s.width, block_size, scratch);
 }
 
 // Tokens, positions and places of rows with any number of tokens; grid (rows, parts).
