@@ -31,6 +31,10 @@ class _CopyOut:
     sealed: np.ndarray  # bool, per block
     hashes: np.ndarray  # uint8, [blocks, 16]
 
+    def look_up(self, which: np.ndarray, sealed: SealedBlocks) -> None:
+        """Some of the sources (bool, per block) have been sealed meanwhile, with nothing written since the copy."""
+        self.sealed[which], self.hashes[which] = sealed.lookup(self.source[which])
+
 
 class WorkerCore:
     """Records, slots and sealed hashes of one worker, for a runner that `description` describes."""
@@ -119,12 +123,15 @@ class WorkerCore:
 
     def _seal(self, plan: Plan) -> None:
         if plan.seals:
-            self._sealed.seal(unpack(plan.seals), np.frombuffer(plan.seal_hashes, np.uint8).reshape(-1, 16))
+            blocks = unpack(plan.seals)
+            self._sealed.seal(blocks, np.frombuffer(plan.seal_hashes, np.uint8).reshape(-1, 16))
+            for copy in self._copies:  # begun before their sources' seals came
+                copy.look_up(np.isin(copy.source, blocks), self._sealed)
         if plan.withdrawals:
             withdrawn = unpack(plan.withdrawals)
-            sealed, hashes = self._sealed.lookup(withdrawn)
+            _, hashes = self._sealed.lookup(withdrawn)
             self._sealed.forget(withdrawn)
-            self._host_sealed.forget_copies(hashes[sealed])
+            self._host_sealed.forget_copies(hashes)
             for copy in self._copies:
                 copy.sealed &= ~np.isin(copy.source, withdrawn)
 
@@ -162,7 +169,9 @@ class WorkerCore:
         if plan.copy_to:
             self._sealed.forget(unpack(plan.copy_to))
         if plan.in_to:
-            self._sealed.forget(unpack(plan.in_to))
+            target = unpack(plan.in_to)
+            self._sealed.forget(target)
+            self._sealed.expect(target, self._host_sealed.lookup(unpack(plan.in_from))[1])
         if plan.out_to:
             source, target = unpack(plan.out_from), unpack(plan.out_to)
             self._host_sealed.forget(target)

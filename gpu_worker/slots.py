@@ -110,6 +110,10 @@ class SealedBlocks:
         self._sealed[blocks] = True
         self._hashes[blocks] = hashes
 
+    def expect(self, blocks: Int32, hashes: np.ndarray) -> None:
+        """Blocks copied from others with these hashes: not sealed, but if their content is withdrawn, so is those others'."""
+        self._hashes[blocks] = hashes
+
     def forget(self, blocks: Int32) -> None:
         """The content of these blocks (shape [n]) changes, or is not to be trusted."""
         self._sealed[blocks] = False
@@ -117,7 +121,7 @@ class SealedBlocks:
     def forget_copies(self, hashes: np.ndarray) -> None:
         """Forget every block that has one of these hashes (uint8, shape [n, 16])."""
         named = np.flatnonzero(self._sealed)
-        wrong = (self._hashes[named][:, None, :] == hashes[None]).all(axis=2).any(axis=1)
+        wrong = np.isin(self._hashes[named].view("S16")[:, 0], hashes.view("S16"))
         self._sealed[named[wrong]] = False
 
     def lookup(self, blocks: Int32) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from math import inf
 
 from protocol.counters import Counters
+from scheduler_svc.hits import found_tokens
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.models import Model
 from scheduler_svc.prefix import Chain, Hasher
 from scheduler_svc.requests import Choice, Request, State
-from scheduler_svc.routing import Router, cached_tokens
+from scheduler_svc.routing import Router
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.worker import Worker
 
@@ -134,8 +135,8 @@ class Arrivals:
         others = [worker for worker in choice.request.model.workers if worker.can_hold(choice)]
         if not others or lost.leaving or lost.hung:
             return False
-        held = cached_tokens(lost, choice)
-        return min((held - cached_tokens(worker, choice)) * worker.costs.token for worker in others) > self._settings.times.move
+        held = found_tokens(lost, choice)
+        return min((held - found_tokens(worker, choice)) * worker.costs.token for worker in others) > self._settings.times.move
 
     def _move(self, request: Request, now: float) -> None:
         """The lost worker has not come back in time."""

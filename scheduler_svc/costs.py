@@ -1,4 +1,4 @@
-"""What a worker's steps cost, measured from its results: what preemption by swap or by recompute is predicted to cost."""
+"""What a worker's steps cost, measured from its results: what it takes to copy a block, and what to compute its tokens again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ ENOUGH = 32  # tokens or blocks from which a step says something about the cost 
 
 @dataclass(slots=True)
 class Costs:
-    """Means in seconds; 0 where nothing has been measured. A copy is thought free until one has been measured."""
+    """Means in seconds; 0 where nothing has been measured. A copy is thought free until one has been measured.
 
+    `prefer`: "swap" copies whatever can be copied, "recompute" nothing, "auto" what is predicted to be cheaper.
+    """
+
+    prefer: str = "auto"
     decode: float = 0.0  # a step of decodes alone
     token: float = 0.0  # a token of a prefill, beyond that
     block: float = 0.0  # a block copied from or to the host
@@ -27,9 +31,11 @@ class Costs:
         elif tokens >= ENOUGH and not copied:
             self.token = _mean(self.token, beyond / tokens)
 
-    def swap_is_cheaper(self, blocks: int, tokens: int) -> bool:
-        """Whether copying so many blocks out and in again costs less than computing so many tokens again."""
-        return 2 * blocks * self.block < tokens * self.token if self.token else bool(tokens)
+    def prefers_copies(self, copies: int, tokens: int) -> bool:
+        """Whether to copy a block so many times rather than compute so many tokens again."""
+        if self.prefer != "auto":
+            return self.prefer == "swap"
+        return copies * self.block < tokens * self.token if self.token else bool(tokens)
 
 
 def _mean(old: float, new: float) -> float:

@@ -59,12 +59,15 @@ class Fleet:
             return
         worker.open(model, message.geometry, self._arrivals.hasher, self._settings)
         worker.phase, worker.heard = "serving", now
-        if self._settings.enable_prefix_caching:
-            for block, at in zip(unpack(message.blocks).tolist(), range(0, len(message.hashes), 16), strict=True):
-                if worker.blocks.adopt(block, message.hashes[at : at + 16]):
+        if worker.caching:
+            for block, name in _named(message.blocks, message.hashes):
+                if worker.blocks.adopt(block, name):
                     self._counters.add("scheduler_blocks_adopted")
                 else:
                     worker.withdrawals.append(block)
+            for block, name in _named(message.host_blocks, message.host_hashes):
+                if worker.host.pool.adopt(block, name):
+                    self._counters.add("scheduler_host_blocks_adopted")
         model.join(worker, message)
         for choice in list(model.queue):
             if reason := model.objection(choice.request.submit):
@@ -136,3 +139,8 @@ class Fleet:
     def _fail(self, requests: list[Request], now: float) -> None:
         for request in requests:
             self._ledger.fail(request, now, 500, "step_failed", "The worker failed at this request each time it was tried.")
+
+
+def _named(blocks: bytes, hashes: bytes) -> list[tuple[int, bytes]]:
+    """The sealed blocks that READY lists, with their names."""
+    return [(block, hashes[16 * i : 16 * i + 16]) for i, block in enumerate(unpack(blocks).tolist())]

@@ -34,7 +34,9 @@ def stats(engine: Engine) -> dict[str, float]:
         "blocks_cached": sum(w.blocks.cached for w in ready),
         "blocks_used": sum(w.blocks.used for w in ready),
         "host_blocks": sum(w.host.count for w in ready),
-        "host_blocks_free": sum(len(w.host.free) for w in ready),
+        "host_blocks_free": sum(w.host.pool.free for w in ready),
+        "host_blocks_cached": sum(w.host.pool.cached for w in ready),
+        "host_blocks_used": sum(w.host.pool.used for w in ready),
         "depth": max((w.depth.wanted for w in ready), default=0),
         "blocks_taken": sum(w.blocks.taken for w in ready),
         "plans_in_flight": sum(len(w.in_flight) for w in ready),
@@ -46,6 +48,7 @@ def stats(engine: Engine) -> dict[str, float]:
         "swaps_in": count("scheduler_swaps_in", 0),
         "prefix_queries": count("scheduler_prefix_queries", 0),
         "prefix_hits": count("scheduler_prefix_hits", 0),
+        "host_hits": count("scheduler_host_hits", 0),
     }
 
 

@@ -93,7 +93,10 @@ class Outcomes:
         self._counters.add("scheduler_nan_rows")
         s, slot = worker.slots, choice.slot
         held = s.table[slot, : s.blocks[slot]].tolist() + (choice.swap.blocks if choice.swap is not None else [])
-        worker.withdrawals += [block for block in held if worker.blocks.forget(block)]
+        for block in held:
+            worker.blocks.forget(block)
+        worker.withdrawals += held  # a block that has come from the host may be known there by its name, and not here yet
+        worker.host.withdraw(s.names[slot][: len(held)])
         worker.host.void(choice)
         if choice.no_hits or not choice.shared_blocks:
             self._ledger.fail(choice.request, now, 500, "nan", "The model's output for this request is not a number.")

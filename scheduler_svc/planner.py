@@ -18,6 +18,7 @@ from protocol.messages import Plan
 from scheduler_svc.admission import fits
 from scheduler_svc.draft import Draft, assemble
 from scheduler_svc.frontends import Allowance, Frontends
+from scheduler_svc.hits import found
 from scheduler_svc.requests import Choice, State
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.slots import DECODE, PLANNED, Index
@@ -41,7 +42,7 @@ class Planner:
         self.draft = Draft()
         self.now = 0.0
         self.allowance = Allowance(frontends)
-        self.victims = Victims(worker, self.draft, self.allowance, counters, settings, trial)
+        self.victims = Victims(worker, self.draft, self.allowance, counters, trial)
 
     def make(self, now: float) -> Plan | None:
         """Make the plan and enter it among those in flight. None if there is nothing to do."""
@@ -240,14 +241,14 @@ class Planner:
 
     def _admit(self, choice: Choice) -> bool:
         """Bind the choice, with the blocks of its longest cached prefix, and plan its first chunk."""
-        worker, s, blocks, size = self.worker, self.worker.slots, self.worker.blocks, self.worker.block_size
+        worker, s, size = self.worker, self.worker.slots, self.worker.block_size
         request, length = choice.request, choice.length
-        names = choice.chains[size].names if worker.caching else []
-        hits = [] if choice.no_hits else blocks.match(names, choice.most_cached // size)
-        idle_hits = sum(not blocks.refs[block] for block in hits)
+        hits, host_hits = found(worker, choice)
+        idle_hits = sum(not worker.blocks.refs[block] for block in hits)
         if not fits(worker, choice, -(-length // size) - len(hits) + idle_hits):
             return False
-        worker.queue.charge(choice, length - len(hits) * size + min(choice.limit - length, worker.model.outputs.expected))
+        cached = (len(hits) + len(host_hits)) * size
+        worker.queue.charge(choice, length - cached + min(choice.limit - length, worker.model.outputs.expected))
         worker.queue.remove(choice)
         if not choice.scores and not len(choice.tokens):
             for sibling in request.choices:
@@ -256,23 +257,36 @@ class Planner:
                     sibling.state = State.FORKING
                     choice.forks.append(sibling)
         slot = bind(worker, self.draft, choice)
-        s.names[slot] = list(names)
+        s.names[slot] = list(choice.chains[size].names) if worker.caching else []
         share(worker, self.draft, slot, np.array(hits, dtype=np.int32))
         s.computed[slot] = len(hits) * size
         if choice.swap is not None:
-            self.counters.add("scheduler_swaps_in")
-            bring_back(worker, self.draft, choice, len(hits))
+            self._swap_in(choice, len(hits))
         else:
-            choice.shared_blocks = len(hits)
+            choice.shared_blocks = len(hits) + len(host_hits)
+        if host_hits:
+            self.counters.add("scheduler_host_hits", len(host_hits) * size)
+            worker.host.read(host_hits, worker.step + 1)
+            bring_back(worker, self.draft, slot, host_hits, cached)
         self.counters.add("scheduler_prefix_queries", length)
-        self.counters.add("scheduler_prefix_hits", len(hits) * size)
+        self.counters.add("scheduler_prefix_hits", cached)
         worker.model.tally.queries += length
-        worker.model.tally.hits += len(hits) * size
+        worker.model.tally.hits += cached
         if request.cached < 0:
-            request.cached, request.queued = len(hits) * size, self.now - request.arrival
+            request.cached, request.queued = cached, self.now - request.arrival
             request.frontend.admitted.append((request.handle, request.cached, request.queued))
             if request.submit.trace:
                 worker.model.tally.traced.append((request.submit.trace, request.arrival, self.now))
         request.admitted = True
         self._chunk(slot)
         return True
+
+    def _swap_in(self, choice: Choice, hits: int) -> None:
+        """Bring the choice's own blocks back, behind those that it has found on the device."""
+        worker = self.worker
+        assert choice.swap is not None
+        self.counters.add("scheduler_swaps_in")
+        choice.shared_blocks = max(choice.shared_blocks, hits)
+        computed = choice.swap.computed
+        if host := worker.host.swap_in(choice, hits, worker.step + 1):
+            bring_back(worker, self.draft, choice.slot, host, computed)

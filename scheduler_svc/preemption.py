@@ -32,8 +32,8 @@ def preempt(worker: Worker, choice: Choice, swap_at: int = 0) -> None:
     worker.decoding = None
 
 
-def swaps(worker: Worker, choice: Choice, mode: str) -> bool:
-    """Whether the choice is better swapped than recomputed, and can be. `mode` is the setting's.
+def swaps(worker: Worker, choice: Choice) -> bool:
+    """Whether the choice is better swapped than recomputed, and can be.
 
     A scorer cannot: it must compute again from the first position that has not been told, which its blocks are beyond.
     """
@@ -42,11 +42,11 @@ def swaps(worker: Worker, choice: Choice, mode: str) -> bool:
     s, size = worker.slots, worker.block_size
     computed = int(s.computed[choice.slot])
     n = blocks_for(computed, size)
-    if mode == "recompute" or not n or n > len(worker.host.free) or any(copy.slot == choice.slot for copy in worker.copies):
+    if not n or n > worker.host.pool.available or any(copy.slot == choice.slot for copy in worker.copies):
         return False
     # what others share stays, and would be found again
     own = sum(worker.blocks.refs[block] == 1 for block in s.table[choice.slot, :n].tolist())
-    return mode == "swap" or worker.costs.swap_is_cheaper(n, min(own * size, computed))
+    return worker.costs.prefers_copies(2 * n, min(own * size, computed))
 
 
 def _move_out(worker: Worker, choice: Choice, step: int) -> None:

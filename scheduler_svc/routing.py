@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scheduler_svc.hits import found_tokens
 from scheduler_svc.requests import Choice
 from scheduler_svc.worker import Worker
 
@@ -34,7 +35,7 @@ class Router:
         loads = [worker.load for worker in able]
         if self._policy == "load" or self._balances(choice.request.model.name, loads):
             return able[loads.index(min(loads))]
-        return min(zip(able, loads, strict=True), key=lambda pair: (-cached_tokens(pair[0], choice), pair[1]))[0]
+        return min(zip(able, loads, strict=True), key=lambda pair: (-found_tokens(pair[0], choice), pair[1]))[0]
 
     def _balances(self, model: str, loads: Sequence[float]) -> bool:
         apart = max(loads) - min(loads)
@@ -43,11 +44,3 @@ class Router:
         elif apart < TOGETHER:
             self._balancing.discard(model)
         return model in self._balancing
-
-
-def cached_tokens(worker: Worker, choice: Choice) -> int:
-    """Tokens of the choice that the worker has cached."""
-    size = worker.block_size
-    if size not in choice.chains or choice.no_hits:
-        return 0
-    return size * len(worker.blocks.match(choice.chains[size].names, choice.most_cached // size))

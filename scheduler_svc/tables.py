@@ -65,18 +65,15 @@ def publish(worker: Worker, draft: Draft, slot: int, first: int, last: int) -> N
         draft.pending += worker.blocks.publish(s.table[slot, first:last].tolist(), s.names[slot][first:last])
 
 
-def bring_back(worker: Worker, draft: Draft, choice: Choice, hits: int) -> None:
-    """Copy what a choice has in host memory back, behind the `hits` blocks it has found on the device."""
-    assert choice.swap is not None
-    s, slot, computed = worker.slots, choice.slot, choice.swap.computed
-    host = worker.host.swap_in(choice, hits, worker.step + 1)
-    choice.shared_blocks = max(choice.shared_blocks, hits)
-    if host:
-        blocks = worker.blocks.take(len(host))
-        extend(worker, draft, slot, blocks)
-        draft.returns += zip(host, blocks, strict=True)
-        s.computed[slot] = computed
-        publish(worker, draft, slot, hits, computed // worker.block_size)
+def bring_back(worker: Worker, draft: Draft, slot: int, host: list[int], computed: int) -> None:
+    """Copy blocks back from host memory, to the end of the slot's table; with them it has so many tokens computed."""
+    s = worker.slots
+    first = int(s.blocks[slot])
+    blocks = worker.blocks.take(len(host))
+    extend(worker, draft, slot, blocks)
+    draft.returns += zip(host, blocks, strict=True)
+    s.computed[slot] = computed
+    publish(worker, draft, slot, first, computed // worker.block_size)
 
 
 def _entries(slot: int, first: int, blocks: Int32) -> Entries:

@@ -9,7 +9,6 @@ from scheduler_svc.draft import Draft
 from scheduler_svc.frontends import Allowance
 from scheduler_svc.preemption import preempt, swaps
 from scheduler_svc.requests import Choice
-from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.slots import DECODE, PREFILL
 from scheduler_svc.worker import Worker
 
@@ -17,18 +16,15 @@ from scheduler_svc.worker import Worker
 class Victims:
     """Preemption within one plan."""
 
-    __slots__ = ("_allowance", "_counters", "_draft", "_settings", "_trial", "_worker", "preempted", "swapping")
+    __slots__ = ("_allowance", "_counters", "_draft", "_trial", "_worker", "preempted", "swapping")
 
-    def __init__(
-        self, worker: Worker, draft: Draft, allowance: Allowance, counters: Counters, settings: SchedulerSettings, trial: int
-    ) -> None:
+    def __init__(self, worker: Worker, draft: Draft, allowance: Allowance, counters: Counters, trial: int) -> None:
         self.preempted = False  # or somebody waits for blocks that preempted ones are about to give up
         self.swapping = False  # blocks can leave in this plan; somebody waits for them
         self._worker = worker
         self._draft = draft
         self._allowance = allowance
         self._counters = counters
-        self._settings = settings
         self._trial = trial
 
     def suffice(self, blocks: int) -> bool:
@@ -61,7 +57,7 @@ class Victims:
         self._worker.model.tally.preemptions += 1
         victim = max(victims, key=lambda c: (self._owes(c), c.key))
         swap_at = 0
-        if swaps(self._worker, victim, self._settings.preemption):
+        if swaps(self._worker, victim):
             self._counters.add("scheduler_swaps_out")
             swap_at = self._worker.step + (2 if victim.slot in rows else 1)
             self.swapping = True

@@ -62,7 +62,6 @@ class Worker:
         self.heard = 0.0  # when the progress counter last moved, or a plan became the oldest
         self.counter = (0, 0)
         self.step_seconds = 0.0  # mean device time of recent steps
-        self.costs = Costs()
         self.busy_seconds = 0.0
         self.idle_seconds = 0.0
 
@@ -76,6 +75,7 @@ class Worker:
         self.blocks = BlockManager(geometry.blocks)
         self.host = HostBlocks(geometry.host_blocks, self.blocks)
         self.depth = Depth(settings.depth)
+        self.costs = Costs(settings.preemption)
         self.budget = min(geometry.max_step_tokens, settings.max_num_batched_tokens or geometry.max_step_tokens)
         self.caching = settings.enable_prefix_caching
         self.ready = True

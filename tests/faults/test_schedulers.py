@@ -37,6 +37,11 @@ def long_body(i: int, max_tokens: int) -> dict[str, Any]:
     return {"prompt": f"{i} says " + "this is a prompt of many blocks " * 12, "max_tokens": max_tokens, "seed": i, "ignore_eos": True}
 
 
+def growing_body(i: int, max_tokens: int) -> dict[str, Any]:
+    """A request whose prompt is short beside its answer."""
+    return {"prompt": f"request {i} says what a prompt of four blocks says: ", "max_tokens": max_tokens, "seed": i, "ignore_eos": True}
+
+
 def test_nine_in_ten_sealed_blocks_that_lived_are_hit_after_the_scheduler_was_killed() -> None:
     with fleet(step=0.08) as running:
         running.scheduler()
@@ -56,6 +61,26 @@ def test_nine_in_ten_sealed_blocks_that_lived_are_hit_after_the_scheduler_was_ki
         running.answered(load)
         hit = running.figure("scheduler-0", "prefix_hits") / BLOCK
         assert hit >= 0.9 * sealed > 24 * 20, (hit, sealed)
+
+
+def test_what_was_swapped_out_is_brought_back_from_the_host_after_the_scheduler_was_killed() -> None:
+    with fleet(step=0.02) as running:
+        running.scheduler("scheduler-0", "--preemption", "swap")
+        running.worker("worker-0", "--num-gpu-blocks", "64", "--num-cpu-blocks", "256")
+        running.frontend()
+        running.ready(1)
+        # Short answers first, so that it expects them to be short and lets more begin than will fit.
+        short = Load(running.urls, 8, max_tokens=2, rounds=4, bodies=growing_body)
+        short.finish()
+        load = Load(running.urls, 12, max_tokens=200, rounds=1, bodies=growing_body)
+        eventually(lambda: running.figure("scheduler-0", "host_blocks_used") >= 8, 60)
+        running.kill("scheduler-0")
+        running.scheduler("scheduler-0", "--preemption", "swap")
+        load.finish()
+        running.at_rest()
+        assert running.figure("scheduler-0", "wire_scheduler_host_blocks_adopted") >= 4
+        assert running.figure("scheduler-0", "host_hits") >= 4 * BLOCK
+        assert running.figure("scheduler-0", "host_blocks_used") == 0
 
 
 def test_scheduler_and_a_worker_are_killed_together() -> None:

@@ -261,6 +261,29 @@ def test_a_withdrawal_reaches_the_copies_on_the_host_and_those_on_their_way(core
     assert sealed(core) == ({4: C}, {1: C})
 
 
+def test_a_seal_that_comes_behind_the_copy_names_the_host_block_too(core):
+    step = apply(core, Plan(1, **rows_of(out_from=[2, 3], out_to=[4, 5])))
+    apply(core, Plan(2, seals=pack([3, 4]), seal_hashes=A + B))
+    core.result(step, outcome(copied=1))
+    core.reset()
+    assert sealed(core)[1] == {5: A}
+
+
+def test_a_host_block_keeps_its_name_when_it_is_copied_back(core):
+    step = apply(core, Plan(1, seals=pack([2]), seal_hashes=A, **rows_of(out_from=[2], out_to=[5])))
+    core.result(step, outcome(copied=1))
+    apply(core, Plan(2, **rows_of(in_from=[5], in_to=[2])))
+    assert sealed(core) == ({}, {5: A})
+
+
+def test_a_withdrawal_reaches_the_host_block_that_an_unsealed_one_was_copied_from(core):
+    step = apply(core, Plan(1, seals=pack([2, 3]), seal_hashes=A + B, **rows_of(out_from=[2, 3], out_to=[4, 5])))
+    core.result(step, outcome(copied=1))
+    apply(core, Plan(2, **rows_of(in_from=[4], in_to=[8])))
+    apply(core, Plan(3, withdrawals=pack([8])))
+    assert sealed(core)[1] == {5: B}
+
+
 def test_another_hash_key_drops_all_hashes_and_the_same_one_none(core):
     core.welcome(b"k" * 16)
     apply(core, Plan(1, seals=pack([2]), seal_hashes=A))

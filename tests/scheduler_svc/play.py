@@ -111,6 +111,8 @@ class FakeWorker:
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     hashes: dict[int, bytes] = field(default_factory=dict)  # sealed
     host: dict[tuple[int, int], int] = field(default_factory=dict)  # KV in host memory
+    host_hashes: dict[int, bytes] = field(default_factory=dict)  # of copies that are acknowledged
+    leaving: deque[tuple[int, dict[int, bytes]]] = field(default_factory=deque)  # step, hashes of host blocks copied in it
     nan_tokens: set[int] = field(default_factory=set)
     plans: deque[Plan] = field(default_factory=deque)
     written: int = 0  # tokens computed
@@ -121,14 +123,17 @@ class FakeWorker:
         self.records: dict[int, list] = {}
         self.slots: dict[int, Slot] = {}
         self.plans.clear()
+        self.leaving.clear()
         self.engine.worker_opened(self.session, hello, now)
 
     def ready(self, now: float) -> None:
-        blocks = sorted(self.hashes)
-        names = b"".join(self.hashes[b] for b in blocks)
-        ready = Ready(
-            self.model, self.fingerprint, self.geometry, "none", pack([STOP]), tokenizer=TOKENIZER, blocks=pack(blocks), hashes=names
-        )
+        sealed = {
+            "blocks": pack(self.hashes),
+            "hashes": b"".join(self.hashes.values()),
+            "host_blocks": pack(self.host_hashes),
+            "host_hashes": b"".join(self.host_hashes.values()),
+        }
+        ready = Ready(self.model, self.fingerprint, self.geometry, "none", pack([STOP]), tokenizer=TOKENIZER, **sealed)
         self.engine.worker_message(self.session, through(ready), now)
 
     def close(self, now: float) -> None:
@@ -149,7 +154,10 @@ class FakeWorker:
         for i, block in enumerate(unpack(plan.seals).tolist()):
             self.hashes[block] = plan.seal_hashes[16 * i : 16 * i + 16]
         for block in unpack(plan.withdrawals).tolist():
-            self.hashes.pop(block, None)
+            withdrawn = self.hashes.pop(block, None)
+            for names in (self.host_hashes, *(names for _, names in self.leaving)):
+                for host in [host for host, name in names.items() if name == withdrawn]:
+                    del names[host]
         for admit in plan.admits:
             assert admit.record not in self.records
             tokens = unpack(admit.prompt).tolist() + unpack(admit.known).tolist()
@@ -192,6 +200,10 @@ class FakeWorker:
         for source, target in zip(unpack(plan.out_from).tolist(), unpack(plan.out_to).tolist(), strict=True):
             for offset in range(self.geometry.block_size):  # as late as a worker may
                 self.host[target, offset] = self.kv.get((source, offset), -1)
+            self.host_hashes.pop(target, None)
+        self.leaving.append((plan.step, self._names_of_copies(plan)))
+        while self.leaving and self.leaving[0][0] <= plan.step - self.lag:
+            self.host_hashes.update(self.leaving.popleft()[1])
         counts, ids, flags = [], [], []
         for slot, position, state in outputs:
             token, flag = self.sample(self.slots[slot], position, state)
@@ -200,6 +212,10 @@ class FakeWorker:
             if token >= 0:
                 ids.append(token)
         return Result(plan.step, pack(counts), pack(ids), bytes(flags), plan.step - self.lag, seconds=0.001)
+
+    def _names_of_copies(self, plan: Plan) -> dict[int, bytes]:
+        copied = zip(unpack(plan.out_from).tolist(), unpack(plan.out_to).tolist(), strict=True)
+        return {target: self.hashes[source] for source, target in copied if source in self.hashes}
 
     def compute(self, bound: Slot, start: int, count: int) -> int:
         tokens = self.records[bound.record][0]

@@ -101,6 +101,8 @@ class Serving(RuleBasedStateMachine):
         if not keeps:
             worker.hashes.clear()
             worker.kv.clear()
+            worker.host_hashes.clear()
+            worker.host.clear()
             worker.incarnation += 1000
         stage.reopen(worker)
         worker.ready(stage.now)
@@ -130,7 +132,7 @@ class Serving(RuleBasedStateMachine):
             assert stream.complete or stream.aborted or (stream.failed is not None and stream.failed.code == "step_failed")
         stats = self.stage.engine.stats()
         assert stats["blocks_used"] == stats["requests_running"] == stats["requests_waiting"] == 0
-        assert stats["host_blocks_free"] == stats["host_blocks"]
+        assert stats["host_blocks_used"] == 0
         assert not self.stage.engine.ledger.requests
         self._note(stats)
 
@@ -148,8 +150,10 @@ class Serving(RuleBasedStateMachine):
                 "forks": sum(len(plan.fork_slots) // 4 for plan in plans),
                 "copies of partial blocks": sum(len(plan.copy_to) // 4 for plan in plans),
                 "prefix hits": int(stats["prefix_hits"]),
+                "prefix hits in host memory": int(stats["host_hits"]),
                 "workers lost": self.stage.counters.get("scheduler_workers_lost", 0),
                 "blocks adopted": self.stage.counters.get("scheduler_blocks_adopted", 0),
+                "host blocks adopted": self.stage.counters.get("scheduler_host_blocks_adopted", 0),
             }
         )
 
@@ -175,5 +179,5 @@ def test_what_the_rules_are_to_drive_really_happens() -> None:
     drive = settings(max_examples=30, stateful_step_count=40, deadline=None, database=None, derandomize=True, suppress_health_check=common)
     run_state_machine_as_test(Serving, settings=drive)
     missing = [what for what, n in Serving.happened.items() if not n]
-    assert len(Serving.happened) == 12
+    assert len(Serving.happened) == 14
     assert not missing, Serving.happened

@@ -229,6 +229,31 @@ def an_assigned_block_loses_its_hash(patch: Patch) -> None:
     patch.setattr(WorkerCore, "apply", without_forgetting)
 
 
+def a_host_block_loses_its_hash_when_another_is_copied_there(patch: Patch) -> None:
+    copy = WorkerCore._copy
+
+    def without_forgetting(self: WorkerCore, plan: Any) -> None:
+        forget = self._host_sealed.forget
+        self._host_sealed.forget = lambda blocks: None  # type: ignore[method-assign]
+        try:
+            copy(self, plan)
+        finally:
+            self._host_sealed.forget = forget  # type: ignore[method-assign]
+
+    patch.setattr(WorkerCore, "_copy", without_forgetting)
+
+
+def a_host_block_is_listed_only_when_its_copy_is_complete(patch: Patch) -> None:
+    copy = WorkerCore._copy
+
+    def at_once(self: WorkerCore, plan: Any) -> None:
+        copy(self, plan)
+        self._copied = plan.step
+        self._seal_copies()
+
+    patch.setattr(WorkerCore, "_copy", at_once)
+
+
 def a_session_begins_with_everything_that_lives(patch: Patch) -> None:
     def nothing(self: Journal, welcome: Any, now: float) -> None:
         self.is_open, self.fault = True, None
@@ -378,6 +403,8 @@ RULES = (
     Rule(a_step_without_progress_ends_its_session, MIXES["poison hangs"], (PROGRESS,)),
     Rule(a_lost_session_resets_the_worker, MIXES["scheduler crashes"], (PLAN,)),
     Rule(an_assigned_block_loses_its_hash, MANY_PREFIXES, (STREAM,)),
+    Rule(a_host_block_loses_its_hash_when_another_is_copied_there, MIXES["swaps, poison raises"], (STREAM,)),
+    Rule(a_host_block_is_listed_only_when_its_copy_is_complete, MIXES["swaps, poison raises"], (STREAM,)),
     Rule(a_session_begins_with_everything_that_lives, MIXES["scheduler crashes"], (PROGRESS,)),
     Rule(
         pending_attaches_are_sent_again,

@@ -48,6 +48,8 @@ def test_a_seed_that_once_failed_passes(name: str, seed: int) -> None:
         ("small pool", ["scheduler_preemptions"]),
         ("swaps", ["scheduler_swaps_out", "scheduler_swaps_in"]),
         ("swaps, workers crash", ["scheduler_swaps_out", "scheduler_swaps_in", "scheduler_workers_lost"]),
+        ("swaps, scheduler crashes", ["scheduler_swaps_out", "scheduler_host_blocks_adopted", "scheduler_host_hits"]),
+        ("swaps, poison raises", ["scheduler_swaps_out", "scheduler_host_blocks_adopted", "scheduler_host_hits"]),
         ("workers crash", ["scheduler_workers_lost"]),
         ("scheduler crashes", ["scheduler_blocks_adopted"]),
         ("pauses", ["session_closed", "session_stale"]),

@@ -347,7 +347,7 @@ class World:
             if node.alive and node is not active[0] and node.core.engine.ledger.requests:
                 raise self.broken(CHARGE, f"{node.name} keeps {len(node.core.engine.ledger.requests)} requests, and is not in charge")
         stats = active[0].core.engine.stats()
-        for name in ("requests_running", "requests_waiting", "blocks_used"):
+        for name in ("requests_running", "requests_waiting", "blocks_used", "host_blocks_used"):
             if stats[name]:
                 raise self.broken(REST, f"{name} is {stats[name]} at rest")
         if kept := len(active[0].core.engine.ledger.requests):
