@@ -21,10 +21,11 @@ from typing import Any
 
 import click
 
+from protocol.environment import unknown_variables
 from protocol.files import RunDirError
 from protocol.flags import FLAGS, TABLES, UP, UP_OWN, Flag
 from protocol.rundir import default_run_dir
-from protocol.service import EXIT_FAILED, CannotRun, die_with_parent, log_early_crash, refuse
+from protocol.service import EXIT_FAILED, PARENT, CannotRun, die_with_parent, log_early_crash, refuse
 from protocol.times import Times
 
 Settings = Any  # a dataclass instance; which one, the service knows
@@ -215,6 +216,9 @@ class Usage(click.ClickException):
 
 def start(command: click.Command, program: str) -> None:
     """Run a command as a program."""
+    if PARENT not in os.environ:  # whoever started this process has said so
+        for line in unknown_variables(os.environ):
+            click.echo(f"{program}: {line}", err=True)
     try:
         command.main(prog_name=program)
     except BrokenPipeError:

@@ -1,0 +1,49 @@
+"""A variable that looks like a setting and is none is said, once, by name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from protocol.environment import known_variables, unknown_variables
+from tests.e2e.stack import stack
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("frontend", "scheduler_svc", "gpu_worker", "pagewire", "protocol")
+
+
+def test_every_variable_that_the_code_names_is_known() -> None:
+    sources = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    named = {name for text in sources for name in re.findall(r"PAGEWIRE_([A-Z_]+[A-Z])", text)}
+    assert len(named) > 10
+    assert named <= known_variables()
+
+
+def test_a_misspelt_one_is_named_with_the_nearest() -> None:
+    [line] = unknown_variables(["HOME", "PAGEWIRE_MAX_NUM_SEQ", "PAGEWIRE_PORT", "PAGEWIRE_WORKER_DEVICE"])
+    assert "PAGEWIRE_MAX_NUM_SEQ is no setting" in line
+    assert line.endswith("did you mean PAGEWIRE_MAX_NUM_SEQS?")
+    assert unknown_variables(["PAGEWIRE_QQQQ"]) == ["the environment's PAGEWIRE_QQQQ is no setting and is ignored"]
+    assert "PAGEWIRE_WORKER_NAME" in unknown_variables(["PAGEWIRE_WORKR_NAME"])[0]
+
+
+def test_commands_say_so_and_do_not_tell_its_value(tmp_path: Path) -> None:
+    env = {"PATH": "/bin:/usr/bin", "PAGEWIRE_RUN_DIR": str(tmp_path / "x"), "PAGEWIRE_RUNNR": "secret"}
+    done = subprocess.run([sys.executable, "-m", "pagewire", "ps"], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (
+        done.stderr.splitlines()[0]
+        == "pagewire: the environment's PAGEWIRE_RUNNR is no setting and is ignored; did you mean PAGEWIRE_RUNNER?"
+    )
+    assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_up_says_it_once_for_all_its_services() -> None:
+    with stack() as made:
+        up = made.up("--runner", "oracle", env={"PAGEWIRE_MAX_NUM_SEQ": "9", "PAGEWIRE_WORKER_MAX_NUM_SEQS": "9"})
+        assert up.output().count("is no setting") == 1
+        assert up.output().count("PAGEWIRE_MAX_NUM_SEQ ") == 1
