@@ -25,7 +25,7 @@ from protocol.environment import unknown_variables
 from protocol.files import RunDirError
 from protocol.flags import FLAGS, TABLES, UP, UP_OWN, Flag
 from protocol.rundir import default_run_dir
-from protocol.service import EXIT_FAILED, PARENT, CannotRun, die_with_parent, log_early_crash, refuse
+from protocol.service import EXIT_FAILED, PARENT, CannotRun, die_early, die_with_parent, refuse
 from protocol.times import Times
 
 Settings = Any  # a dataclass instance; which one, the service knows
@@ -47,8 +47,7 @@ def service_command(role: str, settings: type, load: Callable[[], Callable[[Sett
             except (CannotRun, RunDirError):
                 raise
             except Exception as error:
-                log_early_crash(built.run_dir, built.name, error)
-                raise
+                die_early(built.run_dir, built.name, built.log_format, error)
         except (CannotRun, RunDirError) as error:
             refuse(error)
 

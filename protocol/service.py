@@ -183,11 +183,17 @@ class Service:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def log_early_crash(run_dir: Path, name: str, error: Exception) -> None:
-    """Log what ends a service before its logging has started; the caller raises on, so that stderr has it too."""
-    with contextlib.suppress(OSError, RunDirError):
-        start_logging(RunDir(run_dir).logs / f"{name}.log", name, "info", to_stderr=False)
-        logging.critical("died of %s before it had started", type(error).__name__, exc_info=error)
+def die_early(run_dir: Path, name: str, log_format: str, error: Exception) -> NoReturn:
+    """End a service that fails before its logging has started: its stack goes where later ones would, in the same form.
+
+    Raises the error itself if there can be no log.
+    """
+    try:
+        start_logging(RunDir(run_dir).logs / f"{name}.log", name, "info", log_format=log_format)
+    except (OSError, RunDirError):
+        raise error from None
+    logging.critical("died of %s before it had started", type(error).__name__, exc_info=error)
+    raise SystemExit(EXIT_FAILED) from error
 
 
 def leave() -> NoReturn:
@@ -219,14 +225,13 @@ class _File(logging.handlers.RotatingFileHandler):
         return stream
 
 
-def start_logging(path: Path, name: str, level: str, *, log_format: str = "text", to_stderr: bool = True) -> None:
-    """Send the process's logging to a rotated file, and to stderr as a rule; fatal signals and SIGUSR1 write all stacks there."""
+def start_logging(path: Path, name: str, level: str, *, log_format: str = "text") -> None:
+    """Send the process's logging to a rotated file and to stderr; fatal signals and SIGUSR1 write all stacks there."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise RunDirError(f"log level {level!r}: name one of debug, info, warning, error")
-    handlers: list[logging.Handler] = [_File(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")]
-    if to_stderr:
-        handlers.append(logging.StreamHandler(sys.stderr))
+    file = _File(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+    handlers: list[logging.Handler] = [file, logging.StreamHandler(sys.stderr)]
     for handler in handlers:
         handler.setFormatter(Json(name) if log_format == "json" else Text(name))
     logging.basicConfig(level=number, handlers=handlers, force=True)

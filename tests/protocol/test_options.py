@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -164,18 +165,23 @@ def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(
     assert result.output == "pagewire: uvicorn is not installed: pip install 'pagewire[frontend]'\n"
 
 
-def test_a_crash_before_the_service_has_a_log_is_in_its_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_crash_before_the_service_has_a_log_is_in_its_log_in_the_form_that_was_asked_for(tmp_path: Path, form: str) -> None:
     program = (
         "from protocol.options import service_command\n"
         "from scheduler_svc.settings import SchedulerSettings\n"
         "def load(): raise RuntimeError('a library is broken')\n"
         "service_command('scheduler', SchedulerSettings, load, '')()\n"
     )
-    arguments = ["--run-dir", str(tmp_path), "--name", "early"]
+    arguments = ["--run-dir", str(tmp_path), "--name", "early", "--log-format", form]
     ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    assert "RuntimeError: a library is broken" in ended.stderr
     log = (tmp_path / "logs" / "early.log").read_text()
+    assert ended.stderr == log
+    if form == "json":
+        [line] = map(json.loads, log.splitlines())
+        assert (line["service"], line["level"]) == ("early", "CRITICAL")
+        log = f"{line['message']}\n{line['exception']}"
     assert "died of RuntimeError before it had started" in log
     assert "RuntimeError: a library is broken" in log
 
