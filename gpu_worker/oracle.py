@@ -147,6 +147,8 @@ class OracleRunner:
         plan = step.plan
         if plan.copy_to:
             self.cache[unpack(plan.copy_to)] = self.cache[unpack(plan.copy_from)]
+        if plan.out_to:  # a device may begin to write there now, and end as late as `finish`
+            self.host_cache[unpack(plan.out_to)] = _UNWRITTEN
         if plan.in_to:
             self.cache[unpack(plan.in_to)] = self.host_cache[unpack(plan.in_from)]
 

@@ -178,6 +178,9 @@ class FakeWorker:
             for offset in range(self.geometry.block_size):
                 self.kv[target, offset] = self.kv.get((source, offset), -1)
             self.hashes.pop(target, None)
+        for target in unpack(plan.out_to).tolist():
+            for offset in range(self.geometry.block_size):  # as early as a worker may; the end comes behind the rows
+                self.host.pop((target, offset), None)
         for source, target in zip(unpack(plan.in_from).tolist(), unpack(plan.in_to).tolist(), strict=True):
             assert target in assigned, "a block that is copied back has not been assigned"
             for offset in range(self.geometry.block_size):

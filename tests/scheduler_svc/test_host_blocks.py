@@ -174,6 +174,19 @@ def test_nan_takes_the_names_back_on_the_host_too() -> None:
     assert stage.engine.stats()["host_blocks_cached"] == 0
 
 
+def test_a_block_that_is_being_read_is_not_given_away() -> None:
+    host = HostBlocks(3, BlockManager(8))
+    assert host.pool.adopt(1, b"a")
+    host.read([1], step=1)
+    assert host.pool.available == 2
+    host.swap_out(Choice.__new__(Choice), 8, host.blocks.take(2), 1)
+    assert sorted(host.leaving[0].host) == [0, 2]
+    host.check([])
+    host.acknowledged(1)
+    assert host.pool.match([b"a"], 1) == [1]
+    assert host.pool.available == 1
+
+
 def test_a_swap_takes_the_least_recently_used_names_first() -> None:
     host = HostBlocks(4, BlockManager(8))
     for block, name in enumerate((b"a", b"b", b"c")):

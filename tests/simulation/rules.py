@@ -31,6 +31,7 @@ from scheduler_svc.outcomes import Outcomes
 from scheduler_svc.progress import Progress
 from scheduler_svc.requests import Choice
 from scheduler_svc.suspects import Suspects
+from scheduler_svc.swap import HostBlocks
 from scheduler_svc.worker import Worker
 from tests.simulation.broken import ACCOUNTS, CHARGE, CREDIT, DRAIN, ENDING, LINK, MESSAGE, PLAN, PROGRESS, REST, STREAM
 from tests.simulation.mixes import MIXES, Mix
@@ -331,6 +332,17 @@ def forks_get_their_own_copy_of_the_partial_block(patch: Patch) -> None:
     patch.setattr(draft, "_living_copies", none)
 
 
+def a_copy_under_way_holds_its_host_blocks(patch: Patch) -> None:
+    swap_in = HostBlocks.swap_in
+
+    def at_once(self: HostBlocks, *arguments: Any) -> list[int]:
+        host = swap_in(self, *arguments)
+        self.pool.release(self.returning.pop()[1])
+        return host
+
+    patch.setattr(HostBlocks, "swap_in", at_once)
+
+
 def suspects_run_alone(patch: Patch) -> None:
     patch.setattr(Suspects, "group_at", lambda self, worker, frontends: 0)
 
@@ -422,6 +434,7 @@ RULES = (
     Rule(a_lost_workers_requests_go_elsewhere, MIXES["workers crash"], (ACCOUNTS, PROGRESS)),
     Rule(a_slots_generation_moves_with_its_owner, MIXES["clients leave"], (LINK, ACCOUNTS, STREAM)),
     Rule(forks_get_their_own_copy_of_the_partial_block, replace(MIXES["calm"], forks=0.8), (STREAM,)),
+    Rule(a_copy_under_way_holds_its_host_blocks, MIXES["swaps, scheduler crashes"], (STREAM,)),
     Rule(suspects_run_alone, MIXES["poison raises"], (PROGRESS,)),
     Rule(a_nan_that_came_with_a_shared_block_ends_nobody, ONE_PREFIX, (ENDING,)),
     Rule(a_nan_withdraws_the_hashes_of_its_table, ONE_PREFIX, (ENDING,)),
