@@ -1,7 +1,8 @@
 """What a request changes about its logits before they are sampled: penalties, bias, allowed, banned and stop ids.
 
 Everything is batched. What a row's parameters are is spread out into index columns when the set of rows changes, so that a
-steady step has a few tensor operations and no loop over rows, and rows that edit nothing cost nothing.
+steady step has a few tensor operations and no loop over rows, and rows that edit nothing cost nothing. Nothing here waits for
+the device: who needs what is decided from the parameters on the host, never from values on the device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from gpu_worker.runner import Record
+from gpu_worker.transfer import upload
 from protocol.columns import Int32, unpack, unpack_floats
 from protocol.messages import SamplingParams
 
@@ -31,6 +33,7 @@ def penalises(params: SamplingParams) -> bool:
 class _Columns:
     """The parameters of the rows of one step, spread out; `*_row` is an index into the rows of the logits."""
 
+    slots: torch.Tensor  # int64 [n]
     bias_row: torch.Tensor
     bias_id: torch.Tensor
     bias_value: torch.Tensor
@@ -45,6 +48,7 @@ class _Columns:
     word_last: torch.Tensor
     penal_row: torch.Tensor
     penal_slot: torch.Tensor  # row in the counts
+    one: torch.Tensor  # int32 [penal]
     presence: torch.Tensor  # [penal, 1]
     frequency: torch.Tensor
     repetition: torch.Tensor
@@ -93,28 +97,31 @@ class LogitEdits:
             logits.index_put_((c.bias_row, c.bias_id), c.bias_value, accumulate=True)
         if len(c.restricted):
             kept = logits[c.allowed_row, c.allowed_id]
-            logits[c.restricted] = -torch.inf
-            logits[c.allowed_row, c.allowed_id] = kept
+            logits.index_fill_(0, c.restricted, -torch.inf).index_put_((c.allowed_row, c.allowed_id), kept)
         if len(c.word_row):
-            recent = self._recent[torch.from_numpy(slots.astype(np.int64)).to(self._device)[c.word_row], -c.word_prefix.shape[1] :]
+            recent = self._recent[c.slots[c.word_row], -c.word_prefix.shape[1] :]
             hit = ((recent == c.word_prefix) | (c.word_prefix < 0)).all(dim=1)
-            logits[c.word_row[hit], c.word_last[hit]] = -torch.inf
+            # added, so that two words of a row that end alike do not undo one another
+            banned = torch.zeros_like(hit, dtype=logits.dtype).masked_fill_(hit, -torch.inf)
+            logits.index_put_((c.word_row, c.word_last), banned, accumulate=True)
         early = positions[c.stop_row] < c.min_end[c.stop_row]
         if early.any():
-            logits[self._index(c.stop_row[early]), self._index(c.stop_id[early])] = -torch.inf
+            row, id = upload(self._device, c.stop_row[early], c.stop_id[early])
+            logits.index_put_((row, id), logits.new_full((len(row),), -torch.inf))
+
+    def counts(self, slots: Int32) -> bool:
+        """Whether `took` does anything for these slots."""
+        return bool(self._active[slots].any()) and bool(self._counted or self._recent.shape[1])
 
     def took(self, slots: Int32, tokens: torch.Tensor) -> None:
-        """Tokens (int64 [n]) were sampled for these slots."""
-        if not self._active[slots].any():
+        """Tokens (int64 [n], 0 or more) were sampled for these slots. What a dead slot is given does not matter."""
+        if not self.counts(slots):
             return
-        at = [i for i, slot in enumerate(slots.tolist()) if slot in self._counted]
-        if at:
-            rows = self._index([self._counted[slot] for slot in slots[at].tolist()])
-            chosen = tokens[self._index(at)]
-            self._counts[rows, chosen] += 1
+        c = self._spread(slots)
+        if len(c.penal_row):
+            self._counts.view(-1).index_add_(0, c.penal_slot * self._vocab_size + tokens[c.penal_row], c.one)
         if self._recent.shape[1]:
-            of = self._index(slots)
-            self._recent[of] = torch.cat((self._recent[of, 1:], tokens[:, None]), dim=1)
+            self._recent.index_copy_(0, c.slots, torch.cat((self._recent[c.slots, 1:], tokens[:, None]), dim=1))
 
     def _penalise(self, logits: torch.Tensor, c: _Columns) -> None:
         counts = self._counts[c.penal_slot]
@@ -123,7 +130,7 @@ class LogitEdits:
         rows = torch.where(seen, torch.where(rows > 0, rows / c.repetition, rows * c.repetition), rows)
         rows -= c.frequency * counts
         rows -= c.presence * (counts > 0)
-        logits[c.penal_row] = rows
+        logits.index_copy_(0, c.penal_row, rows)
 
     def _count(self, slot: int, record: Record) -> None:
         if not self._free_rows:
@@ -132,11 +139,11 @@ class LogitEdits:
             self._prompted = torch.cat((self._prompted, self._prompted.new_zeros((more, self._vocab_size))))
             self._free_rows.extend(range(have, have + more))
         row = self._counted[slot] = self._free_rows.pop()
-        history = self._index(record.history[: record.length])
-        prompt, sampled = history[: record.prompt_length], history[record.prompt_length :]
-        self._counts[row] = torch.bincount(sampled, minlength=self._vocab_size)
-        self._prompted[row] = False
-        self._prompted[row, prompt] = True
+        prompt, sampled = record.history[: record.prompt_length], record.history[record.prompt_length : record.length]
+        ids, counts = np.unique(sampled, return_counts=True)
+        prompt_ids, sampled_ids, times = upload(self._device, prompt.astype(np.int64), ids.astype(np.int64), counts.astype(np.int32))
+        self._counts[row].zero_().index_copy_(0, sampled_ids, times)
+        self._prompted[row].zero_().index_fill_(0, prompt_ids, True)
 
     def _remember(self, slot: int, record: Record) -> None:
         longest = max(len(word) // 4 for word in record.params.bad_words) - 1
@@ -144,10 +151,10 @@ class LogitEdits:
         if missing > 0:
             self._recent = torch.nn.functional.pad(self._recent, (missing, 0), value=-1)
         width = self._recent.shape[1]
-        tail = self._index(record.history[max(0, record.length - width) : record.length])
-        self._recent[slot] = -1
-        if len(tail):
-            self._recent[slot, -len(tail) :] = tail
+        tail = np.full(width, -1, np.int64)
+        known = record.history[max(0, record.length - width) : record.length]
+        tail[width - len(known) :] = known
+        self._recent[slot] = upload(self._device, tail)[0]
 
     def _spread(self, slots: Int32) -> _Columns:
         key = slots.tobytes()
@@ -178,28 +185,29 @@ class LogitEdits:
             prefix[w, length - len(word) + 1 :] = word[:-1]
         penal = [(i, self._counted[slot], p) for i, p, _, slot in active if slot in self._counted]
 
-        def per_penal(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+        def index(values: object) -> npt.NDArray[np.int64]:
+            return np.array(values, np.int64)
 
-        return _Columns(
-            bias_row=self._index(bias_row),
-            bias_id=self._index(bias_id),
-            bias_value=torch.from_numpy(values).to(self._device),
-            allowed_row=self._index(allowed_row),
-            allowed_id=self._index(allowed_id),
-            restricted=self._index([i for i, p, _, _ in active if p.allowed_ids]),
-            stop_row=stop_row,
-            stop_id=stop_id,
-            min_end=min_end,
-            word_row=self._index([i for i, _ in words]),
-            word_prefix=torch.from_numpy(prefix).to(self._device),
-            word_last=self._index([int(word[-1]) for _, word in words]),
-            penal_row=self._index([i for i, _, _ in penal]),
-            penal_slot=self._index([row for _, row, _ in penal]),
-            presence=per_penal([p.presence_penalty for _, _, p in penal]),
-            frequency=per_penal([p.frequency_penalty for _, _, p in penal]),
-            repetition=per_penal([p.repetition_penalty for _, _, p in penal]),
-        )
+        def per_penal(values: list[float]) -> npt.NDArray[np.float32]:
+            return np.array(values, np.float32)[:, None]
 
-    def _index(self, values: object) -> torch.Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)
+        spread = {
+            "slots": index(slots),
+            "bias_row": bias_row,
+            "bias_id": bias_id,
+            "bias_value": values,
+            "allowed_row": allowed_row,
+            "allowed_id": allowed_id,
+            "restricted": index([i for i, p, _, _ in active if p.allowed_ids]),
+            "word_row": index([i for i, _ in words]),
+            "word_prefix": prefix,
+            "word_last": index([word[-1] for _, word in words]),
+            "penal_row": index([i for i, _, _ in penal]),
+            "penal_slot": index([row for _, row, _ in penal]),
+            "one": np.ones(len(penal), np.int32),
+            "presence": per_penal([p.presence_penalty for _, _, p in penal]),
+            "frequency": per_penal([p.frequency_penalty for _, _, p in penal]),
+            "repetition": per_penal([p.repetition_penalty for _, _, p in penal]),
+        }
+        there = dict(zip(spread, upload(self._device, *spread.values()), strict=True))
+        return _Columns(**there, stop_row=stop_row, stop_id=stop_id, min_end=min_end)

@@ -25,6 +25,8 @@ class WorkerSettings:
     runner: str = "torch"  # torch, oracle, simulated
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantization: str = "auto"  # auto: as the checkpoint is; fp8: linears are rounded to it
+    kv_cache_dtype: str = "auto"  # auto: dtype; fp8
     load_format: str = "auto"  # auto, safetensors, gguf, dummy
     attention: str = "auto"  # auto, torch, triton, flash_attn
     enforce_eager: bool = False  # no CUDA graphs

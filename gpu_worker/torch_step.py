@@ -14,18 +14,19 @@ from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cach
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
-from gpu_worker.logprobs import prompt_scores
+from gpu_worker.logprobs import NO_LOGPROBS, PromptScores, columns
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.weights import CpuMaker, DenseMaker, LinearMaker, load_weights
 from gpu_worker.prompt_scores import Asked, asked
-from gpu_worker.runner import Description, Outcome, Step
+from gpu_worker.runner import Description, Outcome, RowScores, Step
 from gpu_worker.sampler import Sampler
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.slots import BlockTables
-from gpu_worker.stops import StopIds
+from gpu_worker.stops import SlotEnds
+from gpu_worker.transfer import Arrival
 from protocol.columns import Int32, unpack
 from protocol.memory import give_back_freed
-from protocol.messages import DEAD, NAN, STOPPED, Geometry, Plan
+from protocol.messages import Geometry, Plan
 from protocol.tokenizer_files import bundle_hash
 
 _CACHE_BYTES = 2 << 30  # of keys and values on the CPU, unless the number of blocks is given
@@ -48,9 +49,7 @@ class TorchStep:
         self._begun = begun
         self._tables = BlockTables(geometry.slots, geometry.table_width)
         self._sampler = Sampler(geometry.slots, geometry.vocab_size, cache.device)
-        self._stops = StopIds(geometry.slots)
-        self._last_token = np.zeros(geometry.slots, np.int64)
-        self._dead: npt.NDArray[np.bool_] = np.zeros(geometry.slots, dtype=bool)
+        self._ends = SlotEnds(geometry.slots, cache.device)
 
     @staticmethod
     @torch.inference_mode()
@@ -105,38 +104,38 @@ class TorchStep:
         reported = asked(step)
         logits, hidden = self._forward(step, reported)
         slots = step.output_slots
-        live = ~self._dead[slots]
-        sampled = self._sampler.sample(logits, slots, step.output_positions, live)
-        tokens = sampled.tokens
-        stopped = self._stops.hit(slots, tokens)
-        flags = np.where(live, np.where(tokens < 0, NAN, np.where(stopped, STOPPED, 0)), DEAD).astype(np.uint8)
-        self._last_token[slots] = np.maximum(tokens, 0)
-        self._dead[slots] |= flags != 0
-        lp = sampled.logprobs
+        sampled = self._sampler.sample(logits, slots, step.output_positions)
+        settled = self._ends.settle(self._sampler.on_device(slots), sampled.tokens)
+        rows, told = sampled.reported, sampled.told
+        tokens, flags, *arrived = Arrival(*settled, *(told.tensors if told else ())).read()
+        lp = columns(rows.rows, rows.wanted, tokens, *arrived) if rows else NO_LOGPROBS
         return Outcome(
             tokens=tokens,
-            flags=flags,
+            flags=flags.astype(np.uint8),
             copied=step.plan.step,
             lp_counts=lp.counts,
             lp_ids=lp.ids,
             lp_values=lp.values,
             lp_ranks=lp.ranks,
-            scores=[] if reported is None else prompt_scores(reported, lambda part: self._model.logits(hidden[part])),
+            scores=[] if reported is None else self._scores(reported, hidden),
         )
 
+    def _scores(self, reported: Asked, hidden: torch.Tensor) -> list[RowScores]:
+        return PromptScores(reported, self._index(reported.tokens), lambda part: self._model.logits(hidden[part])).read()
+
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forget all slots; blocks keep their content."""
         self._tables.clear()
-        self._dead[:] = False
+        self._ends.dead.zero_()
 
     def _apply(self, step: Step) -> None:
         """Bindings, table entries and copies of a plan."""
         plan = step.plan
         self._tables.apply(plan)
         for slot, record in zip(step.bind_slots.tolist(), step.bind_records, strict=True):
-            self._dead[slot] = False
             self._sampler.bind(slot, record)
-            self._stops.bind(slot, record)
+            self._ends.bind(slot, record)
         if plan.assign_blocks:
             # attention multiplies what lies behind a row's end by zero, which only a NaN survives
             self._cache.index_fill_(1, self._blocks(plan.assign_blocks), 0.0)
@@ -159,10 +158,11 @@ class TorchStep:
         counts = step.counts.astype(np.int64)
         ends = np.cumsum(counts)
         nth = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
-        ids = np.repeat(self._last_token[step.slots], counts)
+        last_token, dead = (column.cpu().numpy()[step.slots] for column in (self._ends.last_token, self._ends.dead))
+        ids = np.repeat(last_token, counts)
         ids[nth < np.repeat(step.known, counts)] = step.prefill
         positions = nth + np.repeat(step.starts, counts)
-        self._attention.begin(Rows(step.starts, step.counts, self._tables.table[step.slots], self._dead[step.slots]))
+        self._attention.begin(Rows(step.starts, step.counts, self._tables.table[step.slots], dead != 0))
         sampling = np.flatnonzero(step.outputs > 0)
         wanted = ends[sampling] - 1
         if reported is not None:

@@ -66,6 +66,8 @@ FLAGS: dict[str, Flag] = {
     "runner": Flag("What computes the steps.", choices=("torch", "oracle", "simulated")),
     "device": Flag("Device of the model.", choices=("auto", "cpu", "cuda")),
     "dtype": Flag("Type of weights and activations; auto keeps 4-bit files packed.", choices=("auto", "float32", "bfloat16", "float16")),
+    "quantization": Flag("Weights of linears; fp8 rounds those of an unquantised model.", choices=("auto", "fp8")),
+    "kv_cache_dtype": Flag("Type of cached keys and values; auto is that of activations.", choices=("auto", "fp8")),
     "load_format": Flag("Format of the weights; dummy makes random ones.", choices=("auto", "safetensors", "gguf", "dummy")),
     "attention": Flag("Attention backend.", choices=("auto", "torch", "triton", "flash_attn")),
     "enforce_eager": Flag("Launch every step kernel by kernel, without CUDA graphs."),

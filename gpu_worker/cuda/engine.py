@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from gpu_worker.cuda.forward import Forward, Layers
-from gpu_worker.cuda.general import General, report
+from gpu_worker.cuda.general import Beside, General, report
 from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, likely_shapes, mixed_bucket
 from gpu_worker.cuda.memory import Options, blocks_that_fit
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import ModelWeights
 from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.runner import Outcome, RowScores, Step
+from gpu_worker.logprobs import PromptScores
+from gpu_worker.runner import Outcome, Step
 from protocol.messages import Geometry
 
 
@@ -31,8 +32,8 @@ class _Running:
     result: int  # entry of the result ring
     outputs: int
     event: torch.cuda.Event
-    outcome: Outcome | None  # of a step that `general.py` sampled
-    scores: list[RowScores]
+    beside: Beside | None  # what `general.py` adds to the result ring
+    scores: PromptScores | None
 
 
 def angles(config: ModelConfig, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +88,7 @@ class Engine:
         self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
         self.graphs = Graphs(self._body, self.forward.layers, options.graphs)
         self._likely = likely_shapes(self.geometry) if options.capture_idle else []
-        self.general = General(self.state)
+        self.general = General(self.state, self.forward)
         self._pending: deque[_Running] = deque()
         self._room_in_results = threading.Semaphore(self.state.results - 2)
         self._next_result = 0
@@ -106,7 +107,7 @@ class Engine:
             raise
 
     def _enqueue(self, step: Step, result: int) -> _Running:
-        outputs, outcome, scores = int((step.outputs > 0).sum()) + len(step.fork_slots), None, []
+        outputs, beside, scores = int((step.outputs > 0).sum()) + len(step.fork_slots), None, None
         stream = self.stream.cuda_stream
         with torch.cuda.stream(self.stream):
             self.general.bind(step)
@@ -125,20 +126,23 @@ class Engine:
             if len(step.scores):
                 scores = report(step, self.forward)
             if outputs and general:
-                outcome = self.general.sample(step, self.forward.logits)
+                beside = self.general.sample(step, stream)
             if general or not outputs:
                 self.forward.mark(stream)
             event = self._event()
         self.state.guards[number] = event
-        return _Running(step.plan.step, result, outputs, event, outcome, scores)
+        return _Running(step.plan.step, result, outputs, event, beside, scores)
 
     def finish(self) -> Outcome:
         """Wait for the oldest step and return what it sampled."""
         running = self._pending.popleft()
         running.event.synchronize()
         tokens, flags, start, end = self.state.read(running.result, running.outputs)
-        outcome = running.outcome or Outcome(tokens=tokens, flags=flags.astype(np.uint8))
-        outcome.scores = running.scores
+        outcome = Outcome(tokens=tokens, flags=flags.astype(np.uint8))
+        if running.beside is not None:
+            running.beside.add_to(outcome)
+        if running.scores is not None:
+            outcome.scores = running.scores.read()
         outcome.copied = running.step  # copies are part of the step
         outcome.seconds = (end - start) * 1e-9
         outcome.idle = max(0, start - self._last_end) * 1e-9 if self._last_end else 0.0

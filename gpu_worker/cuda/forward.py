@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from gpu_worker.cuda.driver import Kernel, Module
@@ -68,7 +66,7 @@ class Forward:
         self.gate_up, self.activated = buffer(tokens, 2 * config.intermediate), buffer(tokens, config.intermediate)
         # rows of whole 16 bytes; what lies behind the vocabulary is never sampled
         self._logits = torch.full((g.slots, -(-config.vocab_size // 8) * 8), -math.inf, dtype=dtype, device=device)
-        self.logits = self._logits[:, : config.vocab_size]
+        self.logits, self.logits_width = self._logits[:, : config.vocab_size], self._logits.shape[1]
         self.repeat = config.heads // config.kv_heads
         self.padded_repeat = 1 << (self.repeat - 1).bit_length()
         partials = state.max_items
@@ -117,7 +115,10 @@ class Forward:
         self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", min(256, -(-vectors // 32) * 32), pdl=self.pdl)
         self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiif" + "P" * fp8, 256, pdl=self.pdl)
         self.k_silu = Kernel(elementwise, "silu_mul", "PPq", 256, pdl=self.pdl)
-        self.k_sample = Kernel(Module.of("sampler.cu", arch, {"DTYPE": dtype}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
+        self.k_sample, self.k_sample_wide = (
+            Kernel(Module.of("sampler.cu", arch, {"DTYPE": of}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
+            for of in (dtype, DTYPES[torch.float32])
+        )
 
     def _compile_attention(self, dtype: torch.dtype) -> None:
         c, s = self.config, self.state
@@ -248,20 +249,24 @@ class Forward:
         if logit_rows:
             self._head(stream, logit_rows)
 
-    def logits_behind(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The logits behind some of the tokens of the prefill that was enqueued last (their places in it), float32 [n, vocab]."""
-        hidden = self.h[torch.from_numpy(tokens).to(self.h.device)].float()
+    def logits_behind(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The logits behind some of the tokens of the prefill that was enqueued last (their places in it, int64), float32 [n, vocab]."""
+        hidden = self.h[tokens].float()
         scale = torch.rsqrt(hidden.square().mean(dim=1, keepdim=True) + self.config.norm_eps)
         normed = (hidden * scale * self.weights.final_norm.float()).to(self.h.dtype)
         return torch.mm(normed, self.weights.head.t()).float()
 
-    def sample(self, stream: int, outputs: int) -> None:
-        """A token for each output, into the slots and the result ring."""
+    def wide_logits(self, rows: int) -> torch.Tensor:
+        """A copy of the logits of the step's first rows, float32 [rows, logits_width]; −∞ beyond the vocabulary."""
+        return self._logits[:rows].to(torch.float32, copy=True)
+
+    def sample(self, stream: int, outputs: int, wide: torch.Tensor | None = None) -> None:
+        """A token for each output, into the slots and the result ring; `wide`: of these logits instead of the step's own."""
         s = self.state
-        self.k_sample(
+        (self.k_sample if wide is None else self.k_sample_wide)(
             stream,
             (max(1, min(SAMPLE_SPLITS, 1024 // outputs)), outputs),
-            self._logits.data_ptr(),
+            (self._logits if wide is None else wide).data_ptr(),
             s.outputs.data_ptr(),
             s.step.data_ptr(),
             s.parameters.data_ptr(),
@@ -272,7 +277,7 @@ class Forward:
             s.result_ring.data_ptr(),
             s.result_words,
             s.geometry.slots,
-            self._logits.shape[1],
+            self.logits_width,
         )
 
     def mark(self, stream: int) -> None:

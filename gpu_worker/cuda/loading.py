@@ -8,6 +8,7 @@ from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.weights import load_weights
 from gpu_worker.errors import LoadError
+from gpu_worker.loading.kv_scales import kv_scales
 from gpu_worker.loading.model_files import fingerprint, open_model
 from gpu_worker.loading.source import Shard
 from gpu_worker.runner import Description
@@ -33,6 +34,10 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
         raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
     if config.family != "mistral":  # whose window is every layer's; the kernels know it
         config.check_length(length)
+    if config.quantization is not None:
+        raise LoadError("our kernels multiply no fp8 weights; --attention torch does, on the card too")
+    if settings.kv_cache_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise LoadError(f"--kv-cache-dtype fp8 needs compute capability 8.9, which {torch.cuda.get_device_name(device)} has not{OTHERWISE}")
     if settings.max_num_seqs > 1024:
         raise LoadError(f"max_num_seqs {settings.max_num_seqs} is more than the 1024 sequences that a card runs at once")
     if config.head_dim not in HEAD_DIMS:
@@ -49,7 +54,11 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
             f"hidden size {config.hidden} and intermediate size {config.intermediate} must be multiples of 8 on the card{OTHERWISE}"
         )
     try:
-        weights = load_weights(files.tensors(device, dtype), config, device, dtype, Shard())
+        source = files.tensors(device, dtype)
+        weights = load_weights(source, config, device, dtype, Shard())
+        fp8_cache = None
+        if settings.kv_cache_dtype == "fp8":
+            fp8_cache = torch.tensor([(*units, 0.0, 0.0) for units in kv_scales(source, config.layers)], device=device)
         options = Options(
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.step_tokens(),
@@ -60,13 +69,13 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
             utilization=settings.gpu_memory_utilization,
             graphs=not settings.enforce_eager,
         )
-        engine = Engine(config, weights, options)
+        engine = Engine(config, weights, options, fp8_cache)
     except torch.OutOfMemoryError as error:
         raise LoadError(f"the card's memory does not hold the model: {str(error).splitlines()[0]}") from error
-    kv_dtype = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     description = Description(
         model=files.name,
-        fingerprint=fingerprint(files, kv_dtype, False, kv_dtype),
+        fingerprint=fingerprint(files, dtype_name, False, dtype_name if fp8_cache is None else "fp8"),
         geometry=engine.geometry,
         attention="triton",
         eos=files.generation.eos,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpu_worker.errors import LoadError
+from gpu_worker.loading.quantization import Quantization
+from gpu_worker.loading.quantization import from_json as quantization_from_json
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -59,6 +61,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int = 0  # 0: none
     dtype: str = "float32"  # the file's
+    quantization: Quantization | None = None
 
     @property
     def q_size(self) -> int:
@@ -85,16 +88,13 @@ def from_json(config: Mapping[str, Any]) -> ModelConfig:
     family = FAMILIES.get(architecture)
     if family is None:
         raise LoadError(f"architecture {architecture} is not supported; supported are {SUPPORTED}")
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown")
-        raise LoadError(f"{method} quantised weights are not supported; supported are unquantised safetensors and GGUF")
     if config.get("hidden_act", "silu") != "silu":
         raise LoadError(f"activation {config['hidden_act']!r} is not supported; silu is")
     if config.get("mlp_bias"):
         raise LoadError("biases in the MLP are not supported")
+    quantization = quantization_from_json(config)
     try:
-        return _from_json(config, family)
+        return replace(_from_json(config, family), quantization=quantization)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
         raise LoadError(f"config.json {what}") from error

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.generation import Generation
 from gpu_worker.loading.gguf import GgufFile
 from gpu_worker.loading.hub import fetch
+from gpu_worker.loading.online import ROUNDED, RoundedToFp8
 from gpu_worker.loading.safetensors import SafetensorsFolder
 from gpu_worker.loading.source import TensorSource
 from gpu_worker.settings import WorkerSettings
@@ -43,6 +44,11 @@ class ModelFiles:
 
 def open_model(settings: WorkerSettings) -> ModelFiles:
     """Find the model that the settings name. Raises LoadError, one line that says what would help."""
+    files = _open(settings)
+    return _rounded(files) if settings.quantization == "fp8" else files
+
+
+def _open(settings: WorkerSettings) -> ModelFiles:
     path = _find(settings.model)
     name = settings.served_model_name or (settings.model.rstrip("/").rsplit("/", 1)[-1] if settings.model else PACKAGED_NAME)
     gguf = _gguf_in(path, settings.load_format)
@@ -52,6 +58,19 @@ def open_model(settings: WorkerSettings) -> ModelFiles:
         generation = generations.from_gguf(file.metadata)
         return ModelFiles(name, file.config, generation, bundle, file.header_hash, file.quantised, lambda device, dtype: file)
     return _open_folder(path, name, settings)
+
+
+def _rounded(files: ModelFiles) -> ModelFiles:
+    """The model with fp8 weights; it may have them already."""
+    if files.quantised:
+        raise LoadError(f"--quantization fp8 rounds weights of 16 or 32 bits; those of {files.name} have fewer")
+    if files.config.quantization is not None:
+        return files
+    return replace(
+        files,
+        config=replace(files.config, quantization=ROUNDED),
+        tensors=lambda device, dtype: RoundedToFp8(files.tensors(device, dtype)),
+    )
 
 
 def fingerprint(files: ModelFiles, dtype: str, packed: bool, kv_dtype: str) -> bytes:
@@ -103,7 +122,7 @@ def _open_folder(folder: Path, name: str, settings: WorkerSettings) -> ModelFile
             name, config, generation, bundle, header_hash, False, lambda device, dtype: DummyTensors(config, seed, device, dtype)
         )
     bundle = _bundle(folder)
-    tensors = SafetensorsFolder(folder)
+    tensors = SafetensorsFolder(folder, config.quantization)
     return ModelFiles(name, config, generation, bundle, tensors.header_hash, False, lambda device, dtype: tensors)
 
 

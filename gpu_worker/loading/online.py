@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from gpu_worker.layers.fp8 import round_rows
+from gpu_worker.loading.quantization import Quantization
 from gpu_worker.loading.source import FourBit, Fp8, Piece, TensorSource
+
+ROUNDED = Quantization("weight_scale", by_block=False, static=False, left_out=("model.embed_tokens", "lm_head"))
 
 
 class RoundedToFp8:

@@ -35,6 +35,8 @@ def size(context: click.Context, param: click.Parameter, value: str) -> int:
 )
 @click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda", show_default=True, help="Where the worker would run.")
 @click.option("--dtype", type=click.Choice(("auto", *BYTES)), default="auto", show_default=True, help="Type of weights and activations.")
+@click.option("--quantization", type=click.Choice(("auto", "fp8")), default="auto", show_default=True, help="Weights of linears.")
+@click.option("--kv-cache-dtype", type=click.Choice(("auto", "fp8")), default="auto", show_default=True, help="Cached keys and values.")
 @click.option("--block-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Tokens of one KV block.")
 @click.option("--max-num-seqs", type=click.IntRange(1, 1024), default=256, show_default=True, help="Sequences that run at once.")
 @click.option(

@@ -9,6 +9,7 @@ from pagewire.plan.sizes import Q4_0, Q4_1, Q8_0, ModelSizes, PlanError, read_si
 
 MIB = 1 << 20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8_GROUP = 128  # fp8 weights of a row that may share a scale
 GROUP = 32  # 4-bit weights that share a scale and a zero
 CUDA_CONTEXT = 512 * MIB  # the driver's own, kernels and captured graphs: outside torch's allocator
 CUDA_RESERVE = 512 * MIB  # what a worker keeps back for cuBLAS, graphs and tables when it counts its blocks
@@ -23,6 +24,8 @@ class Setup:
 
     device: str = "cuda"  # cuda, cpu
     dtype: str = "auto"  # auto: bfloat16 on cuda; on the CPU float32, or a GGUF's weights as packed as they are
+    quantization: str = "auto"  # auto: as the model is; fp8
+    kv_cache_dtype: str = "auto"  # auto: dtype; fp8
     block_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 0  # 0: the worker's choice for the device
@@ -35,6 +38,9 @@ class Setup:
             raise PlanError(f"device: {self.device!r} is neither cuda nor cpu")
         if self.dtype != "auto" and self.dtype not in BYTES:
             raise PlanError(f"dtype: {self.dtype!r} is none of auto, {', '.join(BYTES)}")
+        for name in ("quantization", "kv_cache_dtype"):
+            if getattr(self, name) not in ("auto", "fp8"):
+                raise PlanError(f"{name}: {getattr(self, name)!r} is neither auto nor fp8")
         if self.device == "cpu" and self.dtype not in ("auto", "float32"):
             raise PlanError(f"dtype: {self.dtype} is not supported on the CPU; float32 and auto are")
         for name, least in (("block_size", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", 0), ("max_model_len", 0)):
@@ -52,8 +58,13 @@ class Setup:
 
     @property
     def element(self) -> int:
-        """Bytes of one activation and of one cached number."""
+        """Bytes of one activation."""
         return BYTES[self.dtype if self.dtype != "auto" else "bfloat16" if self.device == "cuda" else "float32"]
+
+    @property
+    def cached(self) -> int:
+        """Bytes of one cached number."""
+        return 1 if self.kv_cache_dtype == "fp8" else self.element
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def estimate_memory(model: str | Path | ModelSizes, setup: Setup | None = None) 
     sizes = model if isinstance(model, ModelSizes) else read_sizes(model)
     setup = setup or Setup()
     config = sizes.config
-    per_token = 2 * config.layers * config.kv_size * setup.element
+    per_token = 2 * config.layers * config.kv_size * setup.cached
     parts = _weights(sizes, setup)
     return Memory(
         parameters=_parameters(sizes),
@@ -100,23 +111,30 @@ def length_limit(sizes: ModelSizes, setup: Setup) -> int:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A fused linear: out × in, and the GGUF tensors whose rows it stacks."""
+    """A fused linear: out × in, and what it stacks: GGUF tensors, or modules."""
 
     out: int
     into: int
     tensors: tuple[str, ...]
+    modules: tuple[str, ...]
 
 
 def _matrices(sizes: ModelSizes, layer: int) -> dict[str, list[_Matrix]]:
-    c, prefix = sizes.config, f"blk.{layer}."
-    qkv = tuple(f"{prefix}attn_{part}.weight" for part in "qkv")
-    gate_up = (f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight")
+    c = sizes.config
+
+    def matrix(out: int, into: int, parts: dict[str, str]) -> _Matrix:
+        tensors = tuple(f"blk.{layer}.{tensor}.weight" for tensor in parts.values())
+        return _Matrix(out, into, tensors, tuple(f"model.layers.{layer}.{module}" for module in parts))
+
     return {
         "attention": [
-            _Matrix(c.q_size + 2 * c.kv_size, c.hidden, qkv),
-            _Matrix(c.hidden, c.q_size, (f"{prefix}attn_output.weight",)),
+            matrix(c.q_size + 2 * c.kv_size, c.hidden, {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"}),
+            matrix(c.hidden, c.q_size, {"self_attn.o_proj": "attn_output"}),
         ],
-        "mlp": [_Matrix(2 * c.intermediate, c.hidden, gate_up), _Matrix(c.hidden, c.intermediate, (f"{prefix}ffn_down.weight",))],
+        "mlp": [
+            matrix(2 * c.intermediate, c.hidden, {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}),
+            matrix(c.hidden, c.intermediate, {"mlp.down_proj": "ffn_down"}),
+        ],
     }
 
 
@@ -140,7 +158,7 @@ def _weights(sizes: ModelSizes, setup: Setup) -> dict[str, int]:
     parts = {"embedding": 0, "attention": 0, "mlp": 0, "norms and biases": _vector_elements(sizes) * setup.element}
     for layer in range(c.layers):
         for kind, matrices in _matrices(sizes, layer).items():
-            parts[kind] += sum(_matrix_bytes(sizes, m, setup.element, packed) for m in matrices)
+            parts[kind] += sum(_matrix_bytes(sizes, m, setup, packed) for m in matrices)
     table = c.vocab_size * c.hidden * setup.element
     eight = c.vocab_size * (c.hidden + 2)  # int8 and a 16-bit scale a row
     small = packed and _kinds(sizes, ("token_embd.weight",)) == {Q8_0}
@@ -152,10 +170,24 @@ def _weights(sizes: ModelSizes, setup: Setup) -> dict[str, int]:
     return parts
 
 
-def _matrix_bytes(sizes: ModelSizes, matrix: _Matrix, element: int, packed: bool) -> int:
+def _matrix_bytes(sizes: ModelSizes, matrix: _Matrix, setup: Setup, packed: bool) -> int:
     elements = matrix.out * matrix.into
+    if (scales := _fp8_scales(sizes, matrix, setup)) is not None:
+        return elements + 4 * scales
     four_bit = packed and _kinds(sizes, matrix.tensors) <= {Q4_0, Q4_1} and matrix.out % 16 == 0 and matrix.into % GROUP == 0
-    return elements // 2 + elements // GROUP * 4 if four_bit else elements * element
+    return elements // 2 + elements // GROUP * 4 if four_bit else elements * setup.element
+
+
+def _fp8_scales(sizes: ModelSizes, matrix: _Matrix, setup: Setup) -> int | None:
+    """How many scales a matrix has that is kept in fp8; None: it is not."""
+    quantization = sizes.config.quantization
+    if setup.device == "cpu" or (quantization is None and setup.quantization != "fp8"):
+        return None
+    if quantization is None:
+        return matrix.out
+    if not all(quantization.covers(module) for module in matrix.modules):
+        return None
+    return matrix.out * -(-matrix.into // FP8_GROUP) if quantization.by_block else matrix.out
 
 
 def _kinds(sizes: ModelSizes, names: tuple[str, ...]) -> set[int]:

@@ -21,7 +21,7 @@ class Room:
     limit: int  # bytes that the worker may use
     blocks: int
     context: int  # max_model_len
-    settings: dict[str, int | float]  # recommended, by the worker's names
+    settings: dict[str, int | float | str]  # recommended, by the worker's names
     notes: tuple[str, ...]
 
     @property
@@ -79,7 +79,7 @@ def room(model: str | Path | ModelSizes, total: int, setup: Setup | None = None)
     return Room(memory, int(total * setup.gpu_memory_utilization), blocks, context, suited, tuple(notes))
 
 
-def _recommend(sizes: ModelSizes, setup: Setup, total: int, context: int) -> tuple[dict[str, int | float], list[str]]:
+def _recommend(sizes: ModelSizes, setup: Setup, total: int, context: int) -> tuple[dict[str, int | float | str], list[str]]:
     """Settings for conversations that fill half their context on average, and what is to be said about them."""
     longest = largest_context(sizes, 1, total, setup)
     if not longest:
@@ -93,12 +93,13 @@ def _recommend(sizes: ModelSizes, setup: Setup, total: int, context: int) -> tup
     sequences = max(1, min(most, at_half))
     sequences = 1 << sequences.bit_length() - 1  # the power of two below: graphs are captured for round numbers
     made = replace(setup, max_num_seqs=sequences, max_model_len=context)
-    suited: dict[str, int | float] = {
+    suited: dict[str, int | float | str] = {
         "max_model_len": context,
         "max_num_seqs": sequences,
         "max_num_batched_tokens": setup.step_tokens,
         "block_size": setup.block_size,
     }
+    suited |= {name: getattr(setup, name) for name in ("quantization", "kv_cache_dtype") if getattr(setup, name) != "auto"}
     if setup.device == "cuda":
         suited["gpu_memory_utilization"] = setup.gpu_memory_utilization
     else:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.logprobs import candidates, logprobs
+from gpu_worker.logprobs import candidates, columns, told
 from gpu_worker.philox import GUMBEL_HIGH, GUMBEL_LOW, gumbel, philox
 from gpu_worker.runner import Record
-from gpu_worker.sampler import Sampler
+from gpu_worker.sampler import Sampler, _add_noise, _add_some_noise, _Draws
+from gpu_worker.transfer import Arrival
 from protocol.columns import pack, pack_floats
 from protocol.messages import SamplingParams
 
@@ -31,7 +32,7 @@ def _sample(records: list[Record], logits: torch.Tensor, positions: list[int] | 
             sampler.bind(slot, record)
     slots = np.arange(len(records), dtype=np.int32)
     at = np.array(positions or [record.length for record in records], np.int32)
-    return sampler.sample(logits.clone(), slots, at, np.ones(len(records), bool)).tokens.tolist()
+    return sampler.sample(logits.clone(), slots, at).tokens.tolist()
 
 
 def _logits(n: int, seed: int = 0) -> torch.Tensor:
@@ -69,6 +70,17 @@ def test_a_draw_is_the_largest_sum_of_logit_and_variate() -> None:
     words = philox(key, (torch.tensor([position]), torch.arange(51)))
     expected = (logits[0] / 0.8 + gumbel(torch.stack(words, 1)).reshape(-1)[:VOCAB]).argmax()
     assert _sample([_record(seed=seed, temperature=0.8)], logits, [position]) == [int(expected)]
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 30.0])
+def test_noise_for_the_tokens_that_can_win_draws_as_noise_for_all_does(scale: float) -> None:
+    logits = torch.nn.functional.pad(_logits(40) * scale, (0, 1), value=-torch.inf)
+    seeds = torch.arange(40)
+    draws = _Draws(np.arange(40, dtype=np.int32), seeds, torch.ones(40, 1), seeds * 7, seeds * 9)
+    some, every = logits.clone(), logits.clone()
+    _add_some_noise(some, draws, seeds + 100)
+    _add_noise(every, draws, seeds + 100)
+    assert some.argmax(1).tolist() == every.argmax(1).tolist()
 
 
 def test_frequencies_are_those_of_the_softmax() -> None:
@@ -129,7 +141,7 @@ def test_a_bitmask_leaves_only_its_tokens() -> None:
     mask = torch.zeros(1, 7, dtype=torch.int32)
     mask[0, 3] = -(2**31)  # bit 31 of the fourth word: token 127
     at = np.zeros(1, np.int32)
-    assert sampler.sample(_logits(1), at, at, np.ones(1, bool), mask).tokens.tolist() == [127]
+    assert sampler.sample(_logits(1), at, at, mask).tokens.tolist() == [127]
 
 
 def test_bias_allowed_ids_and_bad_words_change_the_choice() -> None:
@@ -201,9 +213,9 @@ def test_logprobs_are_the_models_own_with_the_sampled_token_first() -> None:
     logits = _logits(4)
     expected = logits.log_softmax(1)
     tokens = np.array([5, 6, -1, 8], np.int32)
-    found = candidates(logits, np.array([2, -1, 3, 0], np.int32))
-    assert found is not None
-    reported = logprobs(found, tokens)
+    rows, wanted = np.array([0, 2, 3], np.int32), np.array([2, 3, 0], np.int32)
+    one = told(candidates(logits[[0, 2, 3]], 3), torch.tensor([5, 0, 8]))
+    reported = columns(rows, wanted, tokens, *Arrival(*one.tensors).read())
     assert reported.counts.tolist() == [3, 0, 0, 1]
     assert reported.ids.tolist() == [5, *expected[0].topk(2).indices.tolist(), 8]
     own = [expected[0, 5], *expected[0].topk(2).values, expected[3, 8]]
@@ -212,7 +224,12 @@ def test_logprobs_are_the_models_own_with_the_sampled_token_first() -> None:
 
 
 def test_only_rows_that_ask_for_logprobs_cost_anything() -> None:
-    assert candidates(_logits(2), np.array([-1, -1], np.int32)) is None
+    sampler = Sampler(2, VOCAB, CPU)
+    sampler.bind(0, _record())
+    sampler.bind(1, _record(logprobs=2))
+    at = np.zeros(1, np.int32)
+    assert sampler.sample(_logits(1), at, at).told is None
+    assert sampler.sample(_logits(2), np.arange(2, dtype=np.int32), np.zeros(2, np.int32)).reported.rows.tolist() == [1]
 
 
 def test_the_bounds_that_leave_tokens_out_of_a_draw_are_safe() -> None:

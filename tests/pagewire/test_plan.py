@@ -110,6 +110,32 @@ def test_float32_takes_twice_what_bfloat16_takes() -> None:
     assert full.kv_per_token == 2 * half.kv_per_token
 
 
+def test_an_fp8_cache_takes_half_of_bfloat16_s_and_holds_twice_as_much() -> None:
+    plain, fp8 = (room(QWEN, 40 * GIB, Setup(kv_cache_dtype=kind)) for kind in ("auto", "fp8"))
+    assert fp8.memory.kv_per_block * 2 == plain.memory.kv_per_block == 16 * 2 * 28 * 1024 * 2
+    assert (fp8.memory.weights, fp8.memory.activations) == (plain.memory.weights, plain.memory.activations)
+    assert 2 * plain.blocks <= fp8.blocks <= 2 * plain.blocks + 2
+    assert fp8.settings["kv_cache_dtype"] == "fp8"
+    assert "kv_cache_dtype" not in plain.settings
+    assert estimate_memory(QWEN, Setup(device="cpu", kv_cache_dtype="fp8")).kv_per_token == 2 * 28 * 1024
+
+
+def test_fp8_weights_are_a_byte_each_and_four_for_a_scale(tmp_path: Path) -> None:
+    qkv, mlp = 128 * 64, 96 * 64
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for how, scale in (({}, 1), ({"quantization_config": blocks}, 1)):  # rows of 64 and 96 are one group
+        model = tiny(tmp_path, **how)
+        parts = estimate_memory(model, Setup(quantization="fp8")).parts
+        assert parts["attention"] == 2 * (qkv + 64 * 64 + 4 * scale * (128 + 64))
+        assert parts["mlp"] == 2 * (3 * mlp + 4 * scale * (192 + 64))
+        assert parts["embedding"] == 100 * 64 * 2
+    wide = tiny(tmp_path, hidden_size=256, quantization_config=blocks | {"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]})
+    parts = estimate_memory(wide).parts
+    gate_up, down = 2 * 96 * 256, 256 * 96
+    assert parts["mlp"] == (2 * gate_up + down + 4 * 256) + (gate_up + 4 * 2 * 192 + down + 4 * 256)
+    assert estimate_memory(wide, Setup(device="cpu")).parts["mlp"] == 2 * 4 * (gate_up + down)
+
+
 def test_biases_and_an_output_of_its_own_are_counted(tmp_path: Path) -> None:
     plain = estimate_memory(tiny(tmp_path)).parameters
     assert plain == 100 * 64 + 2 * (128 * 64 + 64 * 64 + 3 * 96 * 64 + 128) + 64

@@ -200,7 +200,7 @@ def test_draws_are_those_of_the_host_s_sampler() -> None:
         player.decode([s for s, _ in new], 1)
         player.settle()
         positions = np.array([len(s.prompt) + len(s.tokens) - 1 for s, _ in new], np.int32)
-        want = sampler.sample(engine.forward.logits[:5].float(), np.arange(5, dtype=np.int32), positions, np.ones(5, bool))
+        want = sampler.sample(engine.forward.logits[:5].float(), np.arange(5, dtype=np.int32), positions)
         assert [s.tokens[-1] for s, _ in new] == want.tokens.tolist()
 
 
