@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.ending import end_in_order
 from tests.e2e.stack import Stack, eventually
 
 STREAMS = 8
@@ -84,6 +85,7 @@ def _gone(process: psutil.Process) -> bool:
 
 def main() -> None:
     """The command line."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     options, flags = parser.parse_known_args()

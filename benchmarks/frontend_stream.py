@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.ending import end_in_order
+
 GOAL = 15_000  # chunks/s of one process
 PROMPT = "stream"
 SWEEP = 0.02  # seconds between two looks of a client at its sockets: waking it for each chunk would cost the frontend's core
@@ -96,6 +98,7 @@ def measure(frontends: int, streams: int, tokens: int, step: float) -> tuple[int
 
 def main() -> None:
     """Print the table."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=1000)

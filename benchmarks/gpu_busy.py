@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ending import end_in_order
 from benchmarks.gpu_offline import QUICK, Bench, Sizes
 from benchmarks.gpu_results import add_rows
 from benchmarks.gpu_shapes import model_folder
@@ -159,6 +160,7 @@ def services(model: Path, folder: Path, steps: int, extra: Sequence[str]) -> Ite
 
 
 def main() -> None:
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, help="a shape of gpu_shapes.py, or a folder with config.json and a tokenizer")
     parser.add_argument("--steps", type=int, default=500)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ending import end_in_order
 from benchmarks.gpu_results import add_rows
 from tests.e2e.stack import Stack, eventually, stack
 from tests.e2e.test_real_model import QUESTIONS, ask, chat
@@ -74,6 +75,7 @@ def swapped(options: tuple[str, ...], tokens: int) -> Callable[[list[dict[str, A
 
 
 def main() -> None:
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ending import end_in_order
 from benchmarks.gpu_results import add_rows
 from benchmarks.gpu_shapes import model_folder
 
@@ -109,6 +110,7 @@ def measure(stack: Stack, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, help="a shape of gpu_shapes.py, or a folder with config.json and a tokenizer")
     parser.add_argument("--lengths", type=Path, default=LENGTHS, help="(prompt, output) tokens of each request")

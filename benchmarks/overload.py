@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from benchmarks.ending import end_in_order
 from protocol.registration import ServiceRecord
 from protocol.rundir import RunDir
 
@@ -159,6 +160,7 @@ def crowd(port: int, rate: float, seconds: float, clients: int, scheduler: psuti
 
 
 def main() -> None:
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--factor", type=float, default=10.0, help="arrivals, as a multiple of the capacity")

@@ -30,6 +30,7 @@ from pathlib import Path
 import psutil
 import zmq
 
+from benchmarks.ending import end_in_order
 from benchmarks.tcp_proxy import serve
 from frontend.entries import NewRequest
 from frontend.journal import Journal
@@ -227,6 +228,7 @@ def _logs(run_dir: RunDir) -> str:
 
 
 def main() -> None:
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=float, nargs="+", default=[0.5, 1, 2, 5, 8], help="step times, ms")
     parser.add_argument("--round-trips", type=float, nargs="+", default=[0, 5, 20], help="ms; 0 is without a proxy")

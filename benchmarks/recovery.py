@@ -17,6 +17,7 @@ from datetime import date
 
 import psutil
 
+from benchmarks.ending import end_in_order
 from benchmarks.faults import CUTS, FAULTS, MARKS, WATCHED, Fault, Watch, frontend_killed, nothing, standby_takes_over, worker_frozen
 from tests.faults.fleet import Fleet, fleet
 from tests.faults.load import STREAMS, Load, quantile
@@ -77,6 +78,7 @@ def measure(fault: Fault, step: float) -> tuple[float, list[float], int, int]:
 
 
 def main() -> None:
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", type=float, default=0.04, help="seconds of a step")
     parser.add_argument("--only", choices=[fault.__name__ for fault in FAULTS[1:]], help="only this fault, and the undisturbed run")
