@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 
 from gpu_worker.attention.backends import check_backend, make_backend
 from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cache
+from gpu_worker.attention.stores import Fp8Cache
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.kv_scales import kv_scales
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
 from gpu_worker.logprobs import NO_LOGPROBS, PromptScores, columns
 from gpu_worker.models.llama import Llama
@@ -31,6 +34,8 @@ from protocol.tokenizer_files import bundle_hash
 
 _CACHE_BYTES = 2 << 30  # of keys and values on the CPU, unless the number of blocks is given
 _CACHE_SHARE = 0.4  # of the memory available, at most
+
+log = logging.getLogger("worker")
 
 
 class TorchStep:
@@ -63,10 +68,12 @@ class TorchStep:
             raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
         config.check_length(length)
         device, dtype, packed, maker = _placement(settings, files)
-        check_backend(settings.attention, device, dtype, settings.block_size, config.head_dim)
+        fp8_cache = settings.kv_cache_dtype == "fp8"
+        check_backend(settings.attention, device, dtype, settings.block_size, config.head_dim, fp8_cache)
         weights = load_weights(config, files.tensors(device, dtype), maker)
-        shape = _cache_shape(settings, config, length, device, dtype)
-        cache = new_cache(shape, device, dtype)
+        cached = torch.uint8 if fp8_cache else dtype
+        shape = _cache_shape(settings, config, length, device, cached)
+        cache = new_cache(shape, device, cached)
         geometry = Geometry(
             block_size=shape.block_size,
             blocks=shape.blocks,
@@ -76,12 +83,13 @@ class TorchStep:
             max_step_tokens=settings.step_tokens(cpu=device.type == "cpu"),
             vocab_size=config.vocab_size,
         )
-        attention = make_backend(settings.attention, cache, shape, config.heads)
+        fp8 = Fp8Cache(dtype, kv_scales(files.tensors(device, dtype), config.layers)) if fp8_cache else None
+        attention = make_backend(settings.attention, cache, shape, config.heads, fp8=fp8)
         model = Llama(config, weights, length, device)
-        kv_dtype = str(dtype).removeprefix("torch.")
+        dtype_name = str(dtype).removeprefix("torch.")
         description = Description(
             model=files.name,
-            fingerprint=fingerprint(files, kv_dtype, packed, kv_dtype),
+            fingerprint=fingerprint(files, dtype_name, packed, "fp8" if fp8_cache else dtype_name),
             geometry=geometry,
             attention=attention.name,
             eos=files.generation.eos,
@@ -189,6 +197,8 @@ def _placement(settings: WorkerSettings, files: ModelFiles) -> tuple[torch.devic
     if settings.dtype not in ("auto", "float32"):
         raise LoadError(f"dtype {settings.dtype} is not supported on the CPU; float32 and auto (a GGUF's weights kept packed) are")
     packed = settings.dtype == "auto" and files.quantised
+    if files.config.quantization is not None:
+        log.info("fp8 weights are kept as float32 on the CPU, and activations are not rounded: its products in 8 bits are slower")
     return torch.device("cpu"), torch.float32, packed, CpuMaker(packed)
 
 
