@@ -27,6 +27,8 @@ from scheduler_svc.tables import bind, bring_back, extend, grow, publish, share
 from scheduler_svc.victims import Victims
 from scheduler_svc.worker import Worker
 
+HOST_HITS = 4096  # blocks that one step brings back from the host: all streams wait for the copies
+
 
 class Planner:
     """The plan under construction; `make` is all there is to call."""
@@ -222,7 +224,7 @@ class Planner:
         """Waiting choices in order, until one does not fit."""
         worker = self.worker
         partial = self.settings.max_num_partial_prefills or worker.slots.count
-        while self.budget > 0 and len(worker.prefilling) < partial:
+        while self.budget > 0 and len(worker.prefilling) < partial and len(self.draft.returns) < HOST_HITS:
             choice = worker.queue.first(self._passed_over, self.trial)
             if choice is None or (choice.swap is not None and not choice.swap.copied):
                 return
@@ -244,6 +246,7 @@ class Planner:
         worker, s, size = self.worker, self.worker.slots, self.worker.block_size
         request, length = choice.request, choice.length
         hits, host_hits = found(worker, choice)
+        host_hits = host_hits[: HOST_HITS - len(self.draft.returns)]
         idle_hits = sum(not worker.blocks.refs[block] for block in hits)
         if not fits(worker, choice, -(-length // size) - len(hits) + idle_hits):
             return False

@@ -128,6 +128,18 @@ def test_the_host_is_left_alone_where_recomputing_is_asked_for() -> None:
     assert not any(plan.in_to or plan.out_to for plan in stage.plans)
 
 
+def test_a_step_waits_for_so_many_copies_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scheduler_svc.planner.HOST_HITS", 3)
+    stage, worker, frontend = stage_with()
+    two_long(stage, frontend)
+    swapped_out(stage)
+    assert len(worker.host_hashes) > 3
+    reopened(stage, worker, device=False)
+    stage.run()
+    frontend.verify()
+    assert len(unpack(next(plan.in_from for plan in stage.plans if plan.in_from))) == hit(stage) == 3
+
+
 def test_a_host_block_keeps_its_name_when_its_sequence_has_gone_back() -> None:
     stage, worker, frontend = stage_with()
     two_long(stage, frontend)
