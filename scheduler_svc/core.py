@@ -17,6 +17,7 @@ from protocol.listener import Greeted, Listener, Outdated, PeerClosed, PeerEvent
 from protocol.messages import PROTOCOL, PROTOCOL_OLDEST, Message, Plan, Ready, Result
 from scheduler_svc.engine import Engine
 from scheduler_svc.epochs import Epochs, State
+from scheduler_svc.models import Totals
 from scheduler_svc.settings import SchedulerSettings
 
 
@@ -54,6 +55,7 @@ class Core:
         self._keep_key = keep_key
         self._hash_key = hash_key
         self.counters = Counters()
+        self._totals = Totals()
         self.listener = Listener(settings.times, self.counters, entropy)
         self.epochs = Epochs(entropy(), seen_epoch, claim, settings.times, now, standby)
         self.engine = self._new_engine()
@@ -132,7 +134,7 @@ class Core:
         return earliest
 
     def _new_engine(self) -> Engine:
-        engine = Engine(self._settings, self.counters, self.listener.unacked)
+        engine = Engine(self._settings, self.counters, self.listener.unacked, self._totals)
         engine.hash_key = self._hash_key
         return engine
 

@@ -43,7 +43,7 @@ from scheduler_svc.fleet import Fleet
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.intake import Intake
 from scheduler_svc.ledger import Ledger, Timers
-from scheduler_svc.models import Model
+from scheduler_svc.models import Model, Totals
 from scheduler_svc.outcomes import Outcomes
 from scheduler_svc.planner import Planner
 from scheduler_svc.prefix import Hasher
@@ -61,8 +61,13 @@ CREDIT_STEPS = 8  # a frontend's credit, in steps of all slots and plans in flig
 class Engine:
     """Queues, blocks, plans and results of all workers and frontends."""
 
-    def __init__(self, settings: SchedulerSettings, counters: Counters, unacked: Callable[[int], int]) -> None:
-        """`unacked(session)`: tokens sent on a frontend's session and not yet taken off its link."""
+    def __init__(
+        self, settings: SchedulerSettings, counters: Counters, unacked: Callable[[int], int], totals: Totals | None = None
+    ) -> None:
+        """`unacked(session)`: tokens sent on a frontend's session and not yet taken off its link.
+
+        `counters` and `totals` are the scheduler's, and go on where an earlier engine left them.
+        """
         self.hash_key = b""
         self.settings = settings
         self.counters = counters
@@ -71,7 +76,7 @@ class Engine:
         self.frontends = Frontends(unacked)
         self.frontends.limit = CREDIT_STEPS * (settings.depth or LEAST) * settings.max_num_seqs
         self.timers = Timers()
-        self.ledger = Ledger(counters, self.timers, settings.times.grace)
+        self.ledger = Ledger(counters, totals or Totals(), self.timers, settings.times.grace)
         self.suspects = Suspects()
         self.files = FileRelay(self.ledger, self.frontends)
         self.arrivals = Arrivals(settings, self.ledger, self.models, counters, self.loading)

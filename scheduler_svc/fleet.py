@@ -52,7 +52,7 @@ class Fleet:
         """It can serve; what waited for one is routed anew."""
         model = self._models.get(message.model)
         if model is None:
-            model = self._models[message.model] = Model(message.model, self._shares)
+            model = self._models[message.model] = Model(message.model, self._shares, self._ledger.totals.tally(message.model))
         refusal = model.refusal(message)
         if refusal:
             self.fence(worker, refusal)

@@ -26,9 +26,9 @@ def stats(engine: Engine) -> dict[str, float]:
     return {
         "requests_waiting": engine.arrivals.waiting()[0],
         "requests_running": sum(w.running for w in ready),
-        "requests_finished": engine.ledger.finished,
-        "requests_failed": engine.ledger.failed,
-        "requests_aborted": engine.ledger.aborted,
+        "requests_finished": engine.ledger.totals.finished,
+        "requests_failed": engine.ledger.totals.failed,
+        "requests_aborted": engine.ledger.totals.aborted,
         "blocks": sum(w.blocks.count for w in ready),
         "blocks_free": sum(w.blocks.free for w in ready),
         "blocks_cached": sum(w.blocks.cached for w in ready),

@@ -67,12 +67,12 @@ class Intake:
     def _new(self, frontend: Frontend, message: Submit, now: float) -> None:
         refusal = self._refusal(message)
         if refusal is not None:
-            self._ledger.failed += 1
+            self._ledger.totals.failed += 1
             self._ledger.send(frontend, refusal)
             return
         model = self._models.get(message.model)
         if model is None:
-            model = self._models[message.model] = Model(message.model, self._shares)
+            model = self._models[message.model] = Model(message.model, self._shares, self._ledger.totals.tally(message.model))
         self._numbers += 1
         priority = message.priority if self._settings.policy == "priority" else 0
         request = Request(message, self._numbers, priority, model, frontend, self.hasher.root(message.cache_salt), now)

@@ -11,6 +11,7 @@ from math import inf
 from protocol.counters import Counters
 from protocol.messages import Failed, Message
 from scheduler_svc.frontends import Frontend
+from scheduler_svc.models import Totals
 from scheduler_svc.preemption import detach_forks
 from scheduler_svc.requests import Choice, Request, State
 
@@ -44,10 +45,10 @@ class Timers:
 class Ledger:
     """Requests by id, and their ends."""
 
-    def __init__(self, counters: Counters, timers: Timers, grace: float) -> None:
+    def __init__(self, counters: Counters, totals: Totals, timers: Timers, grace: float) -> None:
+        self.totals = totals
         self.requests: dict[bytes, Request] = {}
         self.out: deque[tuple[int, Message, int]] = deque()  # (session, message, tokens in it)
-        self.finished = self.failed = self.aborted = 0
         self._counters = counters
         self._timers = timers
         self._grace = grace
@@ -101,11 +102,11 @@ class Ledger:
         request.ended = True
         request.chains = {}
         if request.failure is not None:
-            self.failed += 1
+            self.totals.failed += 1
         elif aborted:
-            self.aborted += 1
+            self.totals.aborted += 1
         else:
-            self.finished += 1
+            self.totals.finished += 1
         self._kept[request.id] = request.size
         self._kept_bytes += request.size
         self.later(now + self._grace, request, lambda kept, _: self.forget(kept))

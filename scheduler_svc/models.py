@@ -44,17 +44,29 @@ class Tally:
         self.traced: deque[tuple[str, float, float]] = deque(maxlen=TRACED)  # (traceparent, arrival, first admission)
 
 
+class Totals:
+    """What a scheduler has done since its start. It outlives an engine, which ends whenever another scheduler takes over."""
+
+    def __init__(self) -> None:
+        self.finished = self.failed = self.aborted = 0  # requests
+        self._tallies: dict[str, Tally] = {}  # by model
+
+    def tally(self, model: str) -> Tally:
+        """What has been done for a model."""
+        return self._tallies.setdefault(model, Tally())
+
+
 class Model:
     """One model, known since its first worker's READY (or since a request asked for it before any worker came)."""
 
-    def __init__(self, name: str, shares: Shares) -> None:
+    def __init__(self, name: str, shares: Shares, tally: Tally) -> None:
         self.name = name
         self.ready: Ready | None = None  # what its first worker announced
         self.eos = EMPTY
         self.workers: list[Worker] = []  # ready ones
         self.queue = Queue(shares)  # choices that no ready worker can take
         self.outputs = Outputs()
-        self.tally = Tally()
+        self.tally = tally
         self.longest = 0  # tokens that the largest worker seen could hold
         self.max_model_len = 0
         self.lost_at = float("-inf")  # when a worker was last lost
