@@ -127,7 +127,7 @@ def test_a_stopped_frontend_that_holds_all_blocks_delays_anothers_requests_less_
     simulation = Simulation([machine], frontends=2, max_num_seqs=16)
     simulation.engine.models["m"].outputs.expected = 1  # admits more than will fit
     for i in range(40):
-        simulation.submit(Served(0.0, prompt(64, i), 2000), frontend=1)
+        simulation.submit(Served(0.0, prompt(64, i), 600), frontend=1)
     for step in range(2000):
         simulation.run(until=step * 0.02)
         if simulation.engine.stats()["blocks_used"] > 190:

@@ -172,6 +172,7 @@ TestServing = machine(15, 30)
 TestServingLong = pytest.mark.timeout(900)(pytest.mark.slow(machine(150, 60)))
 
 
+@pytest.mark.slow
 def test_what_the_rules_are_to_drive_really_happens() -> None:
     """The rules prove nothing of what never comes about; this run is the same each time."""
     Serving.happened.clear()
