@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
+from gpu_worker.loading.config import FAMILIES, architecture
 from gpu_worker.oracle import OracleRunner
 from gpu_worker.runner import Runner
 from gpu_worker.settings import WorkerSettings
@@ -41,9 +44,20 @@ def _on_card(settings: WorkerSettings) -> bool:
     """Whether the kernels for NVIDIA cards are wanted; `--attention torch` computes the model with plain torch there too."""
     if settings.attention not in ("auto", "triton") or settings.device == "cpu":
         return False
+    if settings.attention == "auto" and _of_transformers(settings.model):
+        return False
     from gpu_worker.cuda.runner import has_card
 
     return settings.device == "cuda" or has_card()
+
+
+def _of_transformers(model: str) -> bool:
+    """Whether this is a folder with a model that is none of our families, which the kernels do not know."""
+    try:
+        config = json.loads((Path(model).expanduser() / "config.json").read_text()) if model else {}
+        return architecture(config) not in ("", *FAMILIES)
+    except (OSError, ValueError, AttributeError):
+        return False  # loading says what is wrong
 
 
 def _seconds(environ: Mapping[str, str], name: str) -> float:

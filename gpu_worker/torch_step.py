@@ -14,10 +14,12 @@ from gpu_worker.attention.backends import check_backend, make_backend
 from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cache
 from gpu_worker.attention.stores import Fp8Cache
 from gpu_worker.errors import LoadError
-from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.config import DecoderSizes, ModelConfig
 from gpu_worker.loading.kv_scales import kv_scales
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
+from gpu_worker.loading.transformers_config import TransformersConfig
 from gpu_worker.logprobs import NO_LOGPROBS, PromptScores, columns
+from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.weights import CpuMaker, DenseMaker, LinearMaker, load_weights
 from gpu_worker.prompt_scores import Asked, asked
@@ -42,7 +44,7 @@ class TorchStep:
     """A loaded model, its cache, and the device state of every slot."""
 
     def __init__(
-        self, model: Llama, attention: Attention, cache: torch.Tensor, geometry: Geometry, threads: int, begun: Callable[[], None]
+        self, model: Decoder, attention: Attention, cache: torch.Tensor, geometry: Geometry, threads: int, begun: Callable[[], None]
     ) -> None:
         self._threads = threads
         self._model = model
@@ -70,7 +72,7 @@ class TorchStep:
         device, dtype, packed, maker = _placement(settings, files)
         fp8_cache = settings.kv_cache_dtype == "fp8"
         check_backend(settings.attention, device, dtype, settings.block_size, config.head_dim, fp8_cache)
-        weights = load_weights(config, files.tensors(device, dtype), maker)
+        model = _load(settings, files, length, device, dtype, maker)
         cached = torch.uint8 if fp8_cache else dtype
         shape = _cache_shape(settings, config, length, device, cached)
         cache = new_cache(shape, device, cached)
@@ -83,9 +85,9 @@ class TorchStep:
             max_step_tokens=settings.step_tokens(cpu=device.type == "cpu"),
             vocab_size=config.vocab_size,
         )
-        fp8 = Fp8Cache(dtype, kv_scales(files.tensors(device, dtype), config.layers)) if fp8_cache else None
-        attention = make_backend(settings.attention, cache, shape, config.heads, fp8=fp8)
-        model = Llama(config, weights, length, device)
+        scoring = config.scoring if isinstance(config, TransformersConfig) else None
+        fp8 = Fp8Cache(dtype, _kv_scales(files, device, dtype)) if fp8_cache else None
+        attention = make_backend(settings.attention, cache, shape, config.heads, scoring, fp8)
         dtype_name = str(dtype).removeprefix("torch.")
         description = Description(
             model=files.name,
@@ -197,12 +199,30 @@ def _placement(settings: WorkerSettings, files: ModelFiles) -> tuple[torch.devic
     if settings.dtype not in ("auto", "float32"):
         raise LoadError(f"dtype {settings.dtype} is not supported on the CPU; float32 and auto (a GGUF's weights kept packed) are")
     packed = settings.dtype == "auto" and files.quantised
-    if files.config.quantization is not None:
+    if isinstance(files.config, ModelConfig) and files.config.quantization is not None:
         log.info("fp8 weights are kept as float32 on the CPU, and activations are not rounded: its products in 8 bits are slower")
     return torch.device("cpu"), torch.float32, packed, CpuMaker(packed)
 
 
-def _cache_shape(settings: WorkerSettings, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> CacheShape:
+def _load(
+    settings: WorkerSettings, files: ModelFiles, length: int, device: torch.device, dtype: torch.dtype, maker: LinearMaker
+) -> Decoder:
+    config = files.config
+    if isinstance(config, ModelConfig):
+        return Llama(config, load_weights(config, files.tensors(device, dtype), maker), length, device)
+    assert isinstance(config, TransformersConfig)
+    from gpu_worker.models.transformers_model import load_transformers
+
+    return load_transformers(config, files.path, device, dtype, settings.seed if settings.load_format == "dummy" else None)
+
+
+def _kv_scales(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> list[tuple[float, float]]:
+    if not isinstance(files.config, ModelConfig):
+        return [(1.0, 1.0)] * files.config.layers
+    return kv_scales(files.tensors(device, dtype), files.config.layers)
+
+
+def _cache_shape(settings: WorkerSettings, config: DecoderSizes, length: int, device: torch.device, dtype: torch.dtype) -> CacheShape:
     """As many blocks as asked for, or as the memory allows. Raises LoadError if one sequence of full length has no room."""
     one = CacheShape(config.layers, 1, config.kv_heads, settings.block_size, config.head_dim)
     block_bytes = one.elements_per_block * dtype.itemsize

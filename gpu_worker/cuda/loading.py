@@ -8,6 +8,7 @@ from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.weights import load_weights
 from gpu_worker.errors import LoadError
+from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.kv_scales import kv_scales
 from gpu_worker.loading.model_files import fingerprint, open_model
 from gpu_worker.loading.source import Shard
@@ -29,13 +30,13 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
         raise LoadError(f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need{OTHERWISE}")
     files = open_model(settings)
     config, dtype = files.config, DTYPES[settings.dtype]
+    if not isinstance(config, ModelConfig):
+        raise LoadError(f"our kernels do not serve a {config.family}; --attention torch does, on the card too")
     length = settings.max_model_len or min(4096, config.max_length)
     if length > config.max_length:
         raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
     if config.family != "mistral":  # whose window is every layer's; the kernels know it
         config.check_length(length)
-    if config.quantization is not None:
-        raise LoadError("our kernels multiply no fp8 weights; --attention torch does, on the card too")
     if settings.kv_cache_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
         raise LoadError(f"--kv-cache-dtype fp8 needs compute capability 8.9, which {torch.cuda.get_device_name(device)} has not{OTHERWISE}")
     if settings.max_num_seqs > 1024:

@@ -39,11 +39,11 @@ class RopeScaling:
     factors: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The sizes of a decoder of the Llama family. Lengths are in elements, contexts in tokens."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """What everything but the model itself has to know of a decoder. Lengths are in elements, contexts in tokens."""
 
-    family: str  # llama, mistral, qwen2, qwen3
+    family: str
     vocab_size: int
     hidden: int
     intermediate: int
@@ -52,16 +52,6 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     max_length: int
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None = None
-    tied_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int = 0  # 0: none
-    dtype: str = "float32"  # the file's
-    quantization: Quantization | None = None
 
     @property
     def q_size(self) -> int:
@@ -75,6 +65,24 @@ class ModelConfig:
 
     def check_length(self, max_model_len: int) -> None:
         """Raise LoadError if sequences of this length need what the model code does not do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(DecoderSizes):
+    """A decoder of the Llama family: llama, mistral, qwen2 or qwen3."""
+
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int = 0  # 0: none
+    dtype: str = "float32"  # the file's
+    quantization: Quantization | None = None
+
+    def check_length(self, max_model_len: int) -> None:
         if self.sliding_window and max_model_len > self.sliding_window:
             raise LoadError(
                 f"sliding-window attention is not supported: this model attends to {self.sliding_window} tokens; "
@@ -82,12 +90,18 @@ class ModelConfig:
             )
 
 
+def architecture(config: Mapping[str, Any]) -> str:
+    """The first name in a `config.json`'s `architectures`, or "" if there is none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
 def from_json(config: Mapping[str, Any]) -> ModelConfig:
     """The configuration of a `config.json`. Raises LoadError, one line, for what is not supported."""
-    architecture = (config.get("architectures") or ["none named"])[0]
-    family = FAMILIES.get(architecture)
+    name = architecture(config)
+    family = FAMILIES.get(name)
     if family is None:
-        raise LoadError(f"architecture {architecture} is not supported; supported are {SUPPORTED}")
+        raise LoadError(f"architecture {name or 'none named'} is not supported; supported are {SUPPORTED}")
     if config.get("hidden_act", "silu") != "silu":
         raise LoadError(f"activation {config['hidden_act']!r} is not supported; silu is")
     if config.get("mlp_bias"):

@@ -7,7 +7,7 @@ import zlib
 
 import torch
 
-from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.config import DecoderSizes
 from gpu_worker.loading.source import FourBit, Fp8, Piece
 
 
@@ -17,7 +17,7 @@ class DummyTensors:
     A tensor depends on the seed and its name only. The standard deviation, 1 / √columns, keeps activations at their size.
     """
 
-    def __init__(self, config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: DecoderSizes, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         self._config = config
         self._seed = seed
         self._device = device

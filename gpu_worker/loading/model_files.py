@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from gpu_worker.errors import LoadError
-from gpu_worker.loading import config as configs
 from gpu_worker.loading import generation as generations
-from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.config import SUPPORTED, DecoderSizes, ModelConfig
 from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.generation import Generation
 from gpu_worker.loading.gguf import GgufFile
@@ -23,6 +22,7 @@ from gpu_worker.loading.hub import fetch
 from gpu_worker.loading.online import ROUNDED, RoundedToFp8
 from gpu_worker.loading.safetensors import SafetensorsFolder
 from gpu_worker.loading.source import TensorSource
+from gpu_worker.loading.transformers_config import read_config
 from gpu_worker.settings import WorkerSettings
 from protocol.tokenizer_files import BundleError, byte_bundle, packaged_model, read_bundle
 
@@ -34,7 +34,8 @@ class ModelFiles:
     """A model that has been found and understood, its weights not yet read."""
 
     name: str
-    config: ModelConfig
+    path: Path  # a folder or a GGUF file
+    config: DecoderSizes
     generation: Generation
     bundle: bytes  # tokenizer files
     header_hash: bytes  # what tells these weights from others, 16 bytes
@@ -56,19 +57,22 @@ def _open(settings: WorkerSettings) -> ModelFiles:
         file = GgufFile(gguf)
         bundle = _bundle(gguf)
         generation = generations.from_gguf(file.metadata)
-        return ModelFiles(name, file.config, generation, bundle, file.header_hash, file.quantised, lambda device, dtype: file)
+        return ModelFiles(name, gguf, file.config, generation, bundle, file.header_hash, file.quantised, lambda device, dtype: file)
     return _open_folder(path, name, settings)
 
 
 def _rounded(files: ModelFiles) -> ModelFiles:
     """The model with fp8 weights; it may have them already."""
+    config = files.config
+    if not isinstance(config, ModelConfig):
+        raise LoadError(f"--quantization fp8 is not supported for a {config.family}; it is for {SUPPORTED}")
     if files.quantised:
         raise LoadError(f"--quantization fp8 rounds weights of 16 or 32 bits; those of {files.name} have fewer")
-    if files.config.quantization is not None:
+    if config.quantization is not None:
         return files
     return replace(
         files,
-        config=replace(files.config, quantization=ROUNDED),
+        config=replace(config, quantization=ROUNDED),
         tensors=lambda device, dtype: RoundedToFp8(files.tensors(device, dtype)),
     )
 
@@ -111,7 +115,7 @@ def _open_folder(folder: Path, name: str, settings: WorkerSettings) -> ModelFile
     raw = _json(folder / "config.json")
     if not raw:
         raise LoadError(f"{folder} has no config.json, and is no .gguf file")
-    config = configs.from_json(raw)
+    config = read_config(raw)
     named = {**_json(folder / "tokenizer.json"), **_json(folder / "tokenizer_config.json")}
     generation = generations.from_json(_json(folder / "generation_config.json"), raw, named)
     if settings.load_format == "dummy":
@@ -119,11 +123,11 @@ def _open_folder(folder: Path, name: str, settings: WorkerSettings) -> ModelFile
         header_hash = DummyTensors(config, seed, torch.device("cpu"), torch.float32).header_hash
         bundle = _bundle(folder) if (folder / "tokenizer.json").is_file() else byte_bundle()
         return ModelFiles(
-            name, config, generation, bundle, header_hash, False, lambda device, dtype: DummyTensors(config, seed, device, dtype)
+            name, folder, config, generation, bundle, header_hash, False, lambda device, dtype: DummyTensors(config, seed, device, dtype)
         )
     bundle = _bundle(folder)
-    tensors = SafetensorsFolder(folder, config.quantization)
-    return ModelFiles(name, config, generation, bundle, tensors.header_hash, False, lambda device, dtype: tensors)
+    tensors = SafetensorsFolder(folder, config.quantization if isinstance(config, ModelConfig) else None)
+    return ModelFiles(name, folder, config, generation, bundle, tensors.header_hash, False, lambda device, dtype: tensors)
 
 
 def _bundle(path: Path) -> bytes:

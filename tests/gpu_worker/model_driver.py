@@ -69,7 +69,7 @@ def load_tiny(folder: Path, config: dict[str, object] | None = None, **settings:
 
 
 def load(**settings: object) -> Loaded:
-    runner = TorchRunner(WorkerSettings(run_dir=Path("unused"), threads=2, **settings))  # type: ignore[arg-type]
+    runner = TorchRunner(WorkerSettings(run_dir=Path("unused"), **{"threads": 2, **settings}))  # type: ignore[arg-type]
     return Loaded(runner, runner.load())
 
 
