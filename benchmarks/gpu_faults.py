@@ -1,4 +1,4 @@
-"""The faults of a stack with a GPU worker: worker killed, scheduler killed, preemption with swap. Texts equal to the CPU's.
+"""The faults of a stack with a GPU worker: worker killed, scheduler killed, preemption with swap, both. Texts equal to the CPU's.
 
     python -m benchmarks.gpu_faults [--json OUT] [--tokens 400]
 
@@ -56,8 +56,11 @@ def killed(made: Stack, asked: list[dict[str, Any]], role: str) -> Texts:
     return texts
 
 
-def swapped(options: tuple[str, ...], tokens: int) -> Callable[[list[dict[str, Any]]], Texts]:
-    """The texts of a stack whose blocks do not suffice, so that sequences go to host memory and back."""
+def swapped(options: tuple[str, ...], tokens: int, kill: bool = False) -> Callable[[list[dict[str, Any]]], Texts]:
+    """The texts of a stack whose blocks do not suffice, so that sequences go to host memory and back.
+
+    `kill`: while some are there the scheduler dies, and its successor finds them by their names.
+    """
     each = -(-(tokens + 60) // 16)  # blocks of one sequence; more than one fits, not half of them
     scarce = ("--num-gpu-blocks", str(max(2 * each, 33)), "--num-cpu-blocks", str(8 * each), "--preemption", "swap")
 
@@ -65,10 +68,17 @@ def swapped(options: tuple[str, ...], tokens: int) -> Callable[[list[dict[str, A
         with stack() as made:
             made.up(*options, *FP32, *scarce)
             ask(made, [chat(question, 2) for question in QUESTIONS * 3])  # teaches the scheduler to expect short answers
-            texts = ask(made, asked)
-            for figure in ("swaps_out", "swaps_in"):
-                count = eventually(lambda figure=figure: made.metrics().get(f'pagewire_scheduler_{figure}{{name="scheduler-0"}}'))
-                print(f"    {figure}: {count:.0f}")
+
+            def figure(name: str) -> float:
+                return made.metrics().get(f'pagewire_scheduler_{name}{{name="scheduler-0"}}', 0.0)
+
+            def when_some_are_out() -> None:
+                eventually(lambda: figure("host_blocks_used"), 60)
+                made.kill("scheduler")
+
+            texts = ask(made, asked, when_some_are_out) if kill else ask(made, asked)
+            for name in ("host_hits",) if kill else ("swaps_out", "swaps_in"):
+                print(f"    {name}: {eventually(lambda name=name: figure(name)):.0f}")
         return texts
 
     return run
@@ -102,6 +112,7 @@ def main() -> None:
             for role in ("worker", "scheduler"):
                 note(f"{role}_killed", killed(made, asked, role), undisturbed)
         note("swap", swapped(options, args.tokens)(asked), undisturbed)
+        note("swap_scheduler_killed", swapped(options, args.tokens, kill=True)(asked), undisturbed)
     if args.json:
         add_rows(args.json, "smollm2-135m", rows, "gpu_faults", NOTE)
     if not all(rows.values()):

@@ -95,7 +95,7 @@ class Ready(Message, tag="ready", frozen=True):
     tokenizer: bytes = b""
     blocks: bytes = b""  # sealed device blocks
     hashes: bytes = b""  # 16 bytes each
-    host_blocks: bytes = b""
+    host_blocks: bytes = b""  # blocks in host memory, copied there from sealed ones
     host_hashes: bytes = b""
 
     def check(self, geometry: Geometry | None = None) -> None:
