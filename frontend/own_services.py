@@ -44,7 +44,7 @@ class OwnServices:
         if unknown:
             raise TypeError(f"there is no setting {sorted(unknown)[0]!r}")
         self.run_dir = Path(tempfile.mkdtemp(prefix="pagewire-llm-"))
-        self._guardian = Guardian(self.run_dir)  # removes it even if this program is killed
+        self._guardian = Guardian(self.run_dir, passing=True)  # removes it even if this program is killed
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for name, module, known in (("worker-0", "gpu_worker", WORKER), ("scheduler-0", "scheduler_svc", SCHEDULER)):
             arguments = [word for key, value in settings.items() if key in known for word in _argument(key, value)]

@@ -91,7 +91,7 @@ class Supervisor:
         answering = False
         with (
             self._signal_pipe() as wakeups,
-            contextlib.closing(Guardian()) as self._guardian,
+            contextlib.closing(Guardian(self._rundir.path)) as self._guardian,
             contextlib.closing(Control(self._rundir, self._command)) as self._control,
         ):
             try:

@@ -1,4 +1,4 @@
-"""Kills what a killed program leaves of the services that it started, and removes their folder if it is a passing one.
+"""Kills what a killed program leaves of the services that it started, and removes the files that nobody holds any more.
 
 Services end themselves when who started them dies (`service.py`), unless they are stopped or hang inside a library
 with the interpreter locked. This process waits for the starter's end, gives them that chance, and kills the rest. It
@@ -19,16 +19,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from protocol.files import RunDirError
 from protocol.registration import process_start
+from protocol.rundir import RunDir
 
 PATIENCE = 4.5  # seconds that services get to end themselves
 
 
 class Guardian:
-    """The starter's side: starts the process and tells it whom to watch, and which folder goes with them, if any."""
+    """The starter's side: starts the process and tells it whom to watch, in which run directory.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        command = [sys.executable, "-P", "-m", "protocol.guardian", str(os.getpid()), *([str(folder)] if folder else [])]
+    A `passing` run directory goes with them; of another one stale sockets and service files are removed.
+    """
+
+    def __init__(self, run_dir: Path, passing: bool = False) -> None:
+        command = [sys.executable, "-P", "-m", "protocol.guardian", str(os.getpid()), str(run_dir), *(["passing"] if passing else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
 
     def watch(self, pid: int) -> None:
@@ -40,7 +45,7 @@ class Guardian:
         self._tell(f"-{pid}\n")
 
     def close(self) -> None:
-        """Nothing is left to watch: end the process, which removes the folder. Harmless when repeated."""
+        """Nothing is left to watch: end the process, which removes the files. Harmless when repeated."""
         assert self._process.stdin is not None
         self._tell(".\n")
         self._process.stdin.close()
@@ -81,7 +86,7 @@ def _lines(starter: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Watch until the starter ends, then wait for the watched ones, then kill them; remove the folder, if one is named."""
+    """Watch until the starter ends, then wait for the watched ones, then kill them; remove what they left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     watched: dict[int, int] = {}
@@ -100,8 +105,19 @@ def main() -> None:
                     os.killpg(pid, signal.SIGKILL)
                 del watched[pid]
         time.sleep(0.05)
-    for folder in sys.argv[2:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    run_dir = Path(sys.argv[2])
+    _clean(run_dir)
+    if "passing" in sys.argv[3:]:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _clean(run_dir: Path) -> None:
+    """Remove what the dead have left, unless the starter lives, or its successor: they see to that themselves."""
+    with contextlib.suppress(RunDirError, OSError):
+        rundir = RunDir(run_dir, make=False)
+        with rundir.lock():
+            rundir.clean()
+            rundir.tidy()
 
 
 if __name__ == "__main__":

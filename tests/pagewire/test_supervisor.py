@@ -91,6 +91,20 @@ def test_after_sigkill_of_the_supervisor_everything_is_gone_within_six_seconds(r
         eventually(lambda: gone(family), timeout=6.0)
 
 
+def test_after_sigkill_of_the_supervisor_the_folder_of_its_sockets_goes_too(run_dir: Path) -> None:
+    long = run_dir / ("a-folder-whose-path-no-socket-can-have-" * 3)
+    with supervised(long, "scheduler-0=serve", "worker-0=hang") as program:
+        program.read_until("ready: fakes")
+        sockets = RunDir(long, make=False).sockets
+        assert sockets.is_dir()
+        assert sockets.parent != run_dir
+        family = program.family()
+        os.kill(program.pid, signal.SIGKILL)
+        eventually(lambda: gone(family), timeout=6.0)
+        assert not sockets.exists()
+        assert left_in(long) == []
+
+
 def test_stale_files_are_removed_at_the_next_start(run_dir: Path) -> None:
     with supervised(run_dir, "worker-0=hang") as program:
         program.read_until("ready: fakes")
@@ -192,8 +206,10 @@ def test_a_rolled_service_has_the_first_name_that_nobody_bears(run_dir: Path) ->
     with supervised(run_dir, "scheduler-0=serve", "worker-0=serve") as program:
         program.read_until("ready: fakes")
         for name, fresh in (("worker-0", "worker-1"), ("worker-1", "worker-0"), ("worker-0", "worker-1")):
+            pid = record(run_dir, name).pid
             roll(RunDir(run_dir), [name], 10.0, 60.0, lambda _: None)
-            eventually(lambda fresh=fresh: [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", fresh])
+            program.read_until(f"{name} (pid {pid}) has left")
+            assert [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", fresh]
 
 
 def test_a_service_ended_in_order_by_somebody_else_is_started_again(run_dir: Path) -> None:

@@ -21,7 +21,7 @@ from protocol.guardian import Guardian
 
 folder, killed = Path(sys.argv[1]), sys.argv[2] == "killed"
 service = subprocess.Popen(["sleep", "600"], process_group=0)
-guardian = Guardian(folder)
+guardian = Guardian(folder, passing=True)
 guardian.watch(service.pid)
 child = os.fork()  # as multiprocessing does: it holds the guardian's pipe, too
 if not child:
