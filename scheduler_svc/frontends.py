@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from protocol.columns import pack, pack_floats
+from protocol.messages import Tokens
 from scheduler_svc.requests import Request
+
+Logprobs = tuple[bytes, bytes, bytes, bytes]  # the columns lp_counts, lp_ids, lp_values and lp_ranks of TOKENS
+
+NO_LOGPROBS: Logprobs = (b"", b"", b"", b"")
 
 
 class Frontend:
@@ -25,6 +31,22 @@ class Frontend:
         self.resumed = False
         self.named = 0  # requests named before RESUMED
         self.admitted: list[tuple[int, int, float]] = []  # (handle, cached tokens, seconds waited) to be told with the next tokens
+
+    def tokens(
+        self,
+        handles: bytes = b"",
+        choices: bytes = b"",
+        firsts: bytes = b"",
+        counts: bytes = b"",
+        ids: bytes = b"",
+        logprobs: Logprobs = NO_LOGPROBS,
+    ) -> Tokens:
+        """A message of packed columns, with the news of who has been admitted."""
+        if not self.admitted:
+            return Tokens(handles, choices, firsts, counts, ids, *logprobs)
+        admitted, cached, queued = zip(*self.admitted, strict=True)
+        self.admitted = []
+        return Tokens(handles, choices, firsts, counts, ids, *logprobs, pack(admitted), pack(cached), pack_floats(queued))
 
 
 class Frontends:

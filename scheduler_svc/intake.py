@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
-from protocol.columns import EMPTY, Int32, pack, pack_floats, unpack
+from protocol.columns import EMPTY, Int32, pack, unpack
 from protocol.counters import Counters
-from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit, Tokens
+from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit
 from scheduler_svc.arrivals import Arrivals
 from scheduler_svc.frontends import Frontend, Frontends
 from scheduler_svc.journals import cut, ends, journal_of, must_restart
@@ -147,18 +147,8 @@ class Intake:
                 counts.append(len(known) - committed)
                 ids.append(known[committed:])
         if ids or frontend.admitted:
-            admitted, frontend.admitted = frontend.admitted, []
-            flat = np.concatenate(ids) if ids else unpack(b"")
-            tokens = Tokens(
-                handles=pack(handles),
-                choices=pack(choices),
-                firsts=pack(firsts),
-                counts=pack(counts),
-                ids=pack(flat),
-                admitted=pack([handle for handle, _, _ in admitted]),
-                cached=pack([cached for _, cached, _ in admitted]),
-                queued=pack_floats([queued for _, _, queued in admitted]),
-            )
+            flat = np.concatenate(ids) if ids else EMPTY
+            tokens = frontend.tokens(pack(handles), pack(choices), pack(firsts), pack(counts), pack(flat))
             self._ledger.send(frontend, tokens, len(flat))
         self._ledger.settle(request, now)
 

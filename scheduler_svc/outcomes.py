@@ -13,7 +13,7 @@ from scheduler_svc.frontends import Frontends
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.preemption import detach_forks
 from scheduler_svc.requests import Choice, State
-from scheduler_svc.results import BadResult, admissions, scorer_of, take
+from scheduler_svc.results import BadResult, scorer_of, take
 from scheduler_svc.suspects import Suspects
 from scheduler_svc.worker import Worker
 
@@ -80,7 +80,7 @@ class Outcomes:
             request.scored += scores.count
             self._suspects.clear(request)
             if request.frontend.admitted:
-                self._ledger.send(request.frontend, admissions(request.frontend))
+                self._ledger.send(request.frontend, request.frontend.tokens())  # of a prompt that is only scored none come
             self._ledger.send(request.frontend, PromptScores(request.handle, scores), scores.count)
             if not request.unscored:
                 self._ledger.stop(scorer)

@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from protocol.columns import Int32, pack, pack_floats, unpack, unpack_floats
+from protocol.columns import Int32, pack, unpack, unpack_floats
 from protocol.messages import DEAD, NAN, STOPPED, Result, Scored, Tokens
-from scheduler_svc.frontends import Frontend, Frontends
+from scheduler_svc.frontends import NO_LOGPROBS, Frontend, Frontends, Logprobs
 from scheduler_svc.requests import Choice
 from scheduler_svc.slots import DRAIN, Index
 from scheduler_svc.steps import DecodeRows, InFlight, per_frontend
 from scheduler_svc.worker import Worker
 
-NO_LOGPROBS = (b"", b"", b"", b"")
 NO_SLOTS: Index = np.zeros(0, dtype=np.intp)
 
 
@@ -155,21 +154,8 @@ def _tell(result: Result, frontend: Frontend, worker: Worker, taken: Taken, rows
         _mute(worker, frontend, rows.slots)
         return
     logprobs = _logprobs(result, None) if result.lp_counts else NO_LOGPROBS
-    admitted, cached, queued = _admitted(frontend)
-    message = Tokens(
-        handles=rows.handles_packed,
-        choices=rows.indices_packed,
-        firsts=firsts.tobytes(),
-        counts=rows.ones_packed,
-        ids=result.ids,
-        lp_counts=logprobs[0],
-        lp_ids=logprobs[1],
-        lp_values=logprobs[2],
-        lp_ranks=logprobs[3],
-        admitted=admitted,
-        cached=cached,
-        queued=queued,
-    )
+    columns = rows.handles_packed, rows.indices_packed, firsts.tobytes(), rows.ones_packed, result.ids
+    message = frontend.tokens(*columns, logprobs)
     taken.tokens.append((frontend, message, len(ids)))
 
 
@@ -194,20 +180,13 @@ def _tell_each(
             _mute(worker, frontend, theirs)
             continue
         logprobs = _logprobs(result, group if rows is None else rows[group]) if result.lp_counts else NO_LOGPROBS
-        admitted, cached, queued = _admitted(frontend)
-        message = Tokens(
+        message = frontend.tokens(
             handles=pack(s.handle[theirs]),
             choices=pack(s.index[theirs]),
             firsts=pack(firsts[group] - s.prompt[theirs]),
             counts=np.ones(n, dtype="<i4").tobytes(),
             ids=pack(ids[group]),
-            lp_counts=logprobs[0],
-            lp_ids=logprobs[1],
-            lp_values=logprobs[2],
-            lp_ranks=logprobs[3],
-            admitted=admitted,
-            cached=cached,
-            queued=queued,
+            logprobs=logprobs,
         )
         taken.tokens.append((frontend, message, n))
 
@@ -221,22 +200,7 @@ def _mute(worker: Worker, frontend: Frontend, slots: Index) -> None:
     frontend.unsent += len(slots)
 
 
-def admissions(frontend: Frontend) -> Tokens:
-    """The news of who has been admitted, by itself: of prompts that are only scored no tokens come."""
-    admitted, cached, queued = _admitted(frontend)
-    return Tokens(b"", b"", b"", b"", b"", admitted=admitted, cached=cached, queued=queued)
-
-
-def _admitted(frontend: Frontend) -> tuple[bytes, bytes, bytes]:
-    """Who has been admitted since the last message, with how many tokens from the cache, after how many seconds."""
-    if not frontend.admitted:
-        return b"", b"", b""
-    handles, cached, queued = zip(*frontend.admitted, strict=True)
-    frontend.admitted = []
-    return pack(handles), pack(cached), pack_floats(queued)
-
-
-def _logprobs(result: Result, rows: Index | None) -> tuple[bytes, bytes, bytes, bytes]:
+def _logprobs(result: Result, rows: Index | None) -> Logprobs:
     """The logprob columns of some outputs (None: all)."""
     if rows is None:
         return result.lp_counts, result.lp_ids, result.lp_values, result.lp_ranks
