@@ -16,7 +16,6 @@ from protocol.counters import Counters
 from protocol.messages import (
     Abort,
     Attach,
-    Credit,
     Done,
     Drained,
     Failed,
@@ -24,8 +23,6 @@ from protocol.messages import (
     FileRequest,
     Hello,
     Message,
-    ModelInfo,
-    Models,
     Phase,
     Progress,
     Ready,
@@ -36,8 +33,8 @@ from protocol.messages import (
 )
 from protocol.series import Series
 from scheduler_svc import inspection
+from scheduler_svc.announcements import Announcements
 from scheduler_svc.arrivals import Arrivals
-from scheduler_svc.depth import LEAST
 from scheduler_svc.files import FileRelay
 from scheduler_svc.fleet import Fleet
 from scheduler_svc.frontends import Frontend, Frontends
@@ -54,8 +51,6 @@ from scheduler_svc.waiting import Shares
 from scheduler_svc.worker import Worker
 
 log = logging.getLogger(__name__)
-
-CREDIT_STEPS = 8  # a frontend's credit, in steps of all slots and plans in flight
 
 
 class Engine:
@@ -74,7 +69,6 @@ class Engine:
         self.models: dict[str, Model] = {}
         self.shares = Shares()
         self.frontends = Frontends(unacked)
-        self.frontends.limit = CREDIT_STEPS * (settings.depth or LEAST) * settings.max_num_seqs
         self.timers = Timers()
         self.ledger = Ledger(counters, totals or Totals(), self.timers, settings.times.grace)
         self.suspects = Suspects()
@@ -86,7 +80,7 @@ class Engine:
         self.outcomes = Outcomes(self.ledger, self.frontends, self.suspects, counters, self.fleet.fence)
         self.progress = ProgressWatch(settings.times, self.timers, self.fleet.fence)
         self.intake = Intake(settings, self.ledger, self.frontends, self.models, self.shares, counters, self.arrivals)
-        self._told: list[ModelInfo] = []
+        self._announcements = Announcements(settings, self.ledger, self.frontends, self.models, self.workers)
         self._started = False
         self._integrity = inspection.IntegrityCheck(self)
 
@@ -114,7 +108,7 @@ class Engine:
         """A frontend's session is open; it hears which models there are."""
         self._start(now)
         self.frontends.open(session, name, incarnation)
-        self.out.append((session, Models(self._infos()), 0))
+        self._announcements.greet(session)
 
     def frontend_closed(self, session: int, now: float) -> None:
         """Its requests run on within its credit until the grace ends."""
@@ -176,7 +170,7 @@ class Engine:
         """A worker's session is open; it loads until READY."""
         self._start(now)
         self.fleet.open(session, hello, now)
-        self._announce()
+        self._announcements.changed()
 
     def worker_message(self, session: int, message: Message, now: float) -> None:
         """A message of a worker's open session, checked."""
@@ -187,7 +181,7 @@ class Engine:
         match message:
             case Result() if worker.ready:
                 if self.outcomes.result(worker, message, now):
-                    self._announce()
+                    self._announcements.changed()
             case Scored() if worker.ready:
                 self.outcomes.scored(worker, message, now)
             case Progress():
@@ -196,13 +190,13 @@ class Engine:
                     worker.heard = now
             case Phase(name="draining"):
                 self.fleet.leave(worker)
-                self._announce()
+                self._announcements.changed()
             case Phase():
                 worker.phase = message.name
                 worker.heard = now
             case Ready() if not worker.ready and not worker.leaving:
                 self.fleet.ready(worker, message, now)
-                self._announce()
+                self._announcements.changed()
             case FileChunk():
                 self.files.chunk(message)
             case _:
@@ -212,7 +206,7 @@ class Engine:
         """The worker is lost to this session: its choices wait again, from their known tokens."""
         if self.fleet.close(session, now):
             self.files.lost(session, list(self.workers.values()))
-            self._announce()
+            self._announcements.changed()
 
     # ------------------------------------------------------------ plans
 
@@ -273,26 +267,7 @@ class Engine:
 
     def loading(self) -> int:
         """Workers that have not said READY yet."""
-        return sum(not worker.ready for worker in self.workers.values())
-
-    def _infos(self) -> list[ModelInfo]:
-        loading = self.loading()
-        return [info for info in (model.info(loading) for model in self.models.values()) if info is not None]
-
-    def _announce(self) -> None:
-        """Tell the frontends what has changed: the models, and their credit."""
-        infos = self._infos()
-        if infos != self._told:
-            self._told = infos
-            for session in self.frontends.by_session:
-                self.out.append((session, Models(infos), 0))
-        slots = sum(worker.slots.count for worker in self.workers.values() if worker.ready)
-        depth = max((worker.depth.wanted for worker in self.workers.values() if worker.ready), default=self.settings.depth or LEAST)
-        limit = CREDIT_STEPS * depth * max(slots, self.settings.max_num_seqs)
-        if limit != self.frontends.limit:
-            self.frontends.limit = limit
-            for session in self.frontends.by_session:
-                self.out.append((session, Credit(limit), 0))
+        return self._announcements.loading()
 
     @property
     def at_rest(self) -> bool:
