@@ -12,13 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from gpu_worker.cuda.driver import Kernel, Module
+from gpu_worker.cuda.fp8 import Fp8Products
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
 from gpu_worker.cuda.state import TILE, DeviceState, least_tiles, max_items, split_limit
 from gpu_worker.cuda.triton_kernel import TritonKernel
-from gpu_worker.cuda.weights import LayerWeights, ModelWeights
+from gpu_worker.cuda.weights import LayerWeights, Matrix, ModelWeights
 from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.source import Fp8
 
 Layers = Iterable[tuple[int, LayerWeights]]
 
@@ -56,7 +58,7 @@ class Forward:
         self.pdl, self.few_attention = pdl and properties.major >= 9, few_attention if hopper else 0
         self.sms = properties.multi_processor_count
         self.arch = arch = f"sm_{properties.major}{properties.minor}" + ("a" if hopper else "")
-        tokens, qkv = state.max_tokens, config.q_size + 2 * config.kv_size
+        tokens, qkv = -(-state.max_tokens // 4) * 4, config.q_size + 2 * config.kv_size  # fp8 products go by four rows
 
         def buffer(rows: int, width: int) -> torch.Tensor:
             return torch.zeros(rows, width, dtype=dtype, device=device)
@@ -76,6 +78,8 @@ class Forward:
         self.best = torch.zeros(g.slots, SAMPLE_SPLITS, 4, dtype=torch.int32, device=device)
         self.sample_arrivals = torch.zeros(g.slots, dtype=torch.int32, device=device)
         self.scale = config.head_dim**-0.5 * math.log2(math.e)
+        matrices = [m for layer in weights.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self.fp8 = Fp8Products([m for m in matrices if isinstance(m, Fp8)], dtype, tokens, device)
         self._compile(arch, DTYPES[dtype], few and hopper and dtype == torch.bfloat16)
         self._compile_attention(dtype)
 
@@ -288,6 +292,12 @@ class Forward:
 
     def _qkv(self, stream: int, layer: LayerWeights, tokens: int) -> None:
         linear = self.linears["qkv"]
+        if isinstance(layer.qkv, Fp8):
+            self._norm(stream, self.h, 0, layer.input_norm.data_ptr(), tokens)
+            self.fp8(stream, self.x, layer.qkv, self.qkv, tokens)
+            if layer.qkv_bias is not None:
+                self.qkv[:tokens].add_(layer.qkv_bias)
+            return
         if tokens <= linear.most:
             bias = layer.qkv_bias.data_ptr() if layer.qkv_bias is not None else 0
             linear(stream, layer.qkv.data_ptr(), self.h.data_ptr(), 0, bias, self.qkv.data_ptr(), tokens)
@@ -300,26 +310,36 @@ class Forward:
 
     def _rest(self, stream: int, layer: LayerWeights, tokens: int) -> None:
         """Everything behind attention."""
-        o, gate_up, down = self.linears["o"], self.linears["gate_up"], self.linears["down"]
-        h, attended, activated = self.h.data_ptr(), self.attended.data_ptr(), self.activated.data_ptr()
-        if tokens <= o.most:
-            o(stream, layer.o.data_ptr(), attended, h, layer.o_bias.data_ptr() if layer.o_bias is not None else 0, h, tokens)
+        self._add(stream, self.linears["o"], self.attended, layer.o, layer.o_bias, tokens)
+        linear, gate_up, activated = self.linears["gate_up"], layer.gate_up, self.activated.data_ptr()
+        if isinstance(gate_up, torch.Tensor) and tokens <= linear.most:
+            linear(stream, gate_up.data_ptr(), self.h.data_ptr(), 0, 0, activated, tokens)
         else:
-            self.h[:tokens].addmm_(self.attended[:tokens], layer.o.t())
-            if layer.o_bias is not None:
-                self.h[:tokens].add_(layer.o_bias)
-        if tokens <= gate_up.most:
-            gate_up(stream, layer.gate_up.data_ptr(), h, 0, 0, activated, tokens)
-        else:
-            self._norm(stream, self.h, 0, 0, tokens)
-            torch.mm(self.x[:tokens], layer.gate_up.t(), out=self.gate_up[:tokens])
+            if isinstance(gate_up, Fp8):
+                self._norm(stream, self.h, 0, layer.post_norm.data_ptr(), tokens)
+                self.fp8(stream, self.x, gate_up, self.gate_up, tokens)
+            else:
+                self._norm(stream, self.h, 0, 0, tokens)
+                torch.mm(self.x[:tokens], gate_up.t(), out=self.gate_up[:tokens])
             count = tokens * self.config.intermediate
             per_block = 256 * 8 // self.h.element_size()
             self.k_silu(stream, (-(-count // per_block), 1), self.gate_up.data_ptr(), activated, count)
-        if tokens <= down.most:
-            down(stream, layer.down.data_ptr(), activated, h, 0, h, tokens)
+        self._add(stream, self.linears["down"], self.activated, layer.down, None, tokens)
+
+    def _add(self, stream: int, linear: LinearKernel, source: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, tokens: int) -> None:
+        """h += source · weightᵀ (+ bias)."""
+        h = self.h[:tokens]
+        if isinstance(weight, Fp8):
+            self.fp8(stream, source, weight, self.x, tokens)
+            h.add_(self.x[:tokens])
+        elif tokens <= linear.most:
+            to = h.data_ptr()
+            linear(stream, weight.data_ptr(), source.data_ptr(), to, bias.data_ptr() if bias is not None else 0, to, tokens)
+            return
         else:
-            self.h[:tokens].addmm_(self.activated[:tokens], layer.down.t())
+            h.addmm_(source[:tokens], weight.t())
+        if bias is not None:
+            h.add_(bias)
 
     def _head(self, stream: int, rows: int) -> None:
         self._norm(stream, self.h, self.state.logit_rows.data_ptr(), self.weights.final_norm.data_ptr(), rows)

@@ -37,6 +37,8 @@ def blocks_that_fit(config: ModelConfig, options: Options, element: int, cached:
     c, o = config, options
     width = c.hidden * 2 + c.q_size * 2 + 2 * c.kv_size + 3 * c.intermediate
     buffers = element * (o.max_num_batched_tokens * width + o.max_num_seqs * c.vocab_size) + _REST
+    if c.quantization is not None:  # activations in fp8
+        buffers += o.max_num_batched_tokens * max(c.hidden, c.q_size, c.intermediate)
     block = c.layers * 2 * c.kv_heads * o.block_size * c.head_dim * cached
     blocks = int((free - (1 - o.utilization) * total - buffers) // block) - 1
     needed = -(-o.max_model_len // o.block_size)

@@ -11,23 +11,28 @@ from dataclasses import dataclass
 
 import torch
 
+from gpu_worker.layers.fp8 import Fp8Linear, as_factor
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.loading.source import Piece, Shard, TensorSource, layer_pieces
-from gpu_worker.models.weights import stack_rows
+from gpu_worker.loading.source import Fp8, Piece, Shard, TensorSource, layer_pieces
+from gpu_worker.models.weights import ordered_fp8, stack_fp8, stack_rows
+
+Matrix = torch.Tensor | Fp8  # fp8 where the checkpoint has it and the card multiplies it; such columns hold no norm's weight
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer; H hidden, Q query width, V key (and value) width, I intermediate width, D head dimension."""
 
-    qkv: torch.Tensor  # [Q + 2 V, H], the input norm's weight in its columns
+    input_norm: torch.Tensor  # [H]
+    qkv: Matrix  # [Q + 2 V, H], the input norm's weight in its columns
     qkv_bias: torch.Tensor | None  # [Q + 2 V]
     q_norm: torch.Tensor | None  # [D]
     k_norm: torch.Tensor | None  # [D]
-    o: torch.Tensor  # [H, Q]
+    o: Matrix  # [H, Q]
     o_bias: torch.Tensor | None  # [H]
-    gate_up: torch.Tensor  # [2 I, H], rows gate 0, up 0, gate 1, …, the post-attention norm's weight in its columns
-    down: torch.Tensor  # [H, I]
+    post_norm: torch.Tensor  # [H]
+    gate_up: Matrix  # [2 I, H], rows gate 0, up 0, gate 1, …, the post-attention norm's weight in its columns
+    down: Matrix  # [H, I]
 
 
 @dataclass(frozen=True)
@@ -56,20 +61,32 @@ def _layer(source: TensorSource, config: ModelConfig, index: int, shard: Shard, 
     def vector(name: str) -> torch.Tensor:
         return source.vector(prefix + name).to(device, dtype)
 
-    gate, up = (stack_rows(source, (piece,), device, dtype) for piece in pieces.gate_up)
+    def matrix(pieces: tuple[Piece, ...], norm: torch.Tensor | None = None, order: torch.Tensor | None = None) -> Matrix:
+        fp8 = stack_fp8(source, pieces, device)
+        if fp8 is not None and dtype == torch.bfloat16 and Fp8Linear.fits(fp8, device):
+            return as_factor(ordered_fp8(fp8, order))
+        weight = stack_rows(source, pieces, device, dtype)
+        if order is not None:
+            weight = weight[order.to(device)]
+        return weight if norm is None else _fold(weight, norm)
+
+    alternating = torch.arange(2 * (pieces.gate_up[0].rows[1] - pieces.gate_up[0].rows[0])).view(2, -1).t().reshape(-1)
+    input_norm, post_norm = vector("input_layernorm.weight"), vector("post_attention_layernorm.weight")
     bias = None
     if config.qkv_bias:
         parts = [source.vector(p.name.replace(".weight", ".bias"))[slice(*p.rows)] for p in pieces.qkv]
         bias = torch.cat(parts).to(device, dtype)
     return LayerWeights(
-        qkv=_fold(stack_rows(source, pieces.qkv, device, dtype), vector("input_layernorm.weight")),
+        input_norm=input_norm,
+        qkv=matrix(pieces.qkv, input_norm),
         qkv_bias=bias,
         q_norm=vector("self_attn.q_norm.weight") if config.qk_norm else None,
         k_norm=vector("self_attn.k_norm.weight") if config.qk_norm else None,
-        o=stack_rows(source, pieces.o, device, dtype),
+        o=matrix(pieces.o),
         o_bias=vector("self_attn.o_proj.bias") if config.o_bias and shard.rank == 0 else None,
-        gate_up=_fold(torch.stack((gate, up), dim=1).view(-1, config.hidden), vector("post_attention_layernorm.weight")),
-        down=stack_rows(source, pieces.down, device, dtype),
+        post_norm=post_norm,
+        gate_up=matrix(pieces.gate_up, post_norm, alternating),
+        down=matrix(pieces.down),
     )
 
 

@@ -6,6 +6,8 @@ product, with scales of the same kind. The product is cuBLAS's, through `torch._
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -34,28 +36,39 @@ def round_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.view(x.shape), scale.view(x.shape[0], -1)
 
 
+def multiply(q: torch.Tensor, scale: torch.Tensor, weights: Fp8, out: torch.Tensor | None = None) -> torch.Tensor:
+    """(q · scale) · Wᵀ, bfloat16 [rows, n].
+
+    q: e4m3 [rows, k]; scale: float32, [rows, 1] or, of groups, [rows, k / 128] with rows side by side. Weights as `as_factor` gives them.
+    """
+    y: torch.Tensor = torch._scaled_mm(q, weights.q.t(), scale, weights.scale.t(), out_dtype=torch.bfloat16, out=out)
+    return y
+
+
+def as_factor(weights: Fp8) -> Fp8:
+    """The same weights as cuBLAS wants them: scales of rows side by side."""
+    return replace(weights, q=weights.q.contiguous(), scale=weights.scale.t().contiguous().t())
+
+
 class Fp8Linear:
     """y = x · Wᵀ + b with both factors in e4m3; results in bfloat16. On a card for which `fits` is true; rows also on the CPU."""
 
     def __init__(self, weights: Fp8, bias: torch.Tensor | None) -> None:
-        self._weight = weights.q.t()
-        # cuBLAS wants the scales of groups with rows side by side
-        self._scale = weights.scale.t().contiguous()
-        self._by_group = weights.scale.shape[1] > 1
-        self._input_scale = weights.input_scale
+        self._weights = as_factor(weights)
         self._bias = bias
         self.out_features = weights.q.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.shape[0]
-        if self._by_group:
+        input_scale = self._weights.input_scale
+        if self._weights.scale.shape[1] > 1:
             q, scale = round_groups(F.pad(x, (0, 0, 0, -rows % 4)))  # scales of four rows are read at once
             scale = scale.t().contiguous().t()
-        elif self._input_scale is not None:
-            q, scale = to_fp8(x.float() / self._input_scale), self._input_scale.expand(rows, 1).contiguous()
+        elif input_scale is not None:
+            q, scale = to_fp8(x.float() / input_scale), input_scale.expand(rows, 1).contiguous()
         else:
             q, scale = round_rows(x)
-        y = torch._scaled_mm(q, self._weight, scale_a=scale, scale_b=self._scale, out_dtype=torch.bfloat16)[:rows]
+        y = multiply(q, scale, self._weights)[:rows]
         return y if self._bias is None else y + self._bias
 
     @staticmethod

@@ -90,7 +90,7 @@ class DenseMaker:
     ) -> Linear:
         fp8 = stack_fp8(source, pieces, self._device)
         if fp8 is not None and Fp8Linear.fits(fp8, self._device):
-            return Fp8Linear(_ordered_fp8(fp8, order), bias)
+            return Fp8Linear(ordered_fp8(fp8, order), bias)
         if fp8 is not None and not self._told:
             self._told = True
             log.warning("torch does not multiply such fp8 weights on this device: they are kept as %s", self._dtype)
@@ -221,7 +221,8 @@ def _float32(source: TensorSource, pieces: tuple[Piece, ...]) -> torch.Tensor:
     return stack_rows(source, pieces, torch.device("cpu"), torch.float32)
 
 
-def _ordered_fp8(weights: Fp8, order: torch.Tensor | None) -> Fp8:
+def ordered_fp8(weights: Fp8, order: torch.Tensor | None) -> Fp8:
+    """The rows in this order, int64 [rows]."""
     q = _ordered(weights.q.view(torch.uint8), order).view(weights.q.dtype)  # torch does not index fp8 everywhere
     return Fp8(q, _ordered(weights.scale, order), weights.input_scale)
 

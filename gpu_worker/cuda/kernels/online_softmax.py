@@ -28,10 +28,15 @@ def load_heads(pointers, d, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def as_fp8(x, scale):
+    """x in units of `scale`, in fp8 (e4m3, finite, up to 448); what is too large becomes 448, NaN stays NaN."""
+    return tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@triton.jit
 def as_cached(x, scale):
-    """What an fp8 cache (e4m3, finite, up to 448) holds of x, in x's type and in units of `scale`; NaN stays NaN."""
-    fits = tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    return fits.to(tl.float8e4nv).to(x.dtype)
+    """What an fp8 cache holds of x, in x's type."""
+    return as_fp8(x, scale).to(x.dtype)
 
 
 @triton.jit
