@@ -34,6 +34,7 @@ class TransformersConfig(DecoderSizes):
     architecture: str
     scoring: tuple[Scoring, ...]  # of each layer
     parameters: int  # weights, tied ones once
+    tied_embeddings: bool
     limit: int = 0  # tokens up to which it is computed rightly, 0: all of `max_length`
     limited_by: str = ""  # the field that says so
     raw: str  # the config.json
@@ -109,6 +110,7 @@ def outline(raw: Mapping[str, Any]) -> TransformersConfig:
         architecture=name,
         scoring=tuple(_scoring(call, name) for call in calls),
         parameters=sum(p.numel() for p in model.parameters()),
+        tied_embeddings=_tied(model),
         limit=limit,
         limited_by=limited_by,
         raw=json.dumps(raw, sort_keys=True),
@@ -192,6 +194,11 @@ def _max_length(config: PretrainedConfig, name: str) -> int:
     if not length:
         raise _refusal(name, "max_position_embeddings is missing: how long may its sequences be?")
     return int(length)
+
+
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _refusal(name: str, why: str) -> LoadError:

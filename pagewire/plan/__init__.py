@@ -2,7 +2,7 @@
 
 from pagewire.plan.memory import Memory, Setup, estimate_memory
 from pagewire.plan.room import Room, largest_batch, largest_context, room
-from pagewire.plan.sizes import ModelSizes, PlanError, read_sizes
+from pagewire.plan.sizes import ModelSizes, PlanError, Sizes, TransformersSizes, read_sizes
 
 __all__ = [
     "Memory",
@@ -10,6 +10,8 @@ __all__ = [
     "PlanError",
     "Room",
     "Setup",
+    "Sizes",
+    "TransformersSizes",
     "estimate_memory",
     "largest_batch",
     "largest_context",

@@ -10,7 +10,7 @@ import click
 
 from pagewire.plan.memory import BYTES, Setup
 from pagewire.plan.room import Room, largest_batch, largest_context, room
-from pagewire.plan.sizes import ModelSizes, PlanError, read_sizes
+from pagewire.plan.sizes import PlanError, Sizes, read_sizes
 from protocol.options import CONTEXT, Usage
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
@@ -73,7 +73,7 @@ def main(model: str, gpu_memory: int, context: int | None, batch: int | None, as
         _print(sizes, found, by_context, by_batch)
 
 
-def _object(sizes: ModelSizes, found: Room, by_context: dict[int, int], by_batch: dict[int, int]) -> dict[str, object]:
+def _object(sizes: Sizes, found: Room, by_context: dict[int, int], by_batch: dict[int, int]) -> dict[str, object]:
     return {
         "model": sizes.name,
         "memory": dataclasses.asdict(found.memory),
@@ -89,7 +89,7 @@ def _object(sizes: ModelSizes, found: Room, by_context: dict[int, int], by_batch
     }
 
 
-def _print(sizes: ModelSizes, found: Room, by_context: dict[int, int], by_batch: dict[int, int]) -> None:
+def _print(sizes: Sizes, found: Room, by_context: dict[int, int], by_batch: dict[int, int]) -> None:
     memory = found.memory
     parts = ", ".join(f"{name} {_human(size)}" for name, size in memory.parts.items())
     rows = [

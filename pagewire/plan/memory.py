@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pagewire.plan.sizes import Q4_0, Q4_1, Q8_0, ModelSizes, PlanError, read_sizes
+from pagewire.plan.sizes import Q4_0, Q4_1, Q8_0, ModelSizes, PlanError, Sizes, TransformersSizes, read_sizes
 
 MIB = 1 << 20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -84,29 +84,42 @@ class Memory:
         return self.weights + self.activations + (blocks + 1) * self.kv_per_block
 
 
-def estimate_memory(model: str | Path | ModelSizes, setup: Setup | None = None) -> Memory:
+def estimate_memory(model: str | Path | Sizes, setup: Setup | None = None) -> Memory:
     """What a worker with this model and setup takes. Raises PlanError for a model that no worker loads."""
-    sizes = model if isinstance(model, ModelSizes) else read_sizes(model)
+    sizes = read_sizes(model) if isinstance(model, str | Path) else model
     setup = setup or Setup()
     config = sizes.config
     per_token = 2 * config.layers * config.kv_size * setup.cached
-    parts = _weights(sizes, setup)
+    if isinstance(sizes, TransformersSizes):
+        parameters, parts, activations = sizes.config.parameters, _plain_weights(sizes, setup), _torch_buffers(sizes, setup)
+    else:
+        parameters, parts = _parameters(sizes), _weights(sizes, setup)
+        activations = _cuda_buffers(sizes, setup) if setup.device == "cuda" else _torch_buffers(sizes, setup)
     return Memory(
-        parameters=_parameters(sizes),
+        parameters=parameters,
         weights=sum(parts.values()),
         kv_per_token=per_token,
         kv_per_block=per_token * setup.block_size,
-        activations=_cuda_buffers(sizes, setup) if setup.device == "cuda" else _cpu_buffers(sizes, setup),
+        activations=activations,
         overhead=CUDA_CONTEXT if setup.device == "cuda" else CPU_PROCESS,
         parts=parts,
     )
 
 
-def length_limit(sizes: ModelSizes, setup: Setup) -> int:
+def length_limit(sizes: Sizes, setup: Setup) -> int:
     """The max_model_len of a worker. Raises PlanError if it is more than the model was made for."""
     if setup.max_model_len > sizes.config.max_length:
         raise PlanError(f"max_model_len: {setup.max_model_len} is more than the {sizes.config.max_length} tokens of the model")
     return setup.max_model_len or min(4096, sizes.config.max_length)
+
+
+def _plain_weights(sizes: TransformersSizes, setup: Setup) -> dict[str, int]:
+    """Bytes of the weights where all have one type; on the CPU a tied table is kept in one layout to look up, in another to multiply."""
+    c = sizes.config
+    if setup.quantization == "fp8":
+        raise PlanError(f"quantization: fp8 is not supported for a {c.family}")
+    again = c.vocab_size * c.hidden if setup.device == "cpu" and c.tied_embeddings else 0
+    return {"all": c.parameters * setup.element} | ({"output": again * setup.element} if again else {})
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,7 @@ def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
     return (step + logits) * setup.element + rotary + tables + CUDA_WORKSPACE
 
 
-def _cpu_buffers(sizes: ModelSizes, setup: Setup) -> int:
+def _torch_buffers(sizes: Sizes, setup: Setup) -> int:
     """What attention gathers into, which is kept, and the largest step's temporaries in float32: a layer's at its widest, or the
     logits, which come after the layers.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pagewire.plan.memory import CUDA_RESERVE, Memory, Setup, estimate_memory, length_limit
-from pagewire.plan.sizes import ModelSizes, PlanError, read_sizes
+from pagewire.plan.sizes import PlanError, Sizes, read_sizes
 
 MOST_SEQUENCES = 1024  # slots of one worker
 CPU_SEQUENCES = 16  # more than this gain little on a CPU
@@ -37,7 +37,7 @@ def blocks_under(memory: Memory, setup: Setup, total: int) -> int:
     return max(0, left // memory.kv_per_block - 1)
 
 
-def largest_batch(model: str | Path | ModelSizes, context: int, total: int, setup: Setup | None = None) -> int:
+def largest_batch(model: str | Path | Sizes, context: int, total: int, setup: Setup | None = None) -> int:
     """How many sequences of `context` tokens fit at once on a device of `total` bytes; at most 1,024. 0: not even one.
 
     Raises PlanError for a context that is no length the model can have.
@@ -53,7 +53,7 @@ def largest_batch(model: str | Path | ModelSizes, context: int, total: int, setu
     return _largest(fits, MOST_SEQUENCES)
 
 
-def largest_context(model: str | Path | ModelSizes, batch: int, total: int, setup: Setup | None = None) -> int:
+def largest_context(model: str | Path | Sizes, batch: int, total: int, setup: Setup | None = None) -> int:
     """The longest that `batch` sequences can all be at once on a device of `total` bytes, at most the model's limit."""
     sizes, setup = _given(model, setup)
     if batch < 1:
@@ -66,7 +66,7 @@ def largest_context(model: str | Path | ModelSizes, batch: int, total: int, setu
     return _largest(fits, sizes.config.max_length)
 
 
-def room(model: str | Path | ModelSizes, total: int, setup: Setup | None = None) -> Room:
+def room(model: str | Path | Sizes, total: int, setup: Setup | None = None) -> Room:
     """What a worker with this setup finds on a device of `total` bytes, and the settings that would suit it."""
     sizes, setup = _given(model, setup)
     memory = estimate_memory(sizes, setup)
@@ -79,7 +79,7 @@ def room(model: str | Path | ModelSizes, total: int, setup: Setup | None = None)
     return Room(memory, int(total * setup.gpu_memory_utilization), blocks, context, suited, tuple(notes))
 
 
-def _recommend(sizes: ModelSizes, setup: Setup, total: int, context: int) -> tuple[dict[str, int | float | str], list[str]]:
+def _recommend(sizes: Sizes, setup: Setup, total: int, context: int) -> tuple[dict[str, int | float | str], list[str]]:
     """Settings for conversations that fill half their context on average, and what is to be said about them."""
     longest = largest_context(sizes, 1, total, setup)
     if not longest:
@@ -109,11 +109,11 @@ def _recommend(sizes: ModelSizes, setup: Setup, total: int, context: int) -> tup
     return suited, notes
 
 
-def _given(model: str | Path | ModelSizes, setup: Setup | None) -> tuple[ModelSizes, Setup]:
-    return model if isinstance(model, ModelSizes) else read_sizes(model), setup or Setup()
+def _given(model: str | Path | Sizes, setup: Setup | None) -> tuple[Sizes, Setup]:
+    return read_sizes(model) if isinstance(model, str | Path) else model, setup or Setup()
 
 
-def _check(sizes: ModelSizes, context: int) -> None:
+def _check(sizes: Sizes, context: int) -> None:
     if not 1 <= context <= sizes.config.max_length:
         raise PlanError(f"context: {context} is not between 1 and the model's {sizes.config.max_length} tokens")
 

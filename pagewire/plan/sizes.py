@@ -13,6 +13,7 @@ from protocol.tokenizer_files import packaged_model
 
 if TYPE_CHECKING:
     from gpu_worker.loading.config import ModelConfig
+    from gpu_worker.loading.transformers_config import TransformersConfig
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30  # GGML's numbers of formats
 PLAIN = (F32, F16, BF16)
@@ -37,7 +38,18 @@ class ModelSizes:
         return 2 * small > sum(map(_elements, self.tensors.values()))
 
 
-def read_sizes(model: str | Path) -> ModelSizes:
+@dataclass(frozen=True)
+class TransformersSizes:
+    """A model whose code is transformers'."""
+
+    name: str
+    config: TransformersConfig
+
+
+Sizes = ModelSizes | TransformersSizes
+
+
+def read_sizes(model: str | Path) -> Sizes:
     """The sizes of a folder with config.json, a .gguf file, or "" for the packaged SmolLM2. Raises PlanError."""
     path = Path(model).expanduser() if str(model) else packaged_model()
     if path is None:
@@ -54,13 +66,17 @@ def read_sizes(model: str | Path) -> ModelSizes:
     raise PlanError(f"{model} is neither a folder with a config.json nor a .gguf file")
 
 
-def _of_folder(folder: Path) -> ModelSizes:
+def _of_folder(folder: Path) -> Sizes:
     from gpu_worker.errors import LoadError
-    from gpu_worker.loading.config import from_json
+    from gpu_worker.loading.config import FAMILIES, architecture, from_json
+    from gpu_worker.loading.transformers_config import outline
 
+    name = folder.resolve().name
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        return ModelSizes(folder.resolve().name, from_json(config))
+        if architecture(config) in FAMILIES:
+            return ModelSizes(name, from_json(config))
+        return TransformersSizes(name, outline(config))
     except (OSError, ValueError, AttributeError) as error:
         raise PlanError(f"{folder}/config.json cannot be read: {error}") from error
     except LoadError as error:

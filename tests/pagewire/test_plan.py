@@ -319,3 +319,26 @@ def test_a_mistake_gets_one_line_and_code_2(arguments: list[str]) -> None:
 def test_no_torch_is_imported() -> None:
     script = f"import sys; from pagewire.plan import room; room({str(QWEN)!r}, 1 << 36); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
+# ---------------------------------------------------------------- decoders of transformers
+
+
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}  # transformers' defaults are those of the smallest
+
+
+def test_a_decoder_of_transformers_is_sized_by_its_code(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    on_card, on_cpu = (estimate_memory(tmp_path, Setup(device=device)) for device in ("cuda", "cpu"))
+    assert on_card.parameters == 124_439_808
+    assert (on_card.weights, on_cpu.weights) == (2 * 124_439_808, 4 * (124_439_808 + 50257 * 768))
+    assert (on_card.kv_per_token, on_cpu.kv_per_token) == (2 * 12 * 768 * 2, 2 * 12 * 768 * 4)
+    assert room(tmp_path, 8 * GIB, Setup(device="cpu")).context == 1024
+
+
+def test_what_is_not_served_is_not_planned_for(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    with pytest.raises(PlanError, match="MambaForCausalLM is not supported"):
+        read_sizes(tmp_path)
