@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from gpu_worker.cuda.engine import Engine
@@ -11,10 +13,12 @@ from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.kv_scales import kv_scales
 from gpu_worker.loading.model_files import fingerprint, open_model
-from gpu_worker.loading.source import Shard
+from gpu_worker.loading.source import Fp8, Shard
 from gpu_worker.runner import Description
 from gpu_worker.settings import WorkerSettings
 from protocol.tokenizer_files import bundle_hash
+
+log = logging.getLogger("worker")
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEAD_DIMS = (32, 64, 96, 128, 256)
@@ -35,8 +39,7 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     length = settings.max_model_len or min(4096, config.max_length)
     if length > config.max_length:
         raise LoadError(f"max_model_len {length} is more than the {config.max_length} tokens the model was made for")
-    if config.family != "mistral":  # whose window is every layer's; the kernels know it
-        config.check_length(length)
+    config.check_length(length)
     if settings.kv_cache_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
         raise LoadError(f"--kv-cache-dtype fp8 needs compute capability 8.9, which {torch.cuda.get_device_name(device)} has not{OTHERWISE}")
     if settings.max_num_seqs > 1024:
@@ -57,6 +60,8 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     try:
         source = files.tensors(device, dtype)
         weights = load_weights(source, config, device, dtype, Shard())
+        if config.quantization is not None and not isinstance(weights.layers[-1].qkv, Fp8):
+            log.warning("torch multiplies no such fp8 weights on this card with --dtype %s: they are kept in 16 or 32 bits", settings.dtype)
         fp8_cache = None
         if settings.kv_cache_dtype == "fp8":
             fp8_cache = torch.tensor([(*units, 0.0, 0.0) for units in kv_scales(source, config.layers)], device=device)
