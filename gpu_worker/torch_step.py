@@ -85,9 +85,8 @@ class TorchStep:
             max_step_tokens=settings.step_tokens(cpu=device.type == "cpu"),
             vocab_size=config.vocab_size,
         )
-        scoring = config.scoring if isinstance(config, TransformersConfig) else None
         fp8 = Fp8Cache(dtype, _kv_scales(files, device, dtype)) if fp8_cache else None
-        attention = make_backend(settings.attention, cache, shape, config.heads, scoring, fp8)
+        attention = make_backend(settings.attention, cache, shape, config.heads, config.layer_scoring(), fp8)
         dtype_name = str(dtype).removeprefix("torch.")
         description = Description(
             model=files.name,

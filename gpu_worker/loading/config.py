@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gpu_worker.attention.scoring import Scoring, plain
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.quantization import Quantization
 from gpu_worker.loading.quantization import from_json as quantization_from_json
@@ -66,6 +67,10 @@ class DecoderSizes:
     def check_length(self, max_model_len: int) -> None:
         """Raise LoadError if sequences of this length need what the model code does not do."""
 
+    def layer_scoring(self) -> tuple[Scoring, ...]:
+        """How each layer scores keys."""
+        return plain(self.layers, self.head_dim)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(DecoderSizes):
@@ -83,11 +88,16 @@ class ModelConfig(DecoderSizes):
     quantization: Quantization | None = None
 
     def check_length(self, max_model_len: int) -> None:
-        if self.sliding_window and max_model_len > self.sliding_window:
+        if self.sliding_window and self.family != "mistral" and max_model_len > self.sliding_window:
             raise LoadError(
-                f"sliding-window attention is not supported: this model attends to {self.sliding_window} tokens; "
+                f"sliding-window attention is not supported for a {self.family}: this model attends to {self.sliding_window} tokens; "
                 f"serve it with --max-model-len {self.sliding_window}"
             )
+
+    def layer_scoring(self) -> tuple[Scoring, ...]:
+        """A Mistral's window is every layer's."""
+        window = self.sliding_window if self.family == "mistral" else 0
+        return (Scoring(self.head_dim**-0.5, window),) * self.layers
 
 
 def architecture(config: Mapping[str, Any]) -> str:

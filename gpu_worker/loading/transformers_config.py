@@ -46,6 +46,9 @@ class TransformersConfig(DecoderSizes):
                 f"{self.architecture} is served up to {self.limit} tokens only, because of {self.limited_by}: --max-model-len {self.limit}"
             )
 
+    def layer_scoring(self) -> tuple[Scoring, ...]:
+        return self.scoring
+
     def for_transformers(self) -> PretrainedConfig:
         """A new configuration object of transformers. Raises LoadError."""
         return _config(json.loads(self.raw), self.architecture)

@@ -158,8 +158,8 @@ def test_a_missing_field_is_named() -> None:
         configs.from_json({k: v for k, v in TINY.items() if k != "hidden_size"})
 
 
-def test_a_sliding_window_shorter_than_the_context_is_refused_with_what_helps() -> None:
-    config = configs.from_json({**TINY, "architectures": ["MistralForCausalLM"], "sliding_window": 128})
+def test_a_window_of_some_layers_that_is_shorter_than_the_context_is_refused_with_what_helps() -> None:
+    config = configs.from_json({**TINY, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": True})
     config.check_length(128)
     with pytest.raises(LoadError, match="--max-model-len 128"):
         config.check_length(129)

@@ -48,6 +48,7 @@ CASES = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral with a window": ("Mistral", {"sliding_window": 25}),
     "qwen2": ("Qwen2", {}),
     "qwen2, yarn": (
         "Qwen2",
@@ -74,7 +75,7 @@ def _logits(folder: Path, ids: list[int], maker: LinearMaker) -> torch.Tensor:
     files = open_model(WorkerSettings(run_dir=folder, model=str(folder)))
     config = files.config
     shape = CacheShape(config.layers, 8, config.kv_heads, 16, config.head_dim)
-    attention = TorchAttention(new_cache(shape, CPU, torch.float32), shape, config.heads)
+    attention = TorchAttention(new_cache(shape, CPU, torch.float32), shape, config.heads, config.layer_scoring())
     model = Llama(config, load_weights(config, files.tensors(CPU, torch.float32), maker), 128, CPU)
     half = len(ids) // 2
     outputs = []
