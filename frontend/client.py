@@ -58,7 +58,9 @@ class Client:
         self.spans: RequestSpans | None = None  # a process puts these here if requests are traced
         self._labels: dict[str, str] = {}  # of series, by model
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
-        self._tokenizers = Tokenizers(self.journal, self.offload, self._pump)
+        self._tokenizers = Tokenizers(self.journal, self.offload, self._pump, lambda: self.changed())
+        self._was_open = False
+        self.changed: Callable[[], None] = lambda: None  # called when `why_not_ready` may say otherwise; a process puts its own here
         self._streams: set[Stream] = set()
 
     async def start(self) -> None:
@@ -234,7 +236,11 @@ class Client:
             for entry in touched.values():
                 if isinstance(entry.listener, Stream):
                     entry.listener.touch(entry, now)
+        changed = self.journal.models_changed or self.journal.is_open != self._was_open
+        self._was_open = self.journal.is_open
         self._tokenizers.follow()
+        if changed:
+            self.changed()
 
     def _revive(self, submit: Submit) -> NewRequest:
         info = self.journal.models.get(submit.model)

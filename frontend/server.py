@@ -153,6 +153,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         settings.telemetry or process.rundir.telemetry, "frontend", settings.name, process.incarnation, os.getpid(), context
     )
     client.link.trace = publisher.trace
+    client.changed = lambda: _say_state(client, process)
     traces = tracer(settings.otlp_traces_endpoint, "frontend", settings.name, client.counters)
     if traces is not None:
         client.spans = RequestSpans(traces)
@@ -197,6 +198,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             raise CannotRun(f"tokenizer {settings.tokenizer}: {error}") from None
         loop.add_reader(process.stop_fd, stop)
         loop.add_reader(process.drain_fd, drain)
+        _say_state(client, process)
         beat = loop.create_task(_beat(app, process, publisher))
         if settings.listen_fd >= 0:
             await _ready_to_accept(client, process)
@@ -228,12 +230,15 @@ async def _ready_to_accept(client: Client, process: Service) -> None:
         await asyncio.sleep(0.02)
 
 
+def _say_state(client: Client, process: Service) -> None:
+    if not (process.stopping.is_set() or process.draining.is_set()):
+        process.state("waiting" if client.why_not_ready() else "ready")
+
+
 async def _beat(app: Starlette, process: Service, publisher: Publisher) -> None:
-    """Once a second: tell what state this is, keep waiting clients alive, publish figures."""
+    """Once a second: keep waiting clients alive, publish figures."""
     client: Client = app.state.client
     while True:
-        if not (process.stopping.is_set() or process.draining.is_set()):
-            process.state("waiting" if client.why_not_ready() else "ready")
         client.quiet_streams(KEEP_ALIVE)
         _publish(app, publisher)
         await asyncio.sleep(BEAT)

@@ -20,12 +20,16 @@ Offload = Callable[[Callable[[], Tokenizer]], Awaitable[Tokenizer]]
 
 
 class Tokenizers:
-    """Kept by the hash of their files. `offload` runs work in a thread; `pump` sends what the journal was asked for."""
+    """Kept by the hash of their files.
 
-    def __init__(self, journal: Journal, offload: Offload, pump: Callable[[], None]) -> None:
+    `offload` runs work in a thread; `pump` sends what the journal was asked for; `came` is called when one is here.
+    """
+
+    def __init__(self, journal: Journal, offload: Offload, pump: Callable[[], None], came: Callable[[], None]) -> None:
         self._journal = journal
         self._offload = offload
         self._pump = pump
+        self._came = came
         self._own: Tokenizer | None = None  # read from a path, used for every model
         self.by_hash: dict[bytes, Tokenizer] = {}  # those that are here
         self._building: set[asyncio.Task[None]] = set()
@@ -80,6 +84,7 @@ class Tokenizers:
             if bundle_hash(bundle) != fetch.tokenizer:
                 raise ValueError("their hash is not the one that the worker announced")
             self.by_hash[fetch.tokenizer] = await self._offload(lambda: Tokenizer.from_bundle(bundle))
+            self._came()
         except ValueError as error:
             log.error("the tokenizer files cannot be used: %s", error)
             await asyncio.sleep(RETRY_FETCH)

@@ -182,3 +182,17 @@ def test_an_idle_client_sleeps_between_its_heartbeats(folder):
 
     with scheduler_thread(endpoint(folder), Engine()):
         assert run(folder, scenario, times=Times()) <= 6  # it answers the scheduler's heartbeats, and needs none of its own
+
+
+def test_it_is_told_at_once_when_requests_can_be_taken_and_when_they_no_longer_can(folder):
+    async def scenario(client: Client) -> None:
+        told = [False]
+        client.changed = lambda: told.append(not client.why_not_ready())
+        for _ in range(2):
+            with scheduler_thread(endpoint(folder), Engine()):
+                await until(lambda: not client.why_not_ready())
+                assert told[-1]
+            await until(client.why_not_ready)
+            assert not told[-1]
+
+    run(folder, scenario)
