@@ -67,6 +67,11 @@ FIELDS = {
     "user": IGNORED,
 }
 
+NARROWER = {  # by body, where a field takes less than elsewhere
+    "GenerateBody": {"prompt": "a text", "max_tokens": "of the output"},
+    "TokenizeBody": {"prompt": "a text; either this or `messages`"},
+}
+
 INTRO = """# The HTTP API
 
 OpenAI's, and what vLLM adds to it; made from the types that decode requests (`make docs`), as `/openapi.json` is. A field
@@ -96,17 +101,19 @@ def api_page() -> str:
             rows.append((code(f"{method.upper()} {path}"), operation["summary"]))
             if "requestBody" in operation:
                 reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-                sections += [f"## POST {path}", "", operation["summary"], "", *_fields(schemas[reference.rpartition("/")[2]]), ""]
-    sections += ["## Stream options", "", *_fields(schemas["StreamOptions"]), "", MESSAGES]
+                body = reference.rpartition("/")[2]
+                sections += [f"## POST {path}", "", operation["summary"], "", *_fields(schemas, body), ""]
+    sections += ["## Stream options", "", *_fields(schemas, "StreamOptions"), "", MESSAGES]
     return "\n".join([INTRO, *table(("path", ""), rows), "", *sections])
 
 
-def _fields(schema: dict[str, Any]) -> list[str]:
+def _fields(schemas: dict[str, Any], body: str) -> list[str]:
+    schema, texts = schemas[body], {**FIELDS, **NARROWER.get(body, {})}
     rows = []
     for name, field in schema["properties"].items():
         default = field.get("default")
         required = "*required*" if name in schema.get("required", ()) else "" if default is None else code(str(default).lower())
-        rows.append((code(name), FIELDS.get(name, ""), _type(field), required))
+        rows.append((code(name), texts.get(name, ""), _type(field), required))
     return table(("field", "", "type", "default"), rows)
 
 

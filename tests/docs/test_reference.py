@@ -98,6 +98,8 @@ def test_every_field_of_the_api_has_a_text(generate: typing.Callable[[str], Modu
     fields = {field for name, schema in schemas.items() if name != "Error" for field in schema["properties"]}
     assert fields - texts.keys() == set(), "write into docs/generate/api_page.py what these mean"
     assert texts.keys() - fields == set(), "the API has these no more"
+    narrower = generate("api_page").NARROWER
+    assert all(narrower[body].keys() <= schemas[body]["properties"].keys() for body in narrower)
     page: str = generate("api_page").api_page()
     assert all(f"`{path}`" in page for path in ("POST /v1/completions", "GET /v1/models", "POST /tokenize"))
 
