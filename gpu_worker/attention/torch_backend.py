@@ -22,12 +22,10 @@ import torch
 from gpu_worker.attention.interface import CacheShape, Rows, cache_rows
 from gpu_worker.attention.scoring import Scoring, plain
 from gpu_worker.attention.stores import Fp8Cache, new_store
+from gpu_worker.attention.units import QUERIES, TILE, UNIT_BYTES, Units, round_up
 
-TILE = 128  # keys of a tile
-_PART = 32  # keys that are gathered at once, at most; divides every number of keys in `_round_up`
-_QUERIES = (1, 8, 64)  # queries of a unit; the last is also how a long prefill is cut
+_PART = 32  # keys that are gathered at once, at most; divides every number of keys in `round_up`
 _SMALL = 1 << 18  # elements of scratch memory up to which one thread is faster than several
-_GROUP_BYTES = 8 << 20  # of keys, values and scores at once: they stay in the processor's cache
 
 _Ints = npt.NDArray[np.int64]
 
@@ -37,7 +35,7 @@ class _Group:
     """Units (a row's queries, up to 64 of them) that are computed together: as many queries, as many keys.
 
     M is the number of query rows of one key/value head: queries × heads that share it, padded to a multiple of 4.
-    Batch is units · kv_heads. What a layer computes lies in the backend's scratch memory, and every view of it that a layer
+    Batch is units · kv_heads. What a layer computes lies in scratch memory, and every view of it that a layer
     needs is made here once: making one takes as long as a small operation.
     """
 
@@ -54,6 +52,9 @@ class _Group:
     veiled: torch.Tensor  # [units, kv_heads, M, late keys]: the part of `scores` that holds keys which some query does not see
     veil: torch.Tensor  # [units, 1, M or 1, late keys]: −∞ for a key that a query does not see, else 0
     weights: torch.Tensor  # [batch, M, keys]
+    by_tile: torch.Tensor  # [batch, tiles, M, TILE]: the same
+    tiles: torch.Tensor  # [batch, tiles, M, TILE], where `by_tile` is copied to: `scores`, whose time is over
+    mixed_tiles: torch.Tensor  # [batch · tiles, M, head_dim]: `weights`, whose time is over
     mixed: torch.Tensor  # [batch, M, head_dim]
     answers: torch.Tensor  # the part of `mixed` that was asked for, of `asked`'s shape
     out: torch.Tensor  # [units · queries, heads · head_dim], where answers are copied to, for one layer after another
@@ -78,13 +79,14 @@ class TorchAttention:
         self._scoring = scoring or plain(shape.layers, shape.head_dim)
         self._heads = heads
         self._threads = self._used_threads = 1
-        self._per_kv = heads // shape.kv_heads
+        self._units = Units(heads, shape.kv_heads, shape.head_dim)
         self._part = math.gcd(shape.block_size, _PART)  # tokens of a cache row in the view below
         self._parts = shape.block_size // self._part
         self._store = new_store(cache, shape, self._part, fp8)
         self._dtype = self._store.dtype
         self._device = cache.device
-        self._scratch = torch.empty(0, dtype=self._dtype, device=self._device)
+        # Pages that no unit has used take no memory; one that needs more, of a very long row, gets it for its step.
+        self._scratch = torch.empty(UNIT_BYTES // 4, dtype=self._dtype, device=self._device)
         self._written = torch.empty(0, dtype=torch.int64)  # cache rows of each token's keys and values, token by token
         self._groups: dict[int, list[_Group]] = {}  # of each window
         self._all_real = True
@@ -104,11 +106,11 @@ class TorchAttention:
     def _plan(self, rows: Rows, first_token: _Ints) -> dict[int, list[_Group]]:
         longest = int((rows.starts + rows.counts).max(initial=0))
         cuts = {window: self._cut(rows, window) for window in {self._felt(s.window, longest) for s in self._scoring}}
-        needed = max((self._elements(len(units), *size) for cut in cuts.values() for *size, units in cut), default=0)
+        needed = max((self._units.elements(len(units), *size) for cut in cuts.values() for *size, units in cut), default=0)
         self._used_threads = 1 if needed <= _SMALL else self._threads
-        if needed > len(self._scratch):
-            self._scratch = torch.empty(needed, dtype=self._dtype, device=self._device)
-        groups = {window: [self._group(rows, first_token, window, *cut) for cut in cut] for window, cut in cuts.items()}
+        enough = needed <= len(self._scratch)
+        scratch = self._scratch if enough else torch.empty(needed, dtype=self._dtype, device=self._device)
+        groups = {window: [self._group(rows, first_token, scratch, window, *cut) for cut in cut] for window, cut in cuts.items()}
         return {s.window: groups[self._felt(s.window, longest)] for s in self._scoring}
 
     @staticmethod
@@ -122,47 +124,40 @@ class TorchAttention:
         for i in np.flatnonzero(~rows.dead).tolist():
             start, left = int(rows.starts[i]), int(rows.counts[i])
             while left:
-                n = min(left, _QUERIES[-1])
-                size = next(q for q in _QUERIES if q >= n)
                 first = max(0, start - window + 1) // TILE * TILE if window else 0
-                by_size.setdefault((size, _round_up(start + n - first)), []).append((i, start, n, first))
+                most = self._units.most_queries(round_up(start + min(left, QUERIES[-1]) - first)) if left > 1 else 1
+                n = min(left, most)
+                size = next(q for q in QUERIES if q >= n)
+                by_size.setdefault((size, round_up(start + n - first)), []).append((i, start, n, first))
                 start, left = start + n, left - n
         cut = []
         for (queries, keys), units in sorted(by_size.items()):
-            most = max(1, _GROUP_BYTES // (4 * self._elements(1, queries, keys)))
+            most = self._units.together(queries, keys)
             cut += [(queries, keys, np.array(units[at : at + most])) for at in range(0, len(units), most)]
         return cut
 
-    def _rows(self, queries: int) -> int:
-        """Query rows of one key/value head, M."""
-        return -(-queries * self._per_kv // 4) * 4
-
-    def _elements(self, units: int, queries: int, keys: int) -> int:
-        """Scratch memory of a group: keys, values, scores, weights, what they mix."""
-        dim, m = self._shape.head_dim, self._rows(queries)
-        return units * self._shape.kv_heads * (keys * (2 * dim + 2 * m) + m * dim)
-
-    def _group(self, rows: Rows, first_token: _Ints, window: int, queries: int, keys: int, units: _Ints) -> _Group:
+    def _group(self, rows: Rows, first_token: _Ints, scratch: torch.Tensor, window: int, queries: int, keys: int, units: _Ints) -> _Group:
         row, start, n, first = units.T
         nth = np.arange(queries)
         # queries beyond a unit's own repeat its last one
         position = start[:, None] + np.minimum(nth, n[:, None] - 1)  # [units, queries]
         tokens = first_token[row][:, None] + position - rows.starts[row][:, None]
-        kv_heads, dim, m = self._shape.kv_heads, self._shape.head_dim, self._rows(queries)
+        kv_heads, dim, m = self._shape.kv_heads, self._shape.head_dim, self._units.rows(queries)
         batch, tiles = len(row) * kv_heads, -(-keys // TILE)
         padded = torch.zeros(batch, m, dim, dtype=self._dtype, device=self._device)
-        sizes = (2 * batch * keys * dim, batch * m * keys, batch * m * keys, batch * m * dim)
-        gathered, scores, weights, mixed = torch.split_with_sizes(self._scratch[: sum(sizes)], sizes)
+        sizes = self._units.sizes(len(row), queries, keys)
+        gathered, scores, weights, mixed = torch.split_with_sizes(scratch[: sum(sizes)], sizes)
+        weights, mixed_tiles = weights[: len(scores)], weights[: batch * tiles * m * dim]
         keys_gathered, values_gathered = gathered.view(2, batch, keys, dim)
         late = 0 if window else int(start.min()) + 1  # keys before this one are seen by all
         key = first[:, None, None, None] + np.arange(late, keys)
         at = self._by_query_row(position, m)[:, None, :, None]
-        veil = np.where((key > at) | (key <= at - window if window else False), -np.inf, 0.0)
+        veil = np.where((key > at) | (key <= at - window if window else False), np.float32(-np.inf), np.float32(0))
 
         def by_query(x: torch.Tensor) -> torch.Tensor:
             """[units, queries, kv_heads, heads per kv_head, dim] of [batch, M, dim]; one query has no dimension of its own."""
-            asked = x.view(len(row), kv_heads, m, dim)[:, :, : queries * self._per_kv]
-            return asked if queries == 1 else asked.view(len(row), kv_heads, queries, self._per_kv, dim).transpose(1, 2)
+            asked = x.view(len(row), kv_heads, m, dim)[:, :, : queries * self._units.per_kv]
+            return asked if queries == 1 else asked.view(len(row), kv_heads, queries, self._units.per_kv, dim).transpose(1, 2)
 
         asked = by_query(padded)
         out = torch.empty(tokens.size, self._heads * dim, dtype=self._dtype, device=self._device)
@@ -180,6 +175,9 @@ class TorchAttention:
             veiled=scores.view(len(row), kv_heads, m, keys)[..., late:],
             veil=torch.from_numpy(veil).to(self._device, self._dtype),
             weights=weights.view(batch, m, keys),
+            by_tile=weights.view(batch, m, tiles, -1).transpose(1, 2),
+            tiles=scores.view(batch, tiles, m, -1),
+            mixed_tiles=mixed_tiles.view(batch * tiles, m, dim),
             mixed=mixed.view(batch, m, dim),
             answers=by_query(mixed.view(batch, m, dim)),
             out=out,
@@ -190,7 +188,7 @@ class TorchAttention:
         """The position that each query row stands at, [units, M], or [units, 1] where all of a unit stand at one."""
         if position.shape[1] == 1:
             return position
-        by_row = np.repeat(position, self._per_kv, axis=1)
+        by_row = np.repeat(position, self._units.per_kv, axis=1)
         return np.pad(by_row, ((0, 0), (0, m - by_row.shape[1])), mode="edge")
 
     def _pages(self, rows: Rows, row: _Ints, end: _Ints, first: _Ints, keys: int) -> _Ints:
@@ -250,18 +248,6 @@ class TorchAttention:
         return group.out
 
     def _mix_tiles(self, group: _Group) -> None:
-        batch, m, keys = group.weights.shape
-        weights = group.weights.view(batch, m, -1, TILE).transpose(1, 2).reshape(-1, m, TILE)
-        tiles = torch.bmm(weights, group.values).view(batch, keys // TILE, m, -1)
-        torch.sum(tiles, dim=1, out=group.mixed)
-
-
-def _round_up(keys: int) -> int:
-    """64, 96, then 1, 2, 3, 4, 6, 8, 12, 16, 24, … tiles: units of like length are computed together."""
-    if keys <= TILE * 3 // 4:
-        return TILE // 2 if keys <= TILE // 2 else TILE * 3 // 4
-    tiles = -(-keys // TILE)
-    if tiles > 4:
-        power: int = 1 << (tiles - 1).bit_length()
-        tiles = power * 3 // 4 if tiles <= power * 3 // 4 else power
-    return tiles * TILE
+        group.tiles.copy_(group.by_tile)
+        torch.bmm(group.tiles.flatten(0, 1), group.values, out=group.mixed_tiles)
+        torch.sum(group.mixed_tiles.view(*group.tiles.shape[:2], *group.mixed.shape[1:]), dim=1, out=group.mixed)

@@ -15,7 +15,6 @@ CUDA_CONTEXT = 512 * MIB  # the driver's own, kernels and captured graphs: outsi
 CUDA_RESERVE = 512 * MIB  # what a worker keeps back for cuBLAS, graphs and tables when it counts its blocks
 CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, which torch allocates on a Hopper card
 CPU_PROCESS = 350 * MIB  # interpreter and libraries
-CPU_GATHER = 24 * MIB  # keys, values and scores that attention works in at once, at 4,096 tokens of context
 
 
 @dataclass(frozen=True)
@@ -214,18 +213,20 @@ def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
     logits = slots * c.vocab_size
     rotary = length * c.head_dim * 4
     tables = 4 * slots * -(-length // setup.block_size)
-    return (step + logits) * setup.element + rotary + tables + CUDA_WORKSPACE
+    rounded = tokens * max(c.hidden, c.q_size, c.intermediate) if c.quantization or setup.quantization == "fp8" else 0
+    return (step + logits) * setup.element + rounded + rotary + tables + CUDA_WORKSPACE
 
 
 def _torch_buffers(sizes: Sizes, setup: Setup) -> int:
-    """What attention gathers into, which is kept, and the largest step's temporaries in float32: a layer's at its widest, or the
-    logits, which come after the layers.
-
-    Measured with SmolLM2, 512 tokens in a step: 39, 43 and 113 MiB at 1, 16 and 256 sequences.
+    """What attention works in, which is kept, and the largest step's temporaries in float32: a layer's at its widest, or the
+    logits, which come after the layers; and the veils of late keys, a quarter of all where their number is rounded up most.
     """
-    c = sizes.config
+    from gpu_worker.attention.units import Units
+
+    c, length = sizes.config, length_limit(sizes, setup)
+    units = Units(c.heads, c.kv_heads, c.head_dim)
+    veils = setup.step_tokens * units.per_kv * (length // 4)
     attention = 3 * c.hidden + 3 * (c.q_size + 2 * c.kv_size) + c.q_size
     mlp = 3 * c.hidden + 6 * c.intermediate
-    step = setup.step_tokens * max(attention, mlp) * 4
-    logits = min(setup.max_num_seqs, setup.step_tokens) * c.vocab_size * 4 * 2
-    return CPU_GATHER + max(step, logits) + length_limit(sizes, setup) * c.head_dim * 4
+    logits = min(setup.max_num_seqs, setup.step_tokens) * c.vocab_size * 2
+    return 4 * (units.scratch(length) + veils + max(setup.step_tokens * max(attention, mlp), logits) + length * c.head_dim)

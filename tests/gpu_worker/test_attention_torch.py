@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_worker.attention import torch_backend, units
 from gpu_worker.attention.interface import CacheShape, Rows, new_cache
 from gpu_worker.attention.scoring import Scoring
 from gpu_worker.attention.torch_backend import TorchAttention
@@ -140,3 +141,36 @@ def test_a_dead_row_writes_to_the_dummy_page_alone() -> None:
     assert torch.allclose(out[[0, 2]].double(), torch.cat([sequences.reference(s, 30, 31) for s in (0, 2)]), atol=2e-6)
     changed = (cache != before).flatten(2).any(dim=2)[0].nonzero().flatten().tolist()
     assert set(changed) == {int(tables[0, 1]), int(tables[2, 1]), blocks}
+
+
+@pytest.mark.parametrize("heads", [(6, 2, 16), (8, 1, 64)])
+def test_less_scratch_memory_gives_the_same_bits_and_a_long_row_keeps_none(
+    heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = Sequences(2, *heads)
+    tables, blocks = _tables(2, 16)
+    steps = [[(0, 0, 300), (1, 0, 3)], [(0, 300, 400), (1, 3, 4)], [(0, 400, 650), (1, 4, 40)], [(0, 650, 651), (1, 40, 41)]]
+    ample, _ = sequences.attention(16, blocks)
+    told = [sequences.step(ample, rows, tables) for rows in steps]
+    assert ample._units.most_queries(700) == 64
+    for limit in (1 << 19, 1 << 17):  # units of 8 queries, of 1 that still takes more
+        monkeypatch.setattr(units, "UNIT_BYTES", limit)
+        monkeypatch.setattr(torch_backend, "UNIT_BYTES", limit)
+        scant, _ = sequences.attention(16, blocks)
+        for rows, expected in zip(steps, told, strict=True):
+            assert torch.equal(sequences.step(scant, rows, tables), expected)
+        assert scant._units.most_queries(768) < 64
+        assert len(scant._scratch) == limit // 4
+
+
+@pytest.mark.parametrize("heads", [(6, 2, 16), (8, 1, 64), (9, 3, 64)])
+def test_no_step_needs_more_scratch_memory_than_is_told_beforehand(heads: tuple[int, int, int]) -> None:
+    sequences = Sequences(2, *heads)
+    tables, blocks = _tables(2, 16)
+    attention, _ = sequences.attention(16, blocks)
+    attention._scratch.fill_(torch.nan)
+    for start, stop in ((0, 200), (200, 201), (201, 460), (460, 690), (690, 700)):
+        sequences.step(attention, [(0, start, stop), (1, start, stop)], tables)
+        used = int((~attention._scratch.isnan()).nonzero().max()) + 1
+        assert used <= attention._units.scratch(stop)
+    assert used > attention._units.scratch(stop) // 4, "the bound is of the same size"

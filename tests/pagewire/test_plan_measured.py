@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,16 @@ import pytest
 from pagewire.plan import Setup, estimate_memory
 
 BLOCKS = 600
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 2000,
+    "hidden_size": 576,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.mark.slow
@@ -18,7 +29,27 @@ BLOCKS = 600
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 @pytest.mark.parametrize(("dtype", "sequences"), [("auto", 256), ("float32", 16)])
 def test_the_plan_is_within_3_percent_of_what_a_worker_on_the_cpu_grows_by(dtype: str, sequences: int) -> None:
-    command = [sys.executable, "-m", "tests.pagewire.worker_memory", dtype, str(sequences), str(BLOCKS)]
-    printed = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, timeout=300, check=True).stdout
+    measured = grown(dtype, sequences, BLOCKS)
     planned = estimate_memory("", Setup(device="cpu", dtype=dtype, max_num_seqs=sequences)).total(BLOCKS)
-    assert abs(planned / int(printed) - 1) < 0.03, f"planned {planned >> 20} MiB, measured {int(printed) >> 20} MiB"
+    assert abs(planned / measured - 1) < 0.03, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("heads", [(16, 8, 128), (9, 3, 64)])
+def test_what_attention_takes_at_a_long_context_is_in_the_plan(heads: tuple[int, int, int], tmp_path: Path) -> None:
+    """A small model, of which a long row's keys and scores are the largest part."""
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | dict(zip(names, heads, strict=True))))
+    measured = grown("float32", 1, 256, str(tmp_path), 3900)
+    memory = estimate_memory(tmp_path, Setup(device="cpu", dtype="float32", max_num_seqs=1))
+    planned = memory.total(256)
+    assert memory.activations > planned / 3
+    assert abs(planned / measured - 1) < 0.2, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
+
+
+def grown(*arguments: object) -> int:
+    """Bytes that a process grew by that loaded a model and ran it."""
+    command = [sys.executable, "-m", "tests.pagewire.worker_memory", *map(str, arguments)]
+    return int(subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, timeout=300, check=True).stdout)

@@ -1,6 +1,9 @@
-"""Run as a program: load the packaged model on the CPU, run steps as large as they get, print what the process grew by.
+"""Run as a program: load a model on the CPU, run steps as large as they get, print what the process grew by.
 
-    python -m tests.pagewire.worker_memory DTYPE SEQUENCES BLOCKS
+    python -m tests.pagewire.worker_memory DTYPE SEQUENCES BLOCKS [FOLDER TOKENS]
+
+By default the packaged model, and prompts that are one step together; else random weights of a folder's config.json, and prompts of so
+many tokens.
 
 Anonymous memory only: the pages of the model's file are the system's, which drops them when it wants to.
 """
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu_worker.model_driver import generate, greedy, load_packaged
+from tests.gpu_worker.model_driver import generate, greedy, load, load_packaged
 
 
 def anonymous() -> int:
@@ -39,17 +42,19 @@ class Peak(threading.Thread):
         self.join()
 
 
-def main(dtype: str, sequences: int, blocks: int) -> None:
+def main(dtype: str, sequences: int, blocks: int, folder: str = "", tokens: int = 0) -> None:
     torch.bmm(torch.ones(2, 64, 64), torch.ones(2, 64, 64))  # libraries allocate for themselves when first used
     before = anonymous()
-    loaded = load_packaged(dtype, max_num_seqs=sequences, num_gpu_blocks=blocks)
+    settings = {"max_num_seqs": sequences, "num_gpu_blocks": blocks}
+    loaded = load(model=folder, load_format="dummy", dtype=dtype, **settings) if folder else load_packaged(dtype, **settings)
     peak = Peak()
     peak.start()
-    prompt = list(range(loaded.description.geometry.max_step_tokens // sequences))
-    generate(loaded, [prompt] * sequences, [greedy(2)] * sequences, [0] * sequences)
+    step = loaded.description.geometry.max_step_tokens
+    prompt = [token % 1000 for token in range(tokens or step // sequences)]
+    generate(loaded, [prompt] * sequences, [greedy(2)] * sequences, [0] * sequences, chunk=step)
     peak.stop()
     print(peak.most - before)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:5], *map(int, sys.argv[5:]))
