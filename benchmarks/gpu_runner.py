@@ -1,6 +1,6 @@
 """The runner on a card, in process: the rows of TARGETS' first table without links, scheduler or text.
 
-    python -m benchmarks.gpu_runner --shape FOLDER [--rows step,long,prefill,w1,shared] [--json OUT]
+    python -m benchmarks.gpu_runner --shape FOLDER [--rows step,long,prefill,w1,shared] [--pack-prefixes] [--json OUT]
 
 FOLDER holds a config.json; weights are random. The plans come from `gpu_player.py` with two steps in flight, so a figure
 holds the worker's main thread and the card, and nothing else: the goal's own figures go through three processes.
@@ -179,6 +179,7 @@ def main() -> None:
     for switch in ("graphs", "pdl", "few"):
         parser.add_argument(f"--no-{switch}", dest=switch, action="store_false")
     parser.add_argument("--few-attention", type=int, default=Options.few_attention)
+    parser.add_argument("--pack-prefixes", action="store_true", help="rows of their own in the file, …_packed")
     args = parser.parse_args()
     begin = time.perf_counter()
     config = from_json(json.loads((args.shape / "config.json").read_text()))
@@ -186,7 +187,8 @@ def main() -> None:
     weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    engine = Engine(config, weights, Options(graphs=args.graphs, pdl=args.pdl, few=args.few, few_attention=args.few_attention))
+    options = Options(graphs=args.graphs, pdl=args.pdl, few=args.few, few_attention=args.few_attention, pack_prefixes=args.pack_prefixes)
+    engine = Engine(config, weights, options)
     bench = Bench(engine)
     print(
         f"{args.shape.name}: weights {loaded - begin:.1f} s, engine {time.perf_counter() - loaded:.1f} s, {engine.geometry.blocks} blocks",
@@ -198,7 +200,9 @@ def main() -> None:
             work()
     if args.json:
         note = "the runner in process with hand-made plans, no links, scheduler, frontend or text; step rows are medians of 3"
-        add_rows(args.json, args.shape.name, {f"runner_{name}": round(figure, 4) for name, figure in bench.out.items()}, "gpu_runner", note)
+        end = "_packed" if args.pack_prefixes else ""
+        rows_found = {f"runner_{name}{end}": round(figure, 4) for name, figure in bench.out.items()}
+        add_rows(args.json, args.shape.name, rows_found, f"gpu_runner{end}", note)
 
 
 if __name__ == "__main__":

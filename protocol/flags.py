@@ -71,6 +71,7 @@ FLAGS: dict[str, Flag] = {
     "load_format": Flag("Format of the weights; dummy makes random ones.", choices=("auto", "safetensors", "gguf", "dummy")),
     "attention": Flag("Attention backend.", choices=("auto", "torch", "triton", "flash_attn")),
     "enforce_eager": Flag("Launch every step kernel by kernel, without CUDA graphs."),
+    "pack_prefixes": Flag("On a card, let sequences that share a prefix read it together in a decode step."),
     "block_size": Flag("Tokens of one KV block.", low=1, high=4096),
     "num_gpu_blocks": Flag("KV blocks on the device.", empty="what memory allows", low=0),
     "num_cpu_blocks": Flag("KV blocks in host memory, for swapping.", low=0),

@@ -69,7 +69,8 @@ class Engine:
             max_step_tokens=options.max_num_batched_tokens,
             vocab_size=config.vocab_size,
         )
-        self.state = DeviceState(self.geometry, self.device, spread, max(1, tile_rows // repeat))
+        pack = max(1, 16 // (config.heads // config.kv_heads)) if options.pack_prefixes else 1
+        self.state = DeviceState(self.geometry, self.device, spread, max(1, tile_rows // repeat), pack=pack)
         shape = (config.layers, blocks + 1, 2, config.kv_heads, options.block_size, config.head_dim)
         cache = torch.zeros(shape, dtype=cached, device=self.device)
         # mapped: kernels copy to and from it

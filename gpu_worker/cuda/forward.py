@@ -16,7 +16,7 @@ from gpu_worker.cuda.fp8 import Fp8Products
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
-from gpu_worker.cuda.state import TILE, DeviceState, least_tiles, max_items, split_limit
+from gpu_worker.cuda.state import MANY_ROWS, TILE, DeviceState, least_tiles, max_items, split_limit
 from gpu_worker.cuda.triton_kernel import TritonKernel
 from gpu_worker.cuda.weights import LayerWeights, Matrix, ModelWeights
 from gpu_worker.loading.config import ModelConfig
@@ -71,7 +71,7 @@ class Forward:
         self.logits, self.logits_width = self._logits[:, : config.vocab_size], self._logits.shape[1]
         self.repeat = config.heads // config.kv_heads
         self.padded_repeat = 1 << (self.repeat - 1).bit_length()
-        partials = state.max_items
+        partials = state.max_partials
         self.partial = torch.zeros(partials, config.kv_heads, self.padded_repeat, config.head_dim, device=device)
         self.partial_ml = torch.zeros(partials, config.kv_heads, 2, self.padded_repeat, device=device)
         self.arrivals = torch.zeros(g.slots, config.kv_heads, dtype=torch.int32, device=device)
@@ -111,6 +111,10 @@ class Forward:
         elementwise = Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))
         slots, inputs = "PPPPii", "PPPPPPPPP"
         self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiiiiiii", 1024, pdl=False)
+        self.k_prepare_packed = self.k_prepare
+        if self.state.pack > 1:
+            packing = Module.of("plan.cu", arch, {"PACK": self.state.pack})
+            self.k_prepare_packed = Kernel(packing, "prepare", slots + inputs + "PiiPiiiiiiiiiii", 1024, pdl=False)
         self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
         self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiiPiPii", 256, pdl=False)
         self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
@@ -145,6 +149,7 @@ class Forward:
             STAGES=2,
             QK_NORM=int(c.qk_norm),
             PDL=int(self.pdl),
+            PACKED=int(s.pack > 1),
             **sizes,
             **kind,
         )
@@ -178,7 +183,8 @@ class Forward:
         """Consume one ring entry: deltas, and `bucket` rows; for a decode step its inputs and work list, else the numbers of tokens and
         tiles that will be launched."""
         s, g = self.state, self.state.geometry
-        self.k_prepare(
+        kernel = self.k_prepare_packed if bucket >= MANY_ROWS else self.k_prepare
+        kernel(
             stream,
             (1, 1),
             *s.slots_arguments,
@@ -203,7 +209,7 @@ class Forward:
     def items(self, bucket: int) -> int:
         """Programs (per KV head) of the decode attention for a bucket."""
         g = self.state.geometry
-        return max_items(bucket, g.max_model_len, self.state.spread) if bucket else 0
+        return max_items(bucket, g.max_model_len, self.state.spread, self.state.pack) if bucket else 0
 
     def decode(self, stream: int, bucket: int, layers: Layers | None = None) -> None:
         """Embedding to logits of `bucket` rows, through all layers or those given."""

@@ -26,6 +26,7 @@ class Options:
     pdl: bool = True
     few: bool = True  # linear.cu for few tokens
     few_attention: int = 8  # rows up to which decode attention is decode_few.cu's
+    pack_prefixes: bool = False  # decode attention reads a prefix that neighbouring rows share once for several of them
 
 
 def blocks_that_fit(config: ModelConfig, options: Options, element: int, cached: int, free: int, total: int) -> int:

@@ -23,6 +23,7 @@ MAX_ASSIGNMENTS = 16384  # of one ring entry; a plan with more takes several
 MAX_COPIES = 8192  # blocks copied by one step
 MAX_CHUNK = 16  # tiles of an item, unless the work list would grow beyond its bound
 TILE = 64  # cached tokens in a tile of the decode attention's work list
+MANY_ROWS = 9  # rows from which on neighbours that share a prefix are served together, where that is wanted
 
 
 def is_decode(step: Step) -> bool:
@@ -46,25 +47,32 @@ def split_limit(rows: int, max_len: int, spread: int) -> int:
     return max(spread, min(rows * -(-max_len // TILE) // MAX_CHUNK, 2048))
 
 
-def max_items(rows: int, max_len: int, spread: int) -> int:
-    """Upper bound of the work list that `prepare` makes for `rows` sequences of at most `max_len` tokens each.
+def max_items(rows: int, max_len: int, spread: int, pack: int = 1) -> int:
+    """Upper bound of the work list that `prepare` makes for `rows` sequences of at most `max_len` tokens, up to `pack` of them a group.
 
-    Rows may share blocks: the size of the pool bounds nothing here.
+    Rows may share blocks: the size of the pool bounds nothing here. A group, which has two rows at least, may add an item.
     """
     finest = rows * -(-max_len // (least_tiles(rows) * TILE))
-    return max(min(rows + split_limit(rows, max_len, spread), finest), rows)
+    groups = rows // 2 if pack > 1 else 0
+    return max(min(rows + split_limit(rows, max_len, spread), finest), rows) + groups
+
+
+def max_partials(rows: int, max_len: int, spread: int, pack: int = 1) -> int:
+    """Upper bound of the partial results of such a list: a span of a group gives one to each of its rows."""
+    return max_items(rows, max_len, spread) + (rows if pack > 1 else 0)
 
 
 class DeviceState:
     """Tensors on the card and rings beside it. `slots` rows and a dummy one, whose blocks are all the dummy block."""
 
     def __init__(
-        self, geometry: Geometry, device: torch.device, spread: int, tile_tokens: int, entries: int = 16, results: int = 64
+        self, geometry: Geometry, device: torch.device, spread: int, tile_tokens: int, entries: int = 16, results: int = 64, pack: int = 1
     ) -> None:
+        """pack: rows that an item of the decode attention may serve; 1: its own."""
         g = self.geometry = geometry
         if g.slots > 1024:
             raise ValueError(f"max_num_seqs: {g.slots} is more than 1024, the rows that one block of `prepare` handles")
-        self.spread, self.tile_tokens = spread, tile_tokens
+        self.spread, self.tile_tokens, self.pack = spread, tile_tokens, pack
 
         def words(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -78,7 +86,9 @@ class DeviceState:
         self.max_tiles = -(-g.max_step_tokens // tile_tokens) + g.slots
         self.tiles = words(self.max_tiles, 2)
         self.logit_rows = words(g.slots)
-        self.max_items = max(max_items(rows, g.max_model_len, spread) for rows in range(1, g.slots + 1))
+        self.max_items, self.max_partials = (
+            max(bound(rows, g.max_model_len, spread, pack) for rows in range(1, g.slots + 1)) for bound in (max_items, max_partials)
+        )
         self.items = words(self.max_items, 8)
         self.step = words(8)
 

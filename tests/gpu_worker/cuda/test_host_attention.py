@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu_attention import work_list  # noqa: E402
 from gpu_worker.cuda.kernels.decode_attention import decode_attention  # noqa: E402
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention  # noqa: E402
+from protocol.columns import Int32  # noqa: E402
 from tests.gpu_worker.cuda.reference import error  # noqa: E402
 
 DEVICE = "cuda" if CARD else "cpu"
@@ -43,15 +44,21 @@ Scales = tuple[float, float] | None
 class Case:
     """Sequences of random keys and values in pages of random order; what nobody may read is NaN. fp32 throughout."""
 
-    def __init__(self, lengths: list[int], dim: int, repeat: int, window: int, cap: float, scales: Scales) -> None:
+    def __init__(
+        self, lengths: list[int], dim: int, repeat: int, window: int, cap: float, scales: Scales, common: list[int] | None = None
+    ) -> None:
+        """common: blocks that each sequence shares with the one before it."""
         self.lengths, self.dim, self.repeat, self.window, self.cap = lengths, dim, repeat, window, cap
         self.scales = scales
         self.heads, self.random = KV_HEADS * repeat, torch.Generator().manual_seed(dim + window)
         self.width = max(lengths) // PAGE + 1
         pages = len(lengths) * self.width
         order = torch.randperm(pages, generator=self.random).view(len(lengths), self.width)
-        self.table = order.int().to(DEVICE)
         kept = [self.kept(self.randn(2, KV_HEADS, n, dim)) for n in lengths]
+        for row, shared in enumerate(common or [], 1):
+            order[row, :shared] = order[row - 1, :shared]
+            kept[row][:, :, : shared * PAGE] = kept[row - 1][:, :, : shared * PAGE]
+        self.table = order.int().to(DEVICE)
         self.kv = [self.seen(kv) for kv in kept]
         cache = torch.full((pages, 2, KV_HEADS, PAGE, dim), math.nan)
         for n, kv, row in zip(lengths, kept, order, strict=True):
@@ -72,11 +79,14 @@ class Case:
         """And what that stands for."""
         return kept if self.scales is None else torch.stack([x * s for x, s in zip(kept, self.scales, strict=True)])
 
-    def forget(self, row: int, tokens: int) -> None:
-        """Poison a row's first tokens."""
+    def forget(self, seen_from: list[int]) -> None:
+        """Poison the tokens before these, a number a row, but not those that another row sees."""
         cache = self.cache if self.scales is None else self.cache.view(torch.uint8)
-        for token in range(tokens):
-            cache[self.table[row, token // PAGE], :, :, token % PAGE] = math.nan if self.scales is None else 0x7F
+        seen = torch.zeros(len(cache), PAGE, dtype=torch.bool)
+        for row, (first, n) in enumerate(zip(seen_from, self.lengths, strict=True)):
+            for token in range(first, n):
+                seen[self.table[row, token // PAGE], token % PAGE] = True
+        cache.transpose(1, 3)[~seen.to(DEVICE)] = math.nan if self.scales is None else 0x7F
 
     def want(self, q: torch.Tensor, first: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """float64: q [n, heads, dim] at positions from `first` on; keys and values [kv_heads, tokens, dim]."""
@@ -100,23 +110,28 @@ class Case:
 def test_decode_attention(dim: int, repeat: int, window: int, cap: float, scales: Scales) -> None:
     lengths = [0, 5, 64, 150, 331]  # cached tokens; the new one comes on top
     case = Case(lengths, dim, repeat, window, cap, scales)
+    check_decode(case, work_list(lengths, 1, 33))
+
+
+def check_decode(case: Case, work: Int32, packed: int = 0) -> None:
+    """A step of the case's sequences by the items `work` against float64, and what it leaves in the cache."""
+    lengths, dim, window, scales = case.lengths, case.dim, case.window, case.scales
     qkv = case.randn(len(lengths), case.heads + 2 * KV_HEADS, dim) * 3
     qkv[1, case.heads + KV_HEADS :] *= 1000 if scales else 1  # more than fp8 holds
     norms = [case.randn(dim).abs() for _ in range(2)]
     angles = case.randn(max(lengths) + 1, dim // 2)
-    items = torch.from_numpy(work_list(lengths, 1, 33)).to(DEVICE)
-    items = torch.cat((items, torch.tensor([[-1, 0, 0, 1, 0, 0, 0, 0]], dtype=torch.int32, device=DEVICE)))
-    for row, n in enumerate(lengths):
-        case.forget(row, max(0, n + 1 - window) if window else 0)
+    items = torch.cat((torch.from_numpy(work).to(DEVICE), torch.tensor([[-1, 0, 0, 1, 0, 0, 0, 0]], dtype=torch.int32, device=DEVICE)))
+    case.forget([max(0, n + 1 - window) if window else 0 for n in lengths])
     out = torch.full((len(lengths), case.heads * dim), math.nan, device=DEVICE)
     padded = case.constants()["RP"]
-    partial = torch.empty(len(items), KV_HEADS, padded, dim, device=DEVICE)
-    partial_ml = torch.empty(len(items), KV_HEADS, 2, padded, device=DEVICE)
+    partials = int((work[:, 5] + work[:, 3])[work[:, 3] > 0].max())
+    partial = torch.full((partials, KV_HEADS, padded, dim), math.nan, device=DEVICE)
+    partial_ml = torch.full((partials, KV_HEADS, 2, padded), math.nan, device=DEVICE)
     arrivals = torch.zeros(len(lengths), KV_HEADS, dtype=torch.int32, device=DEVICE)
     inputs = [x.contiguous().to(DEVICE) for x in (qkv, *norms, angles.cos(), angles.sin())]
     decode_attention[(KV_HEADS, len(items))](
         inputs[0], case.cache, case.table, items, out, partial, partial_ml, arrivals, *inputs[1:], dim**-0.5 * math.log2(math.e), EPS,
-        **case.constants(), TILE=64, STAGES=2, QK_NORM=1, PDL=0, num_warps=4,
+        **case.constants(), TILE=64, STAGES=2, QK_NORM=1, PDL=0, PACKED=packed, num_warps=4,
     )  # fmt: skip
 
     def turned(x: torch.Tensor, norm: torch.Tensor, position: int) -> torch.Tensor:
@@ -146,8 +161,7 @@ def test_prefill_attention_over_a_cached_prefix(dim: int, repeat: int, window: i
     lengths, counts = [40, 1, 200, 333], [40, 1, 37, 150]  # the last `count` tokens of each are the chunk
     case = Case(lengths, dim, repeat, window, cap, scales)
     firsts = [n - c for n, c in zip(lengths, counts, strict=True)]
-    for row, first in enumerate(firsts):
-        case.forget(row, max(0, first + 1 - window) if window else 0)
+    case.forget([max(0, first + 1 - window) if window else 0 for first in firsts])
     qkv = case.randn(sum(counts), case.heads + 2 * KV_HEADS, dim)
     offsets = np.cumsum([0, *counts])
     rows = [[i, f, c, c, o, 0, 0, 0] for i, (f, c, o) in enumerate(zip(firsts, counts, offsets[:-1].tolist(), strict=True))]
