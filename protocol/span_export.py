@@ -22,7 +22,6 @@ log = logging.getLogger("tracing")
 WAITING = 1 << 14  # spans that may wait
 BATCH = 128  # spans of one message: 4 ms of Python that other threads wait for
 EXPORT_EVERY = 1.0  # seconds
-DROPPED, UNSENT = "spans_dropped", "spans_unsent"
 
 
 class SpanQueue:
@@ -31,7 +30,7 @@ class SpanQueue:
     def __init__(self, provider: TracerProvider, exporter: SpanExporter, counters: Counters) -> None:
         self._exporter = exporter
         self._counters = counters
-        for name in (DROPPED, UNSENT):
+        for name in ("spans_dropped", "spans_unsent"):
             counters.add(name, 0)  # now: two threads count, and a dictionary that is being read must not grow
         self._ended = _Ended()
         provider.add_span_processor(self._ended)
@@ -44,7 +43,7 @@ class SpanQueue:
     def put(self, make: Callable[[], None]) -> None:
         """Let the thread make and end a span. Never waits."""
         if len(self._waiting) >= WAITING:
-            self._counters.add(DROPPED)
+            self._counters.add("spans_dropped")
             return
         self._waiting.append(make)
         if len(self._waiting) == BATCH:
@@ -76,7 +75,7 @@ class SpanQueue:
             log.exception("spans could not be exported")
             sent = False
         if not sent:
-            self._counters.add(UNSENT, len(batch))
+            self._counters.add("spans_unsent", len(batch))
 
 
 class _Ended(SpanProcessor):

@@ -50,7 +50,7 @@ def test_the_backend_sketched_has_the_interface_that_is_asked_for() -> None:
     reference = SOURCES[ROOT / "gpu_worker" / "attention" / "torch_backend.py"]
     assert [method.partition("(")[0] for method in methods] == ["__init__", "begin", "attend"]
     assert all(f"def {method}:" in interface for method in methods[1:])
-    assert re.search(r"def __init__\(self, cache: torch.Tensor, shape: CacheShape, heads: int", reference)
+    assert re.search(r"def __init__\(\s*self,\s*cache: torch.Tensor,\s*shape: CacheShape,\s*heads: int", reference)
 
 
 def load(name: str, source: str, folder: Path) -> ModuleType:

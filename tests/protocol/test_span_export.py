@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from protocol import span_export
 from protocol.counters import Counters
-from protocol.span_export import BATCH, DROPPED, UNSENT
+from protocol.span_export import BATCH
 from protocol.tracing import Tracer
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -79,11 +79,11 @@ def test_a_stuck_collector_holds_nobody_up_and_what_is_dropped_is_counted(collec
     for _ in range(3000):  # ends, although nothing is taken meanwhile
         made.span("s", CHOSEN, 1.0, 2.0)
     assert not collector.sizes
-    assert counters[DROPPED] > 0
+    assert counters["spans_dropped"] > 0
     collector.open.set()
-    eventually(lambda: sum(collector.sizes) + counters[DROPPED] == 3000)
+    eventually(lambda: sum(collector.sizes) + counters["spans_dropped"] == 3000)
     assert max(collector.sizes) <= BATCH
-    assert counters[UNSENT] == 0
+    assert counters["spans_unsent"] == 0
     made.close()
 
 
@@ -95,8 +95,8 @@ def test_what_the_collector_refuses_is_counted(collector: Collector) -> None:
     for _ in range(10):
         made.span("s", CHOSEN, 1.0, 2.0)
     made.close()
-    eventually(lambda: counters[UNSENT] == 10)
-    assert counters[DROPPED] == 0
+    eventually(lambda: counters["spans_unsent"] == 10)
+    assert counters["spans_dropped"] == 0
 
 
 def test_what_there_is_goes_out_at_the_end_but_nothing_of_traces_that_were_not_chosen(collector: Collector) -> None:
@@ -115,7 +115,7 @@ def test_a_span_that_cannot_be_made_ends_no_thread(collector: Collector) -> None
     counters = Counters()
     made = Tracer(collector.url, "frontend", "f", counters)
     made._queue.put(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    eventually(lambda: counters[UNSENT] == 1)
+    eventually(lambda: counters["spans_unsent"] == 1)
     made.span("next", CHOSEN, 1.0, 2.0)
     made.close()
     eventually(lambda: collector.names == ["next"])
