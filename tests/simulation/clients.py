@@ -16,8 +16,8 @@ from protocol.messages import SamplingParams, Submit
 from protocol.times import Times
 from tests.simulation.broken import ENDING, STREAM, Broken
 from tests.simulation.clock import Clock
+from tests.simulation.frontend_node import FrontendNode
 from tests.simulation.mixes import Mix
-from tests.simulation.nodes import FrontendNode
 
 if TYPE_CHECKING:
     from scheduler_svc.engine import Engine

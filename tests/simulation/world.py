@@ -21,9 +21,12 @@ from scheduler_svc.settings import SchedulerSettings
 from tests.simulation.broken import ACCOUNTS, CHARGE, CRASH, CREDIT, LINK, MESSAGE, PLAN, PROGRESS, REST, Broken
 from tests.simulation.clients import MOST_CHOICES, POISON, Clients, revive
 from tests.simulation.clock import Clock
+from tests.simulation.frontend_node import FrontendNode
 from tests.simulation.mixes import MIXES, Mix
 from tests.simulation.network import Network
-from tests.simulation.nodes import FrontendNode, Node, PeerNode, SchedulerNode, WorkerNode
+from tests.simulation.nodes import Node, PeerNode
+from tests.simulation.scheduler_node import SchedulerNode
+from tests.simulation.worker_node import WorkerNode
 
 RUN_DIR = Path("/nonexistent")
 CHECKED_EVERY = 16  # events
