@@ -64,6 +64,14 @@ def test_a_second_compilation_comes_from_the_cache_and_a_bad_macro_is_an_error(t
         compile_cubin("linear.cu", "sm_90a", Cut(1000, 100, 1, 2, 1, 8, 1).macros | {"MT": 1})
 
 
+@pytest.mark.parametrize("pack", [2, 5, 16])
+def test_a_work_list_with_groups_of_rows_compiles(pack: int) -> None:
+    plain = compile_cubin("plan.cu", "sm_90a", {})
+    assert compile_cubin("plan.cu", "sm_90a", {"PACK": 1}) == plain
+    assert compile_cubin("plan.cu", "sm_90a", {"PACK": pack}) != plain
+    assert compile_cubin("plan.cu", "sm_80", {"PACK": pack})
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_what_every_card_runs_compiles_for_other_generations(arch: str) -> None:
     for source in ("plan.cu", "elementwise.cu", "sampler.cu"):
