@@ -1,4 +1,3 @@
-from pagewire.cli import main
-from protocol.options import start
+from pagewire.cli import run
 
-start(main, "pagewire")
+run()

@@ -193,5 +193,10 @@ def keys(folder: Path, frontends: tuple[str, ...], workers: tuple[str, ...]) -> 
             click.echo(text)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The program `pagewire`."""
     start(main, "pagewire")
+
+
+if __name__ == "__main__":
+    run()

@@ -29,8 +29,8 @@ def drain(rundir: RunDir, name: str, timeout: float, say: Callable[[str], None])
     record = _find(rundir, name)
     if record.role not in DRAINS:
         raise RunDirError(f"{name} is a {record.role}: there is nothing to hand over; `pagewire roll {name}` restarts it")
-    if record.role == "worker" and not any(other.role == "worker" and other.name != name for other in rundir.services()):
-        say(f"{name} is the only worker of this run directory: unless another host has one, requests wait until one comes")
+    if not any(other.role == record.role and other.name != name for other in rundir.services()):
+        say(f"{name} is the only {record.role} of this run directory: unless another host has one, requests wait until one comes")
     if ask(rundir, "retire", name) is None:
         _signal(record, DRAIN_SIGNAL)
     if _until(lambda: not record.alive, timeout):

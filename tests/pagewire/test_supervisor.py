@@ -166,6 +166,7 @@ def test_a_drained_service_stays_away_until_it_is_started_again(run_dir: Path) -
         with pytest.raises(RunDirError, match="worker-0 has not been drained"):
             start(rundir, "worker-0", 10.0, said.append)
         assert drain(rundir, "worker-0", 10.0, said.append)
+        assert "is the only worker" in said[0]
         program.read_until("worker-0 (pid")
         with pytest.raises(RunDirError, match="no service 'worker-0'"):
             drain(rundir, "worker-0", 10.0, said.append)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,10 @@ def test_a_misspelt_one_is_named_with_the_nearest() -> None:
 
 def test_commands_say_so_and_do_not_tell_its_value(tmp_path: Path) -> None:
     env = {"PATH": "/bin:/usr/bin", "PAGEWIRE_RUN_DIR": str(tmp_path / "x"), "PAGEWIRE_RUNNR": "secret"}
-    done = subprocess.run([sys.executable, "-m", "pagewire", "ps"], env=env, capture_output=True, text=True, timeout=60, check=False)
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["pagewire"]
+    module, _, function = script.partition(":")
+    program = [sys.executable, "-c", f"import sys, {module} as module; sys.argv = ['pagewire', 'ps']; module.{function}()"]
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert (
         done.stderr.splitlines()[0]
         == "pagewire: the environment's PAGEWIRE_RUNNR is no setting and is ignored; did you mean PAGEWIRE_RUNNER?"
