@@ -8,7 +8,8 @@ from protocol.columns import unpack
 from scheduler_svc.blocks import BlockManager
 from scheduler_svc.requests import Choice
 from scheduler_svc.swap import HostBlocks
-from tests.scheduler_svc.play import FakeWorker, Stage
+from tests.scheduler_svc.fake_worker import FakeWorker
+from tests.scheduler_svc.play import Stage
 from tests.scheduler_svc.test_swap import PROMPT, stage_with, two_long, until_out
 
 

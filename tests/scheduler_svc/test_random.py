@@ -7,7 +7,9 @@ import random
 import pytest
 
 from protocol.columns import unpack
-from tests.scheduler_svc.play import FakeFrontend, FakeWorker, Stage, Stream
+from tests.scheduler_svc.fake_frontend import FakeFrontend, Stream
+from tests.scheduler_svc.fake_worker import FakeWorker
+from tests.scheduler_svc.play import Stage
 
 MIXES = {
     "calm": {},

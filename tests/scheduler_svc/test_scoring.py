@@ -8,7 +8,10 @@ import pytest
 
 from protocol.columns import pack, pack_floats, unpack
 from protocol.messages import Abort, Hello, Scored, Scores
-from tests.scheduler_svc.play import FakeFrontend, FakeWorker, Stage, Stream, expected_scores
+from tests.scheduler_svc.fake_frontend import FakeFrontend, Stream
+from tests.scheduler_svc.fake_worker import FakeWorker
+from tests.scheduler_svc.formulas import expected_scores
+from tests.scheduler_svc.play import Stage
 
 PROMPT = [1 + i % 50 for i in range(40)]
 

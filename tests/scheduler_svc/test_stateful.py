@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.scheduler_svc.play import FakeFrontend, FakeWorker, Stage, Stream
+from tests.scheduler_svc.fake_frontend import FakeFrontend, Stream
+from tests.scheduler_svc.fake_worker import FakeWorker
+from tests.scheduler_svc.play import Stage
 
 WORKERS = st.integers(0, 1)
 

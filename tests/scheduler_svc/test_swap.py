@@ -5,7 +5,10 @@ from __future__ import annotations
 from protocol.columns import unpack
 from protocol.messages import Plan
 from scheduler_svc.costs import Costs
-from tests.scheduler_svc.play import FakeFrontend, FakeWorker, Stage, Stream, digest, expected
+from tests.scheduler_svc.fake_frontend import FakeFrontend, Stream
+from tests.scheduler_svc.fake_worker import FakeWorker
+from tests.scheduler_svc.formulas import digest, expected
+from tests.scheduler_svc.play import Stage
 
 PROMPT = list(range(1, 9))  # two blocks of 4
 

@@ -10,7 +10,9 @@ from protocol.messages import NAN, Phase, Progress, Result, SamplingParams
 from scheduler_svc.preemption import preempt
 from scheduler_svc.requests import Choice, State
 from scheduler_svc.waiting import Queue
-from tests.scheduler_svc.play import FakeWorker, Stage, Stream
+from tests.scheduler_svc.fake_frontend import Stream
+from tests.scheduler_svc.fake_worker import FakeWorker
+from tests.scheduler_svc.play import Stage
 
 PROMPT = list(range(1, 19))
 
