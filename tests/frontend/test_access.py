@@ -13,8 +13,8 @@ from frontend.access import MAX_HEADERS, OPEN_PATHS, ApiKeys, check_exposure, ch
 from frontend.api.openapi import GETS, POSTS
 from frontend.api.routes import ROUTES
 from protocol.service import CannotRun
+from tests.frontend.asking import serve, submitted
 from tests.frontend.fakes import Engine, LocalClient
-from tests.frontend.test_http import serve, submitted
 
 ALICE, BOB = "alice-key-0123456789", "bob-key-0123456789"
 TABLE = Path(__file__).parents[2] / "docs" / "access.md"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from frontend.templates import ChatTemplate, TemplateError
+from tests.frontend.asking import chat, error, post, submitted
 from tests.frontend.fakes import Engine
-from tests.frontend.test_http import chat, error, post, submitted
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m['content'] }}{% endfor %}"
 WITH_CALLS = """\

@@ -12,8 +12,8 @@ from protocol.columns import pack, pack_floats
 from protocol.counters import Counters
 from protocol.messages import Abort, Done, PromptScores, Resumed, SamplingParams, Scores, Submit, Welcome
 from protocol.times import Times
+from tests.frontend.asking import chat, complete, error, events, submitted
 from tests.frontend.fakes import Engine
-from tests.frontend.test_http import chat, complete, error, events, submitted
 
 PROMPT = [11, 12, 13, 14, 15]
 WELCOME = Welcome(1, 7, 1, bytes(16), credit=100)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.frontend.asking import chat, complete, error, post, submitted
 from tests.frontend.fakes import Engine
-from tests.frontend.test_http import chat, complete, error, post, submitted
 
 SCHEMA = {"type": "object"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}

@@ -15,8 +15,8 @@ from frontend.client import Model
 from frontend.offline import SamplingParams, request_of
 from frontend.tokenizer import Tokenizer
 from protocol.tokenizer_files import byte_bundle
+from tests.frontend.asking import error, post
 from tests.frontend.fakes import MODEL, Engine
-from tests.frontend.test_http import error, post
 from tests.frontend.tokenizer_samples import BACKENDS, a_bundle, byte_level_backend, fallback_backend, metaspace_backend
 
 LONG = "a" * 513  # the fakes' context has 512 tokens, and each of their tokens is a byte
