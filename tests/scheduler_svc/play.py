@@ -62,6 +62,13 @@ class Stage:
         group[peer.session] = peer  # type: ignore[assignment]
         peer.open(self.now, **more)
 
+    def lose(self, worker: FakeWorker) -> None:
+        """The worker's session is over, and no other one is opened."""
+        self.workers.pop(worker.session)
+        worker.close(self.now)
+        self.deliver()
+        self.engine.check()
+
     def deliver(self) -> None:
         """Hand out what the engine says, and close what it wants closed."""
         engine = self.engine

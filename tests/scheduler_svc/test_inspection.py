@@ -6,9 +6,7 @@ import pytest
 
 from protocol.messages import Phase
 from scheduler_svc.inspection import REST
-from tests.scheduler_svc.play import Stage
-
-PROMPT = list(range(1, 19))
+from tests.scheduler_svc.play import PROMPT, Stage
 
 
 def counts(stage: Stage) -> tuple[int, int]:

@@ -10,9 +10,7 @@ import pytest
 from protocol.messages import Submit
 from scheduler_svc.requests import Choice, Request
 from tests.scheduler_svc.fake_frontend import FakeFrontend
-from tests.scheduler_svc.play import Stage
-
-PROMPT = list(range(1, 19))
+from tests.scheduler_svc.play import PROMPT, Stage
 
 
 @pytest.fixture(autouse=True)
