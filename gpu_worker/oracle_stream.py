@@ -12,7 +12,7 @@ runner; `expected` does the same in Python's integers, so that each checks the o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -103,18 +103,24 @@ def pairs(draw: int, token: int, alternatives: int) -> Pairs:
     return [(token, best), *(((token + 7 * i) % VOCAB, best - i / 4) for i in range(alternatives))]
 
 
+def _draw_one(state: int, position: int) -> int:
+    """The hash that decides the token at a position; `state`: the digest before it, with the seed."""
+    return _mix_one((_mix_one(state) + position * _BY_DRAW) & _MASK)
+
+
+def _digests(history: Sequence[int], length: int) -> Iterator[int]:
+    """D(p − 1) for each position p below `length`. The token at p is read afterwards: it may be appended meanwhile."""
+    prefix = digest = 0
+    for position, weight in enumerate(weights(length).tolist()):
+        yield digest
+        prefix = (prefix + _mix_one((position * _BY_POSITION + history[position] * _BY_TOKEN) & _MASK)) & _MASK
+        digest = (digest + prefix * weight) & _MASK
+
+
 def expected_prompt_logprobs(prompt: Sequence[int], alternatives: int) -> list[Pairs]:
     """The (id, logprob) pairs of each prompt token but the first, its own first."""
-    weight = weights(len(prompt)).tolist()
-    prefix = digest = 0
-    made: list[Pairs] = []
-    for position, token in enumerate(prompt):
-        if position:
-            draw = _mix_one((_mix_one(digest) + position * _BY_DRAW) & _MASK)
-            made.append(pairs(draw, token, alternatives))
-        prefix = (prefix + _mix_one((position * _BY_POSITION + token * _BY_TOKEN) & _MASK)) & _MASK
-        digest = (digest + prefix * weight[position]) & _MASK
-    return made
+    digests = enumerate(_digests(prompt, len(prompt)))
+    return [pairs(_draw_one(digest, position), prompt[position], alternatives) for position, digest in digests if position]
 
 
 def seed_used(seed: int, temperature: float) -> int:
@@ -138,19 +144,15 @@ def expected_with_logprobs(
     seed = seed_used(seed, temperature)
     history = [*prompt, *known]
     length = len(prompt) + max_tokens
-    weight = weights(max(length, len(history))).tolist()
-    prefix = digest = 0
     made: list[tuple[int, Pairs]] = []
-    for position in range(length):
+    for position, digest in enumerate(_digests(history, length)):
         if position >= len(history):
-            draw = _mix_one((_mix_one(digest ^ seed) + position * _BY_DRAW) & _MASK)
+            draw = _draw_one(digest ^ seed, position)
             token = pick_one(draw, history[-1], stops if position - len(prompt) < min_tokens else ())
             history.append(token)
             made.append((token, pairs(draw, token, logprobs)))
             if token in stops:
                 break
-        prefix = (prefix + _mix_one((position * _BY_POSITION + history[position] * _BY_TOKEN) & _MASK)) & _MASK
-        digest = (digest + prefix * weight[position]) & _MASK
     return made
 
 
