@@ -124,6 +124,7 @@ def test_without_packing_the_list_is_that_of_single_rows(batch: tuple[list[int],
     assert items[:, 4].tolist() == list(range(len(items)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [4, 8])
 def test_a_burst_over_one_prefix_reads_it_once_for_every_full_group(pack: int) -> None:
     burst = Families([(128, 2048 + 64 + i % 7) for i in range(250)])
