@@ -1,6 +1,7 @@
 """The runner on a card, in process: the rows of TARGETS' first table without links, scheduler or text.
 
-    python -m benchmarks.gpu_runner --shape FOLDER [--rows step,long,prefill,w1,shared] [--pack-prefixes] [--json OUT]
+    python -m benchmarks.gpu_runner --shape FOLDER [--rows step,long,prefill,w1,shared] [--top-p P [--filter-kernel]]
+        [--pack-prefixes] [--json OUT]
 
 FOLDER holds a config.json; weights are random. The plans come from `gpu_player.py` with two steps in flight, so a figure
 holds the worker's main thread and the card, and nothing else: the goal's own figures go through three processes.
@@ -33,8 +34,9 @@ ROWS = ("step", "long", "prefill", "w1", "shared")
 class Bench:
     """An engine and a player, and what they measured."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, sampling: dict[str, float]) -> None:
+        """sampling: of `steps`, `long` and prefills; none is greedy."""
+        self.engine, self.sampling = engine, sampling
         self.player = Player(engine)
         self.rng = np.random.default_rng(0)
         self.out: dict[str, float] = {}
@@ -46,7 +48,7 @@ class Bench:
         """Prefill and `steps − 1` decode steps; wall seconds of all, of the prefill, and the sequences, whose blocks stay."""
         p = self.player
         start = time.perf_counter()
-        new = [p.add(t, steps, reuse=reuse[i] if reuse else None) for i, t in enumerate(prompts)]
+        new = [p.add(t, steps, reuse=reuse[i] if reuse else None, **self.sampling) for i, t in enumerate(prompts)]
         seqs = [s for s, _ in new]
         p.prefill(new)
         if steps == 1:
@@ -179,6 +181,8 @@ def main() -> None:
     for switch in ("graphs", "pdl", "few"):
         parser.add_argument(f"--no-{switch}", dest=switch, action="store_false")
     parser.add_argument("--few-attention", type=int, default=Options.few_attention)
+    parser.add_argument("--top-p", type=float, default=1.0, help="drawn at temperature 1 instead of greedy; rows of their own, …_top_p")
+    parser.add_argument("--filter-kernel", action="store_true", help="filters by a kernel of ours; rows of their own, …_kernel")
     parser.add_argument("--pack-prefixes", action="store_true", help="rows of their own in the file, …_packed")
     args = parser.parse_args()
     begin = time.perf_counter()
@@ -187,9 +191,9 @@ def main() -> None:
     weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    options = Options(graphs=args.graphs, pdl=args.pdl, few=args.few, few_attention=args.few_attention, pack_prefixes=args.pack_prefixes)
-    engine = Engine(config, weights, options)
-    bench = Bench(engine)
+    switches = {name: getattr(args, name) for name in ("graphs", "pdl", "few", "few_attention", "filter_kernel", "pack_prefixes")}
+    engine = Engine(config, weights, Options(**switches))
+    bench = Bench(engine, {"temperature": 1.0, "top_p": args.top_p} if args.top_p < 1 else {})
     print(
         f"{args.shape.name}: weights {loaded - begin:.1f} s, engine {time.perf_counter() - loaded:.1f} s, {engine.geometry.blocks} blocks",
         flush=True,
@@ -200,7 +204,8 @@ def main() -> None:
             work()
     if args.json:
         note = "the runner in process with hand-made plans, no links, scheduler, frontend or text; step rows are medians of 3"
-        end = "_packed" if args.pack_prefixes else ""
+        kinds = {"_packed": args.pack_prefixes, "_top_p": args.top_p < 1, "_kernel": args.filter_kernel}
+        end = "".join(name for name, on in kinds.items() if on)
         rows_found = {f"runner_{name}{end}": round(figure, 4) for name, figure in bench.out.items()}
         add_rows(args.json, args.shape.name, rows_found, f"gpu_runner{end}", note)
 

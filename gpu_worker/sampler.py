@@ -10,6 +10,7 @@ waits for a device. On the CPU, where looking costs nothing, work that turns out
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class _Filters:
+class Filters:
     """Rows with a filter; parameters of shape [rows, 1] beside them."""
 
     rows: torch.Tensor  # int64, in the logits
@@ -46,6 +47,8 @@ class _Filters:
     largest_k: int  # 0: none
     with_p: torch.Tensor  # int64, in `rows`
     p: torch.Tensor  # float64
+    every_k: torch.Tensor  # int32 [rows], 0: off
+    every_p: torch.Tensor  # float32 [rows], 1: off
     p_within: int  # so many best tokens hold whatever top-p keeps, but for some equal to the last of them; 0: none
 
 
@@ -66,15 +69,19 @@ class _Rows:
 
     slots: torch.Tensor  # int64 [n]
     reported: Reported | None
-    filters: _Filters | None
+    filters: Filters | None
     draws: _Draws | None
 
 
 class Sampler:
     """The sampling parameters of every slot, set when a record is bound."""
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, slots: int, vocab_size: int, device: torch.device, filter: Callable[[torch.Tensor, Filters], None] | None = None
+    ) -> None:
+        """filter: what does the work of `filter_logits`, by default that."""
         self._device = device
+        self._filter = filter or filter_logits
         self._vocab_size = vocab_size
         self._edits = LogitEdits(slots, vocab_size, device)
         self._temperature = np.zeros(slots, np.float32)
@@ -118,7 +125,7 @@ class Sampler:
             logits.masked_fill_(~_bits(mask, logits.shape[1]), -torch.inf)
         self._edits.apply(logits, slots, positions)
         if rows.filters is not None:
-            _filter(logits, rows.filters)
+            self._filter(logits, rows.filters)
         return found
 
     def draw(self, logits: torch.Tensor, slots: Int32, positions: Int32) -> torch.Tensor:
@@ -181,6 +188,8 @@ class Sampler:
             "kth": k[with_k, None] - 1,
             "with_p": with_p,
             "p": p[with_p, None].astype(np.float64),
+            "every_k": k.astype(np.int32),
+            "every_p": p,
         }
         t = dict(zip(spread, upload(self._device, *spread.values()), strict=True))
         reported, draws, filters = None, None, None
@@ -190,7 +199,7 @@ class Sampler:
             draws = _Draws(drawn.astype(np.int32), t["drawn"], t["drawn_temperature"], t["low"], t["high"])
         if len(filtered):
             within = int(np.where(k[with_p] > 0, k[with_p], self._vocab_size).max(initial=0))
-            filters = _Filters(
+            filters = Filters(
                 rows=t["filtered"],
                 temperature=t["temperature"],
                 log_min_p=t["log_min_p"],
@@ -199,6 +208,8 @@ class Sampler:
                 largest_k=int(k.max(initial=0)),
                 with_p=t["with_p"],
                 p=t["p"],
+                every_k=t["every_k"],
+                every_p=t["every_p"],
                 p_within=within,
             )
         return _Rows(t["slots"], reported, filters, draws)
@@ -213,7 +224,7 @@ def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best, at
 
 
-def _filter(logits: torch.Tensor, f: _Filters) -> None:
+def filter_logits(logits: torch.Tensor, f: Filters) -> None:
     """Put −∞ in place of the logits [n, vocab] that min-p, top-k and top-p do not leave."""
     rows = logits[f.rows]
     scaled = rows / f.temperature

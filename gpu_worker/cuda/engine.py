@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_worker.cuda.filter import FilterKernel
 from gpu_worker.cuda.forward import Forward, Layers
 from gpu_worker.cuda.general import Beside, General, report
 from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, likely_shapes, mixed_bucket
@@ -89,7 +90,7 @@ class Engine:
         self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
         self.graphs = Graphs(self._body, self.forward.layers, options.graphs)
         self._likely = likely_shapes(self.geometry) if options.capture_idle else []
-        self.general = General(self.state, self.forward)
+        self.general = General(self.state, self.forward, FilterKernel(self.forward.arch) if options.filter_kernel else None)
         self._pending: deque[_Running] = deque()
         self._room_in_results = threading.Semaphore(self.state.results - 2)
         self._next_result = 0

@@ -8,17 +8,19 @@ come here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from gpu_worker.cuda.state import MAX_STOP_IDS, DeviceState
 from gpu_worker.logit_edits import edits
 from gpu_worker.logprobs import Candidates, PromptScores, Reported, columns
 from gpu_worker.prompt_scores import asked
 from gpu_worker.runner import Outcome, Record, Step
-from gpu_worker.sampler import Sampler
+from gpu_worker.sampler import Filters, Sampler
 from gpu_worker.stops import StopIds
 from gpu_worker.transfer import Arrival, upload
 from protocol.columns import Int32
@@ -67,10 +69,11 @@ class Beside:
 class General:
     """The slots' parameters, and what is enqueued between a forward pass and the next for them."""
 
-    def __init__(self, state: DeviceState, forward: Forward) -> None:
+    def __init__(self, state: DeviceState, forward: Forward, filter: Callable[[torch.Tensor, Filters], None] | None = None) -> None:
+        """filter: the sampler's, see there."""
         g = state.geometry
         self._state, self._forward = state, forward
-        self._sampler = Sampler(g.slots, forward.logits_width, state.table.device)
+        self._sampler = Sampler(g.slots, forward.logits_width, state.table.device, filter)
         self._stops = StopIds(g.slots, state.table.device)  # of slots with more than the kernel takes
         self._many_stops = np.zeros(g.slots, dtype=bool)
         self._needed = np.zeros(g.slots, dtype=bool)

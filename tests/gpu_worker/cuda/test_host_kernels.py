@@ -29,6 +29,11 @@ def test_plan_elementwise_and_sampler_compile(dtype: int, dim: int) -> None:
         assert compile_cubin(source, "sm_90a", {"DTYPE": dtype, "DIM": dim})
 
 
+def test_the_filter_compiles() -> None:
+    for arch in ("sm_80", "sm_90a"):
+        assert compile_cubin("filter.cu", arch, {})
+
+
 @pytest.mark.parametrize("dtype", [0, 1, 2])
 def test_the_write_of_keys_and_values_compiles_for_an_fp8_cache(dtype: int) -> None:
     for arch in ("sm_89", "sm_90a"):

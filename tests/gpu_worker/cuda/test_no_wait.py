@@ -73,8 +73,9 @@ def test_prompts_are_scored_without_a_wait(request: pytest.FixtureRequest) -> No
     assert score(loaded, texts, [3, 3]) == before
 
 
-def test_every_parameter_draws_what_the_cpu_draws_from_the_same_logits() -> None:
-    engine, _ = make(QWEN3, torch.bfloat16)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_every_parameter_draws_what_the_cpu_draws_from_the_same_logits(kernel: bool) -> None:
+    engine, _ = make(QWEN3, torch.bfloat16, filter_kernel=kernel)
     vocab = QWEN3.vocab_size
     player = Player(engine, depth=1)
     texts = prompts([30 + i for i in range(len(ROWS))], vocab)
