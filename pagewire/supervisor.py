@@ -27,7 +27,7 @@ from protocol.service import DRAIN_SIGNAL, PARENT
 
 READY = ("ready", "waiting")  # states of a service that has started well
 STOP_MARGIN = 0.9  # seconds from the streams' end to SIGKILL
-LAST_FIGURES = 0.5  # of these, the admin server waits so long for what the others say at their end
+LAST_FIGURES = 0.4  # of these, the admin server waits so long for what the others say at their end
 LOOK_EVERY = 0.05  # seconds between two looks at `probe` and at dying processes
 
 
