@@ -20,6 +20,7 @@ GROUP = 32  # weights that share a scale in FourBitLinear
 _AGAIN = 64  # results of a row that are computed again in float32
 _AGAIN_ROWS = 16  # rows at a time: the copies of their weights fit a core's cache
 _ROWS_HINT = 16  # rows that oneDNN chooses its blocking for; with 1 the result of one row differs from the others
+_ONE_ROW = 1024  # columns from which oneDNN sums a single row, and only that, in another order where there is AVX-512
 
 
 class Linear(Protocol):
@@ -48,11 +49,13 @@ class PrepackedLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         self._bias = bias
+        self._wide = weight.shape[1] > _ONE_ROW
         self.out_features = weight.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return y
+        single = self._wide and len(x) == 1
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.expand(2, -1) if single else x, self._weight, self._bias, "none", [], "")
+        return y[:1] if single else y
 
 
 class FourBitLinear:

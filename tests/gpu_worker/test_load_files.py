@@ -107,7 +107,7 @@ def test_a_gguf_names_its_end_tokens(tmp_path: Path) -> None:
     assert _open(tmp_path).header_hash == files.header_hash, "a folder with one GGUF file is that file"
 
 
-@pytest.mark.parametrize("shape", [(960, 576), (64, 32), (48, 96)])
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (64, 32), (48, 96)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 17])
 def test_linears_give_a_row_the_same_bits_beside_any_others(shape: tuple[int, int], rows: int) -> None:
     generator = torch.Generator().manual_seed(2)
