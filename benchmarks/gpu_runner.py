@@ -1,10 +1,11 @@
 """The runner on a card, in process: the rows of TARGETS' first table without links, scheduler or text.
 
-    python -m benchmarks.gpu_runner --shape FOLDER [--rows step,long,prefill,w1,shared] [--top-p P [--filter-kernel]]
+    python -m benchmarks.gpu_runner --shape SHAPE [--rows step,long,prefill,w1,shared] [--top-p P [--filter-kernel]]
         [--pack-prefixes] [--json OUT]
 
-FOLDER holds a config.json; weights are random. The plans come from `gpu_player.py` with two steps in flight, so a figure
-holds the worker's main thread and the card, and nothing else: the goal's own figures go through three processes.
+SHAPE is a name of `gpu_shapes.py` or a folder with config.json; weights are random. The plans come from `gpu_player.py` with
+two steps in flight, so a figure holds the worker's main thread and the card, and nothing else: the goal's own figures go
+through three processes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks.gpu_player import Player, Sequence
 from benchmarks.gpu_results import add_rows
+from benchmarks.gpu_shapes import SHAPES
 from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.weights import load_weights
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--pack-prefixes", action="store_true", help="rows of their own in the file, …_packed")
     args = parser.parse_args()
     begin = time.perf_counter()
-    config = from_json(json.loads((args.shape / "config.json").read_text()))
+    config = from_json(SHAPES.get(str(args.shape)) or json.loads((args.shape / "config.json").read_text()))
     device = torch.device("cuda")
     weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
     torch.cuda.synchronize()
