@@ -16,7 +16,7 @@ from gpu_worker.cuda.fp8 import Fp8Products
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
-from gpu_worker.cuda.state import MANY_ROWS, TILE, DeviceState, least_tiles, max_items, split_limit
+from gpu_worker.cuda.state import INPUTS, MANY_ROWS, PREPARE, SLOTS, TILE, DeviceState
 from gpu_worker.cuda.triton_kernel import TritonKernel
 from gpu_worker.cuda.weights import LayerWeights, Matrix, ModelWeights
 from gpu_worker.loading.config import ModelConfig
@@ -109,15 +109,14 @@ class Forward:
         fp8 = self.kv_scales is not None
         plan = Module.of("plan.cu", arch)
         elementwise = Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))
-        slots, inputs = "PPPPii", "PPPPPPPPP"
-        self.k_prepare = Kernel(plan, "prepare", slots + inputs + "PiiPiiiiiiiiiii", 1024, pdl=False)
+        self.k_prepare = Kernel(plan, "prepare", PREPARE, 1024, pdl=False)
         self.k_prepare_packed = self.k_prepare
         if self.state.pack > 1:
             packing = Module.of("plan.cu", arch, {"PACK": self.state.pack})
-            self.k_prepare_packed = Kernel(packing, "prepare", slots + inputs + "PiiPiiiiiiiiiii", 1024, pdl=False)
-        self.k_expand = Kernel(plan, "expand", slots + inputs + "Pii", 256, pdl=self.pdl)
-        self.k_copy = Kernel(plan, "copy_blocks", inputs + "PiiPiPii", 256, pdl=False)
-        self.k_mark = Kernel(plan, "mark", inputs + "Pi", 1, pdl=False)
+            self.k_prepare_packed = Kernel(packing, "prepare", PREPARE, 1024, pdl=False)
+        self.k_expand = Kernel(plan, "expand", SLOTS + INPUTS + "Pii", 256, pdl=self.pdl)
+        self.k_copy = Kernel(plan, "copy_blocks", INPUTS + "PiiPiPii", 256, pdl=False)
+        self.k_mark = Kernel(plan, "mark", INPUTS + "Pi", 1, pdl=False)
         self.k_embed = Kernel(elementwise, "embed", "PPPi", 128, pdl=self.pdl)
         vectors = c.hidden * self.h.element_size() // 16
         self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", min(256, -(-vectors // 32) * 32), pdl=self.pdl)
@@ -182,34 +181,8 @@ class Forward:
     def prepare(self, stream: int, bucket: int, decode: bool, tokens: int = 0, tiles: int = 0) -> None:
         """Consume one ring entry: deltas, and `bucket` rows; for a decode step its inputs and work list, else the numbers of tokens and
         tiles that will be launched."""
-        s, g = self.state, self.state.geometry
         kernel = self.k_prepare_packed if bucket >= MANY_ROWS else self.k_prepare
-        kernel(
-            stream,
-            (1, 1),
-            *s.slots_arguments,
-            *s.inputs_arguments,
-            s.ring.data_ptr(),
-            s.entry_words,
-            s.entries,
-            s.result_ring.data_ptr(),
-            s.result_words // 2,  # counted in 8-byte words
-            bucket,
-            self.items(bucket),
-            s.spread,
-            least_tiles(bucket),
-            split_limit(bucket, g.max_model_len, s.spread),
-            g.block_size,
-            int(decode),
-            tokens,
-            tiles,
-            g.blocks,
-        )
-
-    def items(self, bucket: int) -> int:
-        """Programs (per KV head) of the decode attention for a bucket."""
-        g = self.state.geometry
-        return max_items(bucket, g.max_model_len, self.state.spread, self.state.pack) if bucket else 0
+        kernel(stream, (1, 1), *self.state.prepare_arguments(bucket, decode, tokens, tiles))
 
     def decode(self, stream: int, bucket: int, layers: Layers | None = None) -> None:
         """Embedding to logits of `bucket` rows, through all layers or those given."""
@@ -370,7 +343,7 @@ class Forward:
             return
         self.k_decode_attention(
             stream,
-            (self.config.kv_heads, self.items(bucket)),
+            (self.config.kv_heads, s.items_launched(bucket)),
             *before,
             s.items.data_ptr(),
             self.attended.data_ptr(),

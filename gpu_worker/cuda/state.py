@@ -23,6 +23,8 @@ MAX_ASSIGNMENTS = 16384  # of one ring entry; a plan with more takes several
 MAX_COPIES = 8192  # blocks copied by one step
 MAX_CHUNK = 16  # tiles of an item, unless the work list would grow beyond its bound
 TILE = 64  # cached tokens in a tile of the decode attention's work list
+SLOTS, INPUTS = "PPPPii", "PPPPPPPPP"  # plan.cu's structs in a signature (`driver.py`)
+PREPARE = SLOTS + INPUTS + "PiiPiiiiiiiiiii"  # of `prepare_arguments`
 MANY_ROWS = 9  # rows from which on neighbours that share a prefix are served together, where that is wanted
 
 
@@ -119,6 +121,33 @@ class DeviceState:
         self.inputs_arguments = tuple(
             t.data_ptr()
             for t in (self.rows, self.outputs, self.tokens, self.positions, self.places, self.tiles, self.logit_rows, self.items, self.step)
+        )
+
+    def items_launched(self, bucket: int) -> int:
+        """Programs (per KV head) of the decode attention for a bucket."""
+        return max_items(bucket, self.geometry.max_model_len, self.spread, self.pack) if bucket else 0
+
+    def prepare_arguments(self, bucket: int, decode: bool, tokens: int = 0, tiles: int = 0) -> tuple[int, ...]:
+        """Those of the kernel `prepare`, for `bucket` rows launched and, but for a decode step, so many tokens and tiles."""
+        g = self.geometry
+        return (
+            *self.slots_arguments,
+            *self.inputs_arguments,
+            self.ring.data_ptr(),
+            self.entry_words,
+            self.entries,
+            self.result_ring.data_ptr(),
+            self.result_words // 2,  # counted in 8-byte words
+            bucket,
+            self.items_launched(bucket),
+            self.spread,
+            least_tiles(bucket),
+            split_limit(bucket, g.max_model_len, self.spread),
+            g.block_size,
+            int(decode),
+            tokens,
+            tiles,
+            g.blocks,
         )
 
     def reset(self) -> None:

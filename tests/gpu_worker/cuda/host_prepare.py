@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gpu_worker.cuda.compiler import KERNELS
-from gpu_worker.cuda.state import DeviceState, least_tiles, max_items, split_limit
+from gpu_worker.cuda.state import PREPARE, DeviceState
 from gpu_worker.runner import Step
 from protocol.columns import EMPTY, Int32
 from protocol.messages import Geometry, Plan
@@ -35,8 +35,7 @@ def _prepare(pack: int) -> ctypes._NamedFuncPointer:
     command = [compiler, "-O1", "-w", "-shared", "-fPIC", "-std=c++17", *macros, f"-I{KERNELS}", "-o", str(library)]
     subprocess.run([*command, str(HERE / "host_prepare.cpp")], check=True, timeout=120)
     function = ctypes.CDLL(str(library)).host_prepare
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [number, number, *[pointer] * 4, number, number, *[pointer] * 10, number, number, pointer, *[number] * 8]
+    function.argtypes = [ctypes.c_int, ctypes.c_uint, *({"P": ctypes.c_void_p, "i": ctypes.c_int}[kind] for kind in PREPARE)]
     function.restype = ctypes.c_bool
     return function
 
@@ -72,12 +71,8 @@ def work_list(
         Plan(step=1), [], np.arange(rows, dtype=np.int32), np.array(positions, np.int32), ones, ones, none, *[EMPTY] * 3, [], EMPTY, []
     )
     assert list(state.write(step, 0)) == [0]
-    most = max_items(bucket, max_len, SPREAD, pack)
-    ended = _prepare(pack)(
-        threads or max(64, -(-bucket // 32) * 32), seed, *state.slots_arguments, *state.inputs_arguments, state.ring.data_ptr(),
-        state.entry_words, state.entries, state.result_ring.data_ptr(), state.result_words // 2, bucket, most, SPREAD, least_tiles(bucket),
-        split_limit(bucket, max_len, SPREAD), BLOCK_SIZE, geometry.blocks,
-    )  # fmt: skip
+    most = state.items_launched(bucket)
+    ended = _prepare(pack)(threads or max(64, -(-bucket // 32) * 32), seed, *state.prepare_arguments(bucket, decode=True))
     assert ended, "threads wait for one another for ever"
     items: Int32 = state.items.numpy()
     assert (items[most:] == LEFT).all(), "more items than launched"

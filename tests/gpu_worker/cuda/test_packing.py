@@ -43,7 +43,7 @@ def test_rows_that_share_a_prefix_match_float64_packed_or_not(name: str, dtype: 
         for steps in range(3):  # eager, captured, replayed
             player.decode(rows, 1)
             player.settle()
-            items = engine.state.items[: engine.forward.items(len(rows))]
+            items = engine.state.items[: engine.state.items_launched(len(rows))]
             groups = items[items[:, 3] == 0]
             pack = 16 // (config.heads // config.kv_heads)
             assert (int(groups[:, 7].max()) == min(pack, 11)) if packed else not len(groups)
@@ -87,4 +87,4 @@ def test_few_rows_are_not_packed() -> None:
     rows = play(player, QWEN3)[:8]
     player.decode(rows, 1)
     player.settle()
-    assert not (engine.state.items[: engine.forward.items(8), 3] == 0).any()
+    assert not (engine.state.items[: engine.state.items_launched(8), 3] == 0).any()
