@@ -22,6 +22,7 @@ from tests.simulation.broken import ACCOUNTS, CHARGE, CRASH, CREDIT, LINK, MESSA
 from tests.simulation.clients import MOST_CHOICES, POISON, Clients, revive
 from tests.simulation.clock import Clock
 from tests.simulation.frontend_node import FrontendNode
+from tests.simulation.listed import check_listed
 from tests.simulation.mixes import MIXES, Mix
 from tests.simulation.network import Network
 from tests.simulation.nodes import Node, PeerNode
@@ -355,6 +356,10 @@ class World:
                 raise self.broken(REST, f"{name} is {stats[name]} at rest")
         if kept := len(active[0].core.engine.ledger.requests):
             raise self.broken(REST, f"{kept} requests are kept at rest")
+        try:
+            check_listed(node for node in self.workers.values() if node.alive)
+        except Broken as broken:
+            raise self.broken(broken.kind, broken.text) from broken
         counts = self.happened()
         if wrong := {name: counts[name] for name in DEFECTS if counts.get(name)}:
             raise self.broken(MESSAGE, f"somebody sent what could not be used: {wrong}")
