@@ -3,11 +3,11 @@
     python -m benchmarks.frontend_stream [--streams 128] [--tokens 1000] [--step-time 0.008]
 
 A scheduler and a simulated worker run behind and offer streams / step-time chunks a second (by default 16,000). Clients in
-processes of their own read raw sockets, all that have something every 20 ms, and count `data:` events, of which each brings
+processes of their own read raw sockets, all that have something every 50 ms, and count `data:` events, of which each brings
 one token (their number is printed beside the tokens of the usage: a frontend that falls behind joins the tokens of several
 steps in one event). chunks/s is over the time from the first event to the last. On a machine with few cores all of them
-share those, so chunks/s is what is left to the frontend: CPU per chunk says what one core could do. With 6 cores or more
-offer 40,000 (--streams 320) to see what two frontends reach.
+share those, so chunks/s is what is left to the frontend: CPU per chunk says what one core could do, and a column for each
+process says who had the rest. With 6 cores or more offer 40,000 (--streams 320) to see what two frontends reach.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -28,11 +29,24 @@ from benchmarks.ending import end_in_order
 
 GOAL = 15_000  # chunks/s of one process
 PROMPT = "stream"
-SWEEP = 0.02  # seconds between two looks of a client at its sockets: waking it for each chunk would cost the frontend's core
+BLOCK = 16  # tokens
+SWEEP = 0.05  # seconds between two looks of a client at its sockets: waking it for each chunk would cost the frontend's core
+ROLES = ("frontend", "scheduler", "worker", "clients", "rest")
 
 
-def read(port: int, streams: int, tokens: int, done: multiprocessing.Queue[tuple[int, int, float, float]]) -> None:
-    """Open so many streams, read all to their ends; put (data events with text, tokens by usage, when they began and ended)."""
+@dataclass
+class Seen:
+    """What one process of clients saw."""
+
+    events: int  # with text
+    tokens: int  # by usage
+    first: float  # when the first event came
+    last: float
+    cpu: float  # seconds of its own
+
+
+def read(port: int, streams: int, tokens: int, done: multiprocessing.Queue[Seen]) -> None:
+    """Open so many streams, read all to their ends, and put what was seen."""
     import selectors
 
     body = {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
@@ -64,13 +78,26 @@ def read(port: int, streams: int, tokens: int, done: multiprocessing.Queue[tuple
                 selector.unregister(connection)
                 connection.close()
                 del tails[connection]
-    done.put((events, told, first, time.monotonic()))
+    done.put(Seen(events, told, first, time.monotonic(), time.process_time()))
 
 
-def measure(frontends: int, streams: int, tokens: int, step: float) -> tuple[int, int, float, float]:
-    """(events, tokens, wall seconds, CPU seconds of all frontends) of one run."""
+def spent(up: psutil.Process) -> dict[str, float]:
+    """CPU seconds of a stack's processes by role: of all that descend from `pagewire up`, itself included."""
+    seconds = dict.fromkeys(ROLES, 0.0)
+    for process in (up, *up.children(recursive=True)):
+        words = process.cmdline()
+        module = words[words.index("-m") + 1] if "-m" in words else ""
+        role = {"frontend": "frontend", "scheduler_svc": "scheduler", "gpu_worker": "worker"}.get(module, "rest")
+        seconds[role] += sum(process.cpu_times()[:2])
+    return seconds
+
+
+def measure(frontends: int, streams: int, tokens: int, step: float) -> tuple[int, int, float, dict[str, float]]:
+    """(events, tokens, wall seconds, CPU seconds by role) of one run."""
     with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:
-        flags = ["--runner", "simulated", "--step-time", str(step), "--max-num-seqs", str(streams), "--frontends", str(frontends)]
+        blocks = streams * (-(-(tokens + len(PROMPT)) // BLOCK) + 1)  # no sequence is to wait for another's: that is another benchmark
+        flags = ["--runner", "simulated", "--step-time", str(step), "--max-num-seqs", str(streams), "--num-gpu-blocks", str(blocks)]
+        flags += ["--block-size", str(BLOCK), "--frontends", str(frontends)]
         command = [sys.executable, "-P", "-m", "pagewire", "up", "--port", "0", "--admin-port", "0", "--run-dir", folder + "/run", *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as up:
             try:
@@ -81,16 +108,17 @@ def measure(frontends: int, streams: int, tokens: int, step: float) -> tuple[int
                 while len(services) < frontends or any(record["state"] != "ready" for record in services):
                     time.sleep(0.1)
                     services = [json.loads(file.read_text()) for file in Path(folder, "run/services").glob("frontend-*.json")]
-                processes = [psutil.Process(record["pid"]) for record in services]
-                done: multiprocessing.Queue[tuple[int, int, float, float]] = multiprocessing.Queue()
-                before = [sum(service.cpu_times()[:2]) for service in processes]
+                stack = psutil.Process(up.pid)
+                done: multiprocessing.Queue[Seen] = multiprocessing.Queue()
+                before = spent(stack)
                 clients = [multiprocessing.Process(target=read, args=(port, streams // 2, tokens, done)) for _ in range(2)]
                 for client in clients:
                     client.start()
-                counts = [done.get(timeout=300) for _ in clients]
-                wall = max(last for *_, last in counts) - min(first for _, _, first, _ in counts)
-                cpu = sum(sum(service.cpu_times()[:2]) for service in processes) - sum(before)
-                return sum(events for events, *_ in counts), sum(told for _, told, *_ in counts), wall, cpu
+                seen = [done.get(timeout=300) for _ in clients]
+                cpu = {role: seconds - before[role] for role, seconds in spent(stack).items()}
+                cpu["clients"] = sum(client.cpu for client in seen)
+                wall = max(client.last for client in seen) - min(client.first for client in seen)
+                return sum(client.events for client in seen), sum(client.tokens for client in seen), wall, cpu
             finally:
                 up.terminate()
                 up.wait(20)
@@ -105,11 +133,12 @@ def main() -> None:
     parser.add_argument("--step-time", type=float, default=0.008, help="seconds between a stream's tokens; too few and chunks are joined")
     options = parser.parse_args()
     print(f"{psutil.cpu_count()} cores, {options.streams} streams of {options.tokens} tokens, steps of {options.step_time * 1e3:g} ms")
-    print(f"{'frontends':>9} {'tokens':>9} {'events':>9} {'chunks/s':>9} {'CPU µs/chunk':>13} {'one core: chunks/s':>19} {'goal':>7}")
+    print(f"{'frontends':>9} {'tokens':>9} {'events':>9} {'chunks/s':>9} {'goal':>7} {'one core':>9}   CPU µs/chunk: {', '.join(ROLES)}")
     for frontends in (1, 2):
         events, told, wall, cpu = measure(frontends, options.streams, options.tokens, options.step_time)
-        per = cpu / max(events, 1)
-        print(f"{frontends:>9} {told:>9} {events:>9} {events / wall:>9,.0f} {per * 1e6:>13.1f} {1 / per:>19,.0f} {GOAL:>7,}")
+        per = {role: seconds / max(events, 1) * 1e6 for role, seconds in cpu.items()}
+        shares = " ".join(f"{each:.1f}" for each in per.values())
+        print(f"{frontends:>9} {told:>9} {events:>9} {events / wall:>9,.0f} {GOAL:>7,} {1e6 / per['frontend']:>9,.0f}   {shares}")
 
 
 if __name__ == "__main__":
