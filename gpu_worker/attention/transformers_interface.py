@@ -31,9 +31,15 @@ Paged = Callable[[Call], torch.Tensor]  # returns [1, tokens, heads, head_dim of
 
 
 def register() -> None:
-    """Make both known as `attn_implementation`. For NAME transformers makes no mask; it keeps no cache without `use_cache`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make both known as `attn_implementation`. For NAME transformers makes no mask; it keeps no cache without `use_cache`.
 
+    What transformers would say about a model while it is loaded is kept out of the worker's log: errors are raised.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     AttentionInterface.register(NAME, _attention)
     AttentionInterface.register(OUTLINE, _attention)
     AttentionMaskInterface.register(OUTLINE, _mask)

@@ -158,7 +158,7 @@ def _rope_limit(config: PretrainedConfig, name: str) -> tuple[int, str]:
         if rope.get("rope_type") == "dynamic":
             raise _refusal(name, "rope_parameters: the rope_type 'dynamic' depends on what runs beside a sequence")
         if rope.get("rope_type") == "longrope":
-            limit = int(rope["original_max_position_embeddings"])
+            limit = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     return limit, "rope_parameters: the rope_type 'longrope' turns otherwise beyond" if limit else ""
 
 

@@ -97,12 +97,9 @@ def load_transformers(
 
 def _read(config: TransformersConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     if (folder / "adapter_config.json").exists():
         raise LoadError(f"{folder} holds an adapter (adapter_config.json), which is not supported")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
