@@ -110,6 +110,26 @@ def test_values_far_below_the_best_are_told_apart() -> None:
         np.testing.assert_array_equal(mine, cpu)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 3.0, 7.0])
+def test_logits_that_the_temperature_makes_equal_stay_or_go_together(temperature: float) -> None:
+    logits = np.full((1, 64), 1.5, np.float32).view(np.int32) - np.arange(64, dtype=np.int32)  # one beside the other
+    for k in (1, 2, 3, 17, 40):
+        for p in (1.0, 0.3):
+            mine, cpu = both(logits.view(np.float32), [SamplingParams(9, temperature=temperature, top_k=k, top_p=p)])
+            np.testing.assert_array_equal(mine, cpu)
+
+
+def test_most_of_the_row_may_lie_far_below_the_best() -> None:
+    logits = np.random.default_rng(2).normal(-200, 3, size=(1, 5000)).astype(np.float32)
+    logits[0, :3] = 0.0, -1.0, -2.0
+    for k in (2, 3, 4, 100, 4999):
+        mine, cpu = both(logits, [SamplingParams(9, temperature=0.5, top_k=k, top_p=0.999)])
+        np.testing.assert_array_equal(mine, cpu)
+        mine, cpu = both(logits, [SamplingParams(9, temperature=0.5, top_k=k)])
+        np.testing.assert_array_equal(mine, cpu)
+        assert np.isfinite(mine).sum() == k
+
+
 def test_a_row_with_a_nan_or_without_a_token_stays_as_it_is_and_others_are_filtered() -> None:
     logits = np.random.default_rng(1).normal(size=(3, 50)).astype(np.float32)
     logits[0, 7], logits[1] = np.nan, -np.inf
