@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -40,6 +41,13 @@ def _made(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _scores(model: Any, ids: list[int]) -> list[float]:
+    """Log probabilities of a prompt's tokens from the second on."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(1)
+    return [float(logits[i, token]) for i, token in enumerate(ids[1:])]
+
+
 def test_streams_are_what_transformers_generates_though_the_worker_is_killed(tmp_path: Path) -> None:
     model, tokenizer = _made(tmp_path)
     expected = []
@@ -51,6 +59,9 @@ def test_streams_are_what_transformers_generates_though_the_worker_is_killed(tmp
     bodies = [{"prompt": p, "max_tokens": 150, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False} for p in PROMPTS]
     with stack() as made:
         made.up("--model", str(tmp_path), "--num-gpu-blocks", "40", "--max-model-len", "256", "--device", "cpu")
+        scored = httpx.post(f"{made.url}/v1/completions", json={"prompt": PROMPTS[1], "max_tokens": 0, "echo": True, "logprobs": 1}).json()
+        told = scored["choices"][0]["logprobs"]["token_logprobs"]
+        assert told[1:] == pytest.approx(_scores(model, tokenizer.encode(PROMPTS[1]).ids), abs=1e-4)
         answers = [Streamed() for _ in bodies]
         threads = [
             threading.Thread(target=stream_completion, args=(made.url, body), kwargs={"timeout": 150, "seen": seen}, daemon=True)
