@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.gpu_worker.model_driver import TINY
 
@@ -89,10 +90,19 @@ def write(root: Path, how: dict[str, Any], extra: dict[str, torch.Tensor] | None
         folder = root / kind
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({**MODEL, **more}))
-        (folder / "tokenizer.json").write_text("{}")
+        _tokenizer().save(str(folder / "tokenizer.json"))
         save_file(tensors, folder / "model.safetensors")
         folders.append(folder)
     return Checkpoint(*folders, values)
+
+
+def _tokenizer() -> Tokenizer:
+    """A token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
 
 
 def _store(

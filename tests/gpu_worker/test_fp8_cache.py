@@ -18,8 +18,9 @@ from gpu_worker.settings import WorkerSettings
 from gpu_worker.torch_step import _cache_shape
 from protocol.messages import SamplingParams
 from tests.gpu_worker.fp8_checkpoints import FORMATS, write
-from tests.gpu_worker.model_driver import TINY, generate, greedy, load, load_tiny, wander
+from tests.gpu_worker.model_driver import TINY, generate, greedy, load, load_packaged, load_tiny, wander
 from tests.gpu_worker.test_attention_torch import Sequences, _tables
+from tests.gpu_worker.test_prompt_scores import score
 from tests.gpu_worker.worker_plans import draw_sequences
 
 CPU = torch.device("cpu")
@@ -114,6 +115,20 @@ def test_random_plans_with_swaps_and_forks_give_each_sequence_what_it_gets_alone
     wander(loaded, sequences, seed)
     for s in everything:
         assert generate(loaded, [s.prompt], [s.params], [s.seed]) == [s.known], f"sequence {s.record}"
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_real_model_s_log_probabilities_are_little_changed() -> None:
+    """Of its own greedy continuation; the packaged model is small, so its answers do change here and there."""
+    kinds = [load_packaged("auto", max_model_len=512, num_gpu_blocks=40, kv_cache_dtype=kind) for kind in ("auto", "fp8")]
+    prompt = [(37 * i) % 40000 for i in range(40)]
+    text = prompt + generate(kinds[0], [prompt], [greedy(100)], [0])[0]
+    told = [score(loaded, [text], [0], first=len(prompt))[0] for loaded in kinds]
+    plain, fp8 = (np.array([pairs[0][1] for pairs, _ in positions]) for positions in told)
+    assert len(plain) == len(fp8) == 100
+    assert 0 < abs(plain - fp8).mean() < 0.15
+    assert np.mean([rank == 1 for _, rank in told[1]]) > 0.9
 
 
 def test_units_of_the_checkpoint_are_used(tmp_path: Path) -> None:
