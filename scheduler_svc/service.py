@@ -24,9 +24,11 @@ from protocol.telemetry import Publisher
 from protocol.tracing import Tracer, tracer
 from scheduler_svc import collector
 from scheduler_svc.core import Core, Did
+from scheduler_svc.models import TRACED
 from scheduler_svc.settings import SchedulerSettings
 
 ARRIVALS = 0.001  # seconds spent on frontends' messages between two plans
+EXPORTED = 16  # spans of a model noted in one turn
 TELEMETRY = 0.9  # seconds after which figures are published, with whatever wakes the loop
 TELEMETRY_LATEST = 1.3  # seconds after which it wakes for them
 
@@ -120,6 +122,7 @@ class _Loop:
             self._turn(dict(self._poller.poll(max(0, int(wait * 1000) + 1) if wait > 0 else 0)))
             self._say_state()
         self._service.state("stopping")
+        self._export(TRACED)
         self._publish()
 
     def close(self) -> None:
@@ -147,6 +150,7 @@ class _Loop:
             now = time.monotonic()
             self.core.turn(now)
             self._transmit_turn(now)
+        self._export(EXPORTED)
         if now >= self._published + TELEMETRY:
             self._published = now
             self._publish()
@@ -220,16 +224,17 @@ class _Loop:
             self._service.present("a worker")
             self._service.state("ready")
 
-    def _export(self) -> None:
-        """The queue spans of traced requests that have been admitted since the last call."""
+    def _export(self, most: int) -> None:
+        """The queue spans of traced requests that have been admitted, at most so many of a model."""
+        if self._tracer is None:
+            return
         for model in self.core.engine.models.values():
             traced = model.tally.traced
-            while traced and self._tracer is not None:
+            for _ in range(min(len(traced), most)):
                 trace, arrival, admitted = traced.popleft()
                 self._tracer.span("queue", trace, arrival, admitted)
 
     def _publish(self) -> None:
-        self._export()
         counts = (*self.core.counters.items(), *self._connections.items())
         values = {**self.core.engine.stats(), **{f"wire_{name}": float(n) for name, n in counts}}
         values["memory_bytes"] = float(self._process.memory_info().rss)

@@ -14,6 +14,15 @@ import openai
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
+def raised(kind: type[openai.APIStatusError], call: Any) -> openai.APIStatusError:
+    """The error that a call ends with."""
+    try:
+        call()
+    except kind as error:
+        return error
+    raise AssertionError(f"no {kind.__name__}")
+
+
 def same_answer_streamed_and_not(client: openai.OpenAI, model: str) -> None:
     whole = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=24)
     text, reasons, roles, usage = "", [], [], None
@@ -63,14 +72,22 @@ def completions_of_many_prompts(client: openai.OpenAI, model: str) -> None:
     assert list(texts.values()) == [choice.text for choice in answer.choices]
 
 
-def errors_have_their_types(client: openai.OpenAI, model: str, url: str) -> None:
-    def raised(kind: type[openai.APIStatusError], call: Any) -> openai.APIStatusError:
-        try:
-            call()
-        except kind as error:
-            return error
-        raise AssertionError(f"no {kind.__name__}")
+def a_conversation_goes_on_with_the_clients_own_messages(client: openai.OpenAI, model: str) -> None:
+    """The client's message objects go back as they came: with null fields, and those that OpenAI's own service fills."""
+    said = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=8).choices[0].message
+    again = {"role": "user", "content": [{"type": "text", "text": "And of Spain?"}], "name": "ann"}
+    history: list[Any] = [*QUESTION, said, again]
+    assert client.chat.completions.create(model=model, messages=history, max_tokens=2).choices[0].message.content
+    history[1] = said.model_dump() | {"annotations": []}
+    assert client.chat.completions.create(model=model, messages=history, max_tokens=2).choices[0].message.content
+    called = {"id": "call_1", "type": "function", "function": {"name": "capital", "arguments": '{"of": "Spain"}'}}
+    history[1] = {"role": "assistant", "content": None, "tool_calls": [called]}
+    # The template of the model that is served does not know tool calls.
+    bad = raised(openai.BadRequestError, lambda: client.chat.completions.create(model=model, messages=history, max_tokens=2))
+    assert bad.param == "messages[1].tool_calls", bad
 
+
+def errors_have_their_types(client: openai.OpenAI, model: str, url: str) -> None:
     bad = raised(openai.BadRequestError, lambda: client.completions.create(model=model, prompt="x", temperature=-1))
     assert bad.param == "temperature", bad
     raised(openai.NotFoundError, lambda: client.completions.create(model="nobody", prompt="x"))
@@ -99,6 +116,7 @@ def main() -> None:
     same_answer_streamed_and_not(client, model)
     choices_logprobs_and_stops(client, model)
     completions_of_many_prompts(client, model)
+    a_conversation_goes_on_with_the_clients_own_messages(client, model)
     errors_have_their_types(client, model, url)
     asyncio.run(asynchronous(url, key, model))
     print(f"openai {openai.__version__}: passed")
