@@ -58,7 +58,7 @@ class Engine:
         tile_rows = 32 if dtype == torch.float32 else 128
         properties = torch.cuda.get_device_properties(self.device)
         spread = max(4, properties.multi_processor_count * 2 // config.kv_heads)  # items that fill the card, measured
-        cached = dtype if kv_scales is None else torch.float8_e4m3fn
+        cached = dtype if kv_scales is None else torch.uint8
         free = torch.cuda.mem_get_info(self.device)
         blocks = options.num_blocks or blocks_that_fit(config, options, dtype.itemsize, cached.itemsize, *free)
         self.geometry = Geometry(
@@ -88,7 +88,7 @@ class Engine:
             kv_scales=kv_scales,
         )
         self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
-        self.graphs = Graphs(self._body, self.forward.layers, options.graphs)
+        self.graphs = Graphs(self._body, self.forward.layers, options.graphs, self.forward.one_of_each)
         self._likely = likely_shapes(self.geometry) if options.capture_idle else []
         self.general = General(self.state, self.forward, FilterKernel(self.forward.arch) if options.filter_kernel else None)
         self._pending: deque[_Running] = deque()

@@ -78,7 +78,9 @@ class Forward:
         self.best = torch.zeros(g.slots, SAMPLE_SPLITS, 4, dtype=torch.int32, device=device)
         self.sample_arrivals = torch.zeros(g.slots, dtype=torch.int32, device=device)
         self.scale = config.head_dim**-0.5 * math.log2(math.e)
-        matrices = [m for layer in weights.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        matrices = [m for layer in weights.layers for m in layer.matrices]
+        # layers that together launch every kernel there is: a checkpoint may leave some linears of some layers in 16 bits
+        self.one_of_each = list({tuple(isinstance(m, Fp8) for m in layer.matrices): (i, layer) for i, layer in self.layers}.values())
         self.fp8 = Fp8Products([m for m in matrices if isinstance(m, Fp8)], dtype, tokens, device)
         self._compile(arch, DTYPES[dtype], few and hopper and dtype == torch.bfloat16)
         self._compile_attention(dtype)

@@ -19,7 +19,7 @@ class Fp8Products:
     def __init__(self, matrices: list[Fp8], dtype: torch.dtype, tokens: int, device: torch.device) -> None:
         """dtype: of activations. tokens: a multiple of 4."""
         widths = {m.q.shape[1] for m in matrices}
-        self._q = torch.zeros(tokens * max(widths, default=0), dtype=FP8, device=device)
+        self._q = torch.zeros(tokens * max(widths, default=0), dtype=torch.uint8, device=device).view(FP8)
         self._scales = torch.zeros(tokens * max((-(-width // FP8_GROUP) for width in widths), default=0), device=device)
         self._kernels = {key: _compile(dtype, *key) for key in {_key(m) for m in matrices}}
 

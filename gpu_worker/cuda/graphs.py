@@ -58,13 +58,15 @@ class _Interrupted(Exception):
 
 
 class Graphs:
-    """Captures and replays `body(shape, layers)` on the current stream; layers: those to launch, None for all.
+    """Captures and replays `body(shape, layers)` on the current stream; layers: those to launch, None for all. `samples` are layers that
+    load what all need; by default the first.
 
     The first step of a shape runs eagerly, so that what it needs is loaded before a capture, in which nothing may be.
     """
 
-    def __init__(self, body: Callable[[Shape, Layers | None], None], layers: Layers, enabled: bool) -> None:
+    def __init__(self, body: Callable[[Shape, Layers | None], None], layers: Layers, enabled: bool, samples: Layers | None = None) -> None:
         self._body, self._layers, self._enabled = body, layers, enabled
+        self._samples = list(islice(layers, 1)) if samples is None else samples
         self._met: set[Shape] = set()
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -93,8 +95,8 @@ class Graphs:
         return shape in self._met
 
     def warm_up(self, shape: Shape) -> None:
-        """Load what a shape needs, by its first layer. Consumes a step's inputs, as `run` does."""
-        self._body(shape, islice(self._layers, 1))
+        """Load what a shape needs. Consumes a step's inputs, as `run` does."""
+        self._body(shape, self._samples)
         self._met.add(shape)
 
     def capture(self, shape: Shape, interrupted: Callable[[], bool]) -> None:

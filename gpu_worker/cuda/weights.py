@@ -34,6 +34,11 @@ class LayerWeights:
     gate_up: Matrix  # [2 I, H], rows gate 0, up 0, gate 1, …, the post-attention norm's weight in its columns
     down: Matrix  # [H, I]
 
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All of them, in the order of their products."""
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 @dataclass(frozen=True)
 class ModelWeights:

@@ -73,7 +73,7 @@ def _rounded(files: ModelFiles) -> ModelFiles:
     return replace(
         files,
         config=replace(config, quantization=ROUNDED),
-        tensors=lambda device, dtype: RoundedToFp8(files.tensors(device, dtype)),
+        tensors=lambda device, dtype: RoundedToFp8(files.tensors(device, dtype), device),
     )
 
 

@@ -14,8 +14,10 @@ ROUNDED = Quantization("weight_scale", by_block=False, static=False, left_out=("
 class RoundedToFp8:
     """A TensorSource over another: every linear of a layer is e4m3 with one scale a row; embedding, head and norms stay."""
 
-    def __init__(self, source: TensorSource) -> None:
+    def __init__(self, source: TensorSource, device: torch.device) -> None:
+        """device: where weights are rounded."""
         self._source = source
+        self._device = device
 
     def has(self, name: str) -> bool:
         return self._source.has(name)
@@ -31,7 +33,7 @@ class RoundedToFp8:
         return self._source.read(piece) if fp8 is None else fp8.values()
 
     def fp8(self, piece: Piece) -> Fp8 | None:
-        return Fp8(*round_rows(self._source.read(piece))) if piece.name.startswith("model.layers.") else None
+        return Fp8(*round_rows(self._source.read(piece).to(self._device))) if piece.name.startswith("model.layers.") else None
 
     def four_bit(self, piece: Piece) -> FourBit | None:
         return None

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from gpu_worker.layers.fp8 import Fp8Linear
+from gpu_worker.layers.fp8 import FP8, Fp8Linear
 from gpu_worker.layers.linear import DenseLinear, EightBitRows, FourBitLinear, Linear, PrepackedLinear
 from gpu_worker.layers.rope import pairs_side_by_side
 from gpu_worker.loading.config import ModelConfig
@@ -165,9 +165,9 @@ def stack_fp8(source: TensorSource, pieces: tuple[Piece, ...], device: torch.dev
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
         return None
-    q, scale = (torch.cat(columns).to(device) for columns in ([p.q for p in found], [p.scale for p in found]))
+    q, scale = torch.cat([p.q.view(torch.uint8) for p in found]).to(device), torch.cat([p.scale for p in found]).to(device)
     inputs = [p.input_scale for p in found if p.input_scale is not None]
-    return Fp8(q, scale, torch.stack(inputs).max().to(device) if inputs else None)
+    return Fp8(q.view(FP8), scale, torch.stack(inputs).max().to(device) if inputs else None)
 
 
 def load_weights(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard: Shard | None = None) -> Weights:
@@ -223,7 +223,7 @@ def _float32(source: TensorSource, pieces: tuple[Piece, ...]) -> torch.Tensor:
 
 def ordered_fp8(weights: Fp8, order: torch.Tensor | None) -> Fp8:
     """The rows in this order, int64 [rows]."""
-    q = _ordered(weights.q.view(torch.uint8), order).view(weights.q.dtype)  # torch does not index fp8 everywhere
+    q = _ordered(weights.q.view(torch.uint8), order).view(FP8)  # torch does not index fp8 everywhere
     return Fp8(q, _ordered(weights.scale, order), weights.input_scale)
 
 

@@ -99,7 +99,9 @@ def test_the_step_is_off_by_the_rounding(name: str, weights_kind: str, cache: bo
     if weights_kind == "plain" and not cache:
         pytest.skip("test_engine.py's")
     plain = Noisy(CONFIGS[name], 1, torch.device("cuda"), torch.float32)
-    source = {"plain": plain, "rows": RoundedToFp8(plain), "groups": InGroups(plain)}[weights_kind]
+    source = {"plain": plain, "rows": RoundedToFp8(plain, torch.device("cuda")), "groups": InGroups(plain, torch.device("cuda"))}[
+        weights_kind
+    ]
     config = CONFIGS[name] if weights_kind == "plain" else replace(CONFIGS[name], quantization=ROUNDED)
     texts = prompts([5 + 31 * i for i in range(rows)], config.vocab_size)
     tokens, logits = play(engine_of(config, source, cache), texts, 5)
