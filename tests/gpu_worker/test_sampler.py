@@ -200,6 +200,18 @@ def test_a_slot_forgets_the_parameters_of_its_last_record() -> None:
     assert _sample([_record()], logits, [1], sampler) == [best]
 
 
+def test_a_slot_draws_by_the_parameters_of_the_record_bound_last() -> None:
+    logits = _logits(1)
+    best, sampler = int(logits.argmax()), Sampler(1, VOCAB, CPU)
+    sampler.bind(0, _record(temperature=0.0))
+    assert _sample([_record()], logits, [1], sampler) == [best]
+    sampler.bind(0, _record(temperature=50.0, seed=3))
+    (plain,) = _sample([_record()], logits, [1], sampler)
+    assert plain != best
+    sampler.bind(0, _record(temperature=50.0, seed=3, top_k=1))
+    assert _sample([_record()], logits, [1], sampler) == [best]
+
+
 def test_a_nan_costs_its_own_row_the_token_and_no_other() -> None:
     logits = _logits(3)
     logits[1, 77] = float("nan")

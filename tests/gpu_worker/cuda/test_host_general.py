@@ -183,6 +183,19 @@ def test_a_fork_edits_logits_of_its_own() -> None:
     both.step(step_of([5, 1, 2, 3], 8), logits_of(4, 1))
 
 
+def test_a_stop_id_beyond_those_that_the_kernel_takes_ends_its_choice_until_the_slot_is_bound_again() -> None:
+    both = Both()
+    many = record(0, {"temperature": 0.0, "stop_ids": pack(range(100, 100 + MAX_STOP_IDS + 2))})
+    few = record(0, {"temperature": 0.0, "stop_ids": pack([3])})
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 101 + MAX_STOP_IDS] = 1.0
+    assert both.step(step_of([2], 7, [many]), logits).flags.tolist() == [STOPPED]
+    assert both.step(step_of([2], 8), logits).flags.tolist() == [DEAD]
+    assert both.step(step_of([2], 7, [few]), logits).flags.tolist() == [0]
+    beside = record(1, {"temperature": 0.0, "stop_ids": pack(range(MAX_STOP_IDS + 2))})
+    assert both.step(step_of([4, 2], 7, [beside, few]), logits.repeat(2, 1)).flags.tolist() == [0, 0]
+
+
 def test_a_nan_ends_its_own_row_and_a_slot_bound_again_lives_and_forgets() -> None:
     both = Both()
     logits = logits_of(2, 0)
