@@ -22,10 +22,11 @@ from tests.simulation.broken import ACCOUNTS, CHARGE, CRASH, CREDIT, LINK, MESSA
 from tests.simulation.clients import MOST_CHOICES, POISON, Clients, revive
 from tests.simulation.clock import Clock
 from tests.simulation.frontend_node import FrontendNode
+from tests.simulation.happenings import Happenings
 from tests.simulation.listed import check_listed
 from tests.simulation.mixes import MIXES, Mix
 from tests.simulation.network import Network
-from tests.simulation.nodes import Node, PeerNode
+from tests.simulation.nodes import PeerNode
 from tests.simulation.scheduler_node import SchedulerNode
 from tests.simulation.worker_node import WorkerNode
 
@@ -70,10 +71,10 @@ class World:
         for i, name in enumerate(self.names):
             self.start_scheduler(name, standby=i > 0 and not mix.rivals)
         for _ in range(mix.workers):
-            self._new_worker()
+            self.new_worker()
         for _ in range(mix.frontends):
-            self._new_frontend()
-        self._arrange()
+            self.new_frontend()
+        Happenings(self).arrange()
 
     # ------------------------------------------------------------ services
 
@@ -95,7 +96,7 @@ class World:
         store = self._stores[self.names.index(name)]
         self.schedulers[name] = SchedulerNode(name, self.clock, self.network, settings, rng, store, standby, self.mix.credit)
 
-    def _new_worker(self) -> None:
+    def new_worker(self) -> None:
         self.start_worker(f"worker-{len(self.workers)}")
 
     def start_worker(self, name: str) -> None:
@@ -122,7 +123,7 @@ class World:
             settings,
             lambda: self.rng.uniform(*self.mix.step_time),
             self._marks(),
-            self._worker_died,
+            self.worker_died,
             self._worker_left,
         )
 
@@ -132,7 +133,7 @@ class World:
             return {} if self.workers else {97: "nan_once"}
         return {POISON: self.mix.poison} if self.mix.poison else {}
 
-    def _new_frontend(self) -> None:
+    def new_frontend(self) -> None:
         self.start_frontend(f"frontend-{len(self.frontends)}")
 
     def start_frontend(self, name: str) -> None:
@@ -154,7 +155,7 @@ class World:
 
     # ------------------------------------------------------------ deaths
 
-    def _worker_died(self, node: WorkerNode) -> None:
+    def worker_died(self, node: WorkerNode) -> None:
         self.tell(f"{node.name} dies")
         node.crash()
         self._retire(node)
@@ -166,7 +167,7 @@ class World:
         node.crash()
         self._retire(node)
 
-    def _scheduler_died(self, name: str, back: tuple[float, float]) -> None:
+    def scheduler_died(self, name: str, back: tuple[float, float]) -> None:
         self.tell(f"{name} dies")
         self.schedulers[name].crash()
         self._retire(self.schedulers[name])
@@ -175,114 +176,11 @@ class World:
                 self.clock.after(self.rng.uniform(0.0, 0.05), lambda peer=peer: peer.lose_connections(name))  # type: ignore[misc]
         self.clock.after(self.rng.uniform(*back), lambda: self.start_scheduler(name))
 
-    def _frontend_died(self, node: FrontendNode) -> None:
+    def frontend_died(self, node: FrontendNode) -> None:
         self.tell(f"{node.name} dies")
         node.crash()
         self._retire(node)
         self.clients.frontend_died(node, [n.core.engine for n in self.schedulers.values() if n.alive])
-
-    # ------------------------------------------------------------ what happens, and when
-
-    def _arrange(self) -> None:
-        rng, mix = self.rng, self.mix
-        for i in range(mix.requests):
-            self.clock.at(rng.uniform(0.0, mix.seconds), lambda i=i: self.clients.submit(i))  # type: ignore[misc]
-        for count, earliest, happens in (
-            (mix.worker_crashes, 1.5, self._crash_worker),
-            (mix.scheduler_crashes, 1.5, self._crash_scheduler),
-            (mix.frontend_crashes, 1.0, self._crash_frontend),
-            (mix.pauses, 1.0, self._pause),
-            (mix.holds, 1.0, self._hold),
-            (mix.drains, 1.5, self._drain),
-            (mix.moves, 1.5, self.clients.move),
-        ):
-            for _ in range(count):
-                self.clock.at(rng.uniform(earliest, mix.seconds), happens)
-        rolls = (self._roll_worker, self._roll_frontend, self._roll_scheduler)
-        for i in range(mix.rolls):
-            self.clock.at(rng.uniform(1.5, mix.seconds), rolls[i % len(rolls)])
-
-    def _crash_worker(self) -> None:
-        alive = [node for node in self.workers.values() if node.alive]
-        if alive:
-            self._worker_died(self.rng.choice(alive))
-
-    def _crash_scheduler(self) -> None:
-        name = self.rng.choice(self.names)
-        if self.schedulers[name].alive:
-            self._scheduler_died(name, self.mix.scheduler_back)
-
-    def _crash_frontend(self) -> None:
-        alive = [node for node in self.frontends.values() if node.alive]
-        if sum(not node.closed for node in alive) < 2:
-            return
-        node = self.rng.choice(alive)
-        self._frontend_died(node)
-        if not node.closed:
-            self.clock.after(self.rng.uniform(0.1, 2.0), lambda: self.start_frontend(node.name))
-
-    def _pause(self) -> None:
-        nodes: list[Node] = [*self.schedulers.values(), *self.workers.values(), *self.frontends.values()]
-        node = self.rng.choice([n for n in nodes if n.alive])
-        seconds = self.rng.choice(self.mix.pause)
-        self.tell(f"{node.name} is stopped for {seconds} s")
-        node.pause(seconds)
-        if isinstance(node, SchedulerNode):
-            self.network.stopped[node.name] = node.paused_until
-        elif isinstance(node, FrontendNode):
-            self.clients.cut_off(node, seconds)
-
-    def _hold(self) -> None:
-        peer = self.rng.choice([n for n in (*self.workers.values(), *self.frontends.values()) if n.alive and n.role in self.mix.held])
-        scheduler = self.rng.choice(self.names)
-        seconds = self.rng.choice(self.mix.hold)
-        there, back = (peer.name, scheduler), (scheduler, peer.name)
-        ways = self.rng.choice(((there,), (back,), (there, back)))
-        self.tell(f"held for {seconds} s: {ways}")
-        for source, target in ways:
-            self.network.hold(source, target, self.clock.now + seconds)
-        if isinstance(peer, FrontendNode):
-            self.clients.cut_off(peer, seconds)
-
-    def _drain(self) -> None:
-        """A worker leaves; a successor comes some time later, be the old one gone or waiting for it."""
-        staying = [node for node in self.workers.values() if node.alive and not node.leaving]
-        if staying:
-            self._leave(self.rng.choice(staying))
-            self.clock.after(self.rng.uniform(0.0, 1.5), self._new_worker)
-
-    def _leave(self, node: WorkerNode) -> None:
-        self.tell(f"{node.name} is drained")
-        node.run(node.leave)
-
-    def _roll_worker(self) -> None:
-        staying = [node for node in self.workers.values() if node.alive and not node.leaving]
-        if staying:
-            node = self.rng.choice(staying)
-            self._new_worker()
-            self.clock.after(self.rng.uniform(0.5, 1.0), lambda: self._leave(node))
-
-    def _roll_frontend(self) -> None:
-        staying = [node for node in self.frontends.values() if node.alive and not node.closed]
-        node = self.rng.choice(staying)
-        self._new_frontend()
-        self.tell(f"{node.name} takes nothing new")
-        node.closed = True
-        self._end_if_idle(node)
-
-    def _end_if_idle(self, node: FrontendNode) -> None:
-        """A frontend that takes nothing new ends with its last stream."""
-        if not node.alive:
-            return
-        if any(client.frontend is node for client in self.clients.waiting):
-            self.clock.after(0.2, lambda: self._end_if_idle(node))
-        else:
-            self._frontend_died(node)
-
-    def _roll_scheduler(self) -> None:
-        name = self.rng.choice(self.names)
-        if self.schedulers[name].alive:
-            self._scheduler_died(name, (0.2, 0.4))
 
     # ------------------------------------------------------------ the run
 
