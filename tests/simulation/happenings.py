@@ -73,9 +73,8 @@ class Happenings:
             self._world.clients.cut_off(node, seconds)
 
     def _hold(self) -> None:
-        peer = self._rng.choice(
-            [n for n in (*self._world.workers.values(), *self._world.frontends.values()) if n.alive and n.role in self._mix.held]
-        )
+        peers = (*self._world.workers.values(), *self._world.frontends.values())
+        peer = self._rng.choice([peer for peer in peers if peer.alive and peer.role in self._mix.held])
         scheduler = self._rng.choice(self._world.names)
         seconds = self._rng.choice(self._mix.hold)
         there, back = (peer.name, scheduler), (scheduler, peer.name)

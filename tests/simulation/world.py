@@ -97,6 +97,7 @@ class World:
         self.schedulers[name] = SchedulerNode(name, self.clock, self.network, settings, rng, store, standby, self.mix.credit)
 
     def new_worker(self) -> None:
+        """Start one more worker."""
         self.start_worker(f"worker-{len(self.workers)}")
 
     def start_worker(self, name: str) -> None:
@@ -134,6 +135,7 @@ class World:
         return {POISON: self.mix.poison} if self.mix.poison else {}
 
     def new_frontend(self) -> None:
+        """Start one more frontend."""
         self.start_frontend(f"frontend-{len(self.frontends)}")
 
     def start_frontend(self, name: str) -> None:
@@ -156,6 +158,7 @@ class World:
     # ------------------------------------------------------------ deaths
 
     def worker_died(self, node: WorkerNode) -> None:
+        """A worker is killed, and started again unless it was leaving."""
         self.tell(f"{node.name} dies")
         node.crash()
         self._retire(node)
@@ -168,6 +171,7 @@ class World:
         self._retire(node)
 
     def scheduler_died(self, name: str, back: tuple[float, float]) -> None:
+        """A scheduler is killed, and started again after `back` (earliest, latest) seconds."""
         self.tell(f"{name} dies")
         self.schedulers[name].crash()
         self._retire(self.schedulers[name])
@@ -177,6 +181,7 @@ class World:
         self.clock.after(self.rng.uniform(*back), lambda: self.start_scheduler(name))
 
     def frontend_died(self, node: FrontendNode) -> None:
+        """A frontend is killed."""
         self.tell(f"{node.name} dies")
         node.crash()
         self._retire(node)
