@@ -49,9 +49,9 @@ class Publisher:
         self._socket: zmq.Socket[bytes] = zmq.Socket(context, zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, 0)
-        # One that starts beside us or is replaced is found soon; that there is none is normal, too: then look seldom.
+        # One that starts beside us or is replaced is found soon. That there is none is normal, too.
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 400)
         self._socket.connect(endpoint)
 
     def publish(

@@ -15,6 +15,7 @@ import pytest
 
 from pagewire import handover
 from pagewire.monitor import APART, WINDOW, Monitor, Sums
+from protocol.rundir import RunDir
 from protocol.telemetry import Telemetry
 from tests.e2e.stack import Stack, eventually, stack
 from tests.faults.test_replace import command
@@ -160,6 +161,12 @@ def test_the_hit_rate_of_a_repeated_prompt_is_that_of_the_schedulers_counters_an
         stack.close()
 
 
+def all_are_heard(made: Stack) -> bool:
+    """Whether the admin server that now runs has heard every other service."""
+    others = [record for record in RunDir(made.run_dir).services() if record.role != "admin"]
+    return {f'pagewire_process_memory_bytes{{name="{record.name}",role="{record.role}"}}' for record in others} <= made.metrics().keys()
+
+
 @pytest.mark.slow
 def test_a_rolled_stack_sums_up_once_and_everything() -> None:
     with stack() as made:
@@ -167,7 +174,9 @@ def test_a_rolled_stack_sums_up_once_and_everything() -> None:
         body = {"prompt": "x", "max_tokens": 8, "ignore_eos": True}
         for _ in range(3):
             httpx.post(f"{made.url}/v1/completions", json=body, timeout=30).raise_for_status()
+        eventually(lambda: all_are_heard(made))
         assert command(made, "roll").returncode == 0
+        eventually(lambda: all_are_heard(made))
         httpx.post(f"{made.url}/v1/completions", json=body, timeout=30).raise_for_status()
         up.popen.send_signal(signal.SIGTERM)
         assert up.popen.wait(20) == 0
