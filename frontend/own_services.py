@@ -24,7 +24,7 @@ SCHEDULER = (
 WORKER = (
     *("model", "runner", "device", "dtype", "load_format", "attention", "enforce_eager", "block_size", "num_gpu_blocks", "num_cpu_blocks"),
     *("pack_prefixes", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "seed", "threads", "step_time"),
-    *("quantization", "kv_cache_dtype", "served_model_name"),
+    *("filter_kernel", "quantization", "kv_cache_dtype", "served_model_name"),
 )
 
 

@@ -71,6 +71,7 @@ FLAGS: dict[str, Flag] = {
     "load_format": Flag("Format of the weights; dummy makes random ones.", choices=("auto", "safetensors", "gguf", "dummy")),
     "attention": Flag("Attention backend.", choices=("auto", "torch", "triton", "flash_attn")),
     "enforce_eager": Flag("Launch every step kernel by kernel, without CUDA graphs."),
+    "filter_kernel": Flag("On a card, filter by top-k, top-p and min-p with a kernel that sorts nothing, instead of torch."),
     "pack_prefixes": Flag("On a card, let sequences that share a prefix read it together in a decode step."),
     "block_size": Flag("Tokens of one KV block.", low=1, high=4096),
     "num_gpu_blocks": Flag("KV blocks on the device.", empty="what memory allows", low=0),
@@ -97,8 +98,8 @@ FLAGS: dict[str, Flag] = {
     "hash_key_file": Flag("File with the 16-byte key of block hashes.", empty="in the run directory"),
     # up and admin
     "admin_port": Flag("Port of the admin server, on loopback; 0 takes a free one.", low=0, high=65535),
+    "admin_hosts": Flag("Names that requests may call the admin server by, besides loopback's, with commas between.", empty="none"),
     "api": Flag("URL of the API that the live page's prompts go to.", empty="none", own=True),
     "workers": Flag("Workers to start.", low=1, high=64),
-    "admin_hosts": Flag("Names that requests may call the admin server by, besides loopback's, with commas between.", empty="none"),
     "frontends": Flag("Frontend processes that share the port.", low=1, high=64),
 }

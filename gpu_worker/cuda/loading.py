@@ -74,6 +74,7 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
             host_blocks=settings.num_cpu_blocks,
             utilization=settings.gpu_memory_utilization,
             graphs=not settings.enforce_eager,
+            filter_kernel=settings.filter_kernel,
             pack_prefixes=settings.pack_prefixes,
         )
         engine = Engine(config, weights, options, fp8_cache)
