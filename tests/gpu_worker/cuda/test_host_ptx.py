@@ -1,0 +1,66 @@
+"""The Triton kernels compile for Hopper without a card; and an fp8 cache leaves no trace where it is not asked for.
+
+In a process of its own: the interpreter, which other tests choose, is chosen when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from gpu_worker.cuda.kernels.decode_attention import decode_attention
+from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
+from gpu_worker.cuda.kernels.round_fp8 import round_groups, round_rows
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def ptx(function, types, warps, **constants):
+    names = [p.name for p in function.params]
+    given = [name for name in names if name not in constants]
+    assert len(given) == len(types), (given, types)
+    kinds = dict(zip(given, types)) | dict.fromkeys(constants, "constexpr")
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in given if kinds[n].startswith("*")}
+    source = ASTSource(function, {n: kinds[n] for n in names}, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    return compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
+
+
+i, f, b, e = "*i32", "*fp32", "*bf16", "*fp8e4nv"
+for dim, repeat in ((128, 2), (64, 3)):
+    sizes = {"WIDTH": 256, "KV_HEADS": 8, "R": repeat, "RP": 1 << (repeat - 1).bit_length(), "D": dim, "DP": dim, "PAGE": 16}
+    sizes |= {"WINDOW": 0, "SOFTCAP": 0}
+    decode = sizes | {"TILE": 64, "STAGES": 2, "QK_NORM": 1, "PDL": 1}
+    decode |= {"PACKED": 0} if "PACKED" in [p.name for p in decode_attention.params] else {}
+    for cache in (b, e):
+        off, scales = ({"kv_scales": None}, []) if cache == b else ({}, [f])
+        for text in (
+            ptx(decode_attention, [b, cache, i, i, b, f, f, i, b, b, f, f, "fp32", "fp32", *scales], 4, **decode, **off),
+            ptx(prefill_attention, [b, cache, i, i, i, b, "fp32", *scales], 8, ROWS=128, TILE=32, STAGES=3, **sizes, **off),
+        ):
+            assert ("e4m3" in text) == (cache == e), (dim, cache)
+assert "e4m3x2" in ptx(round_rows, [b, e, f], 8, WIDTH=14336, BLOCK=2048, input_scale=None)
+assert "e4m3x2" in ptx(round_rows, [b, e, f, f], 8, WIDTH=4096, BLOCK=2048)
+assert "e4m3x2" in ptx(round_groups, [b, e, f], 4, WIDTH=14336, SPAN=8)
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_and_know_fp8_only_where_it_is(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environ |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)}
+    program = tmp_path / "compile_kernels.py"  # Triton reads the source of its functions from files
+    program.write_text(COMPILE)
+    ended = subprocess.run([sys.executable, str(program)], env=environ, capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "compiled\n", ended.stderr
