@@ -16,6 +16,7 @@ from frontend.settings import FrontendSettings
 from frontend.streams import Stream
 from protocol.columns import unpack
 from protocol.registration import new_incarnation
+from protocol.service import CannotRun
 
 LOOK_EVERY = 0.02  # seconds between two looks at whether the model is ready
 LIVE_EVERY = 0.5  # seconds between two looks at whether the services live
@@ -59,6 +60,8 @@ class AsyncLLMEngine:
             await self._client.start()
             while self._client.why_not_ready():
                 self.check()
+                if why := self._client.why_never_ready():
+                    raise CannotRun(why)
                 await asyncio.sleep(LOOK_EVERY)
         except BaseException:
             await self.close()

@@ -85,12 +85,18 @@ class Client:
         if not self.journal.is_open:
             return self.link.refusal or "no scheduler has answered yet"
         models = self.journal.models.values()
-        if not any(info.workers_ready for info in models):
+        serving = [info for info in models if info.workers_ready]
+        if not serving:
             loading = sum(info.workers_loading for info in models)
             return f"{loading} worker(s) still loading" if loading else "no worker is ready"
-        if not any(info.workers_ready and self._tokenizers.of(info) for info in models):
-            return "the tokenizer is still loading"
+        if not any(self._tokenizers.of(info) for info in serving):
+            return self.why_never_ready() or "the tokenizer is still loading"
         return ""
+
+    def why_never_ready(self) -> str:
+        """Why no model that is served now can ever be asked: no tokenizer can be made of their files; empty while one may."""
+        reasons = [self._tokenizers.unusable(info) for info in self.journal.models.values() if info.workers_ready]
+        return reasons[0] if reasons and all(reasons) else ""
 
     def models(self) -> list[ModelInfo]:
         """The models known now."""
@@ -111,7 +117,8 @@ class Client:
             raise ApiError(404, f"the model {name!r} does not exist; there is {known}", "model", "model_not_found")
         tokenizer = self._tokenizers.of(info)
         if tokenizer is None:
-            raise ApiError(503, "not ready: the tokenizer is still loading", code="not_ready", retry_after=1.0)
+            why = self._tokenizers.unusable(info) or "the tokenizer is still loading"
+            raise ApiError(503, f"not ready: {why}", code="not_ready", retry_after=1.0)
         return Model(info, tokenizer)
 
     async def offload(self, work: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from frontend.fetch import Fetch
 from frontend.journal import Journal
 from frontend.tokenizer import Tokenizer
+from frontend.vocabulary import TokenizerError
 from protocol.messages import ModelInfo
 from protocol.tokenizer_files import bundle_hash, read_bundle
 
@@ -32,6 +33,7 @@ class Tokenizers:
         self._came = came
         self._own: Tokenizer | None = None  # read from a path, used for every model
         self.by_hash: dict[bytes, Tokenizer] = {}  # those that are here
+        self._unusable: dict[bytes, str] = {}  # files that arrived whole and are no tokenizer: why
         self._building: set[asyncio.Task[None]] = set()
         self._fetches: list[Fetch] = []
 
@@ -42,6 +44,10 @@ class Tokenizers:
     def of(self, info: ModelInfo) -> Tokenizer | None:
         """The tokenizer of a model; None while it is not here yet."""
         return self._own or self.by_hash.get(info.tokenizer)
+
+    def unusable(self, info: ModelInfo) -> str:
+        """Why a model will never have a tokenizer; empty if it has one or may get it."""
+        return "" if self.of(info) is not None else self._unusable.get(info.tokenizer, "")
 
     def follow(self) -> None:
         """Ask for what new models need, and build what has arrived; to be called when the journal has news."""
@@ -60,7 +66,7 @@ class Tokenizers:
         if self._own is not None:
             return
         for info in self._journal.models.values():
-            if info.tokenizer not in self.by_hash and info.workers_ready:
+            if info.tokenizer not in self.by_hash and info.tokenizer not in self._unusable and info.workers_ready:
                 fetch = self._journal.fetch(info.tokenizer)
                 if fetch not in self._fetches:
                     self._fetches.append(fetch)
@@ -76,7 +82,7 @@ class Tokenizers:
             task.add_done_callback(self._building.discard)
 
     async def _build(self, fetch: Fetch) -> None:
-        """Make the tokenizer of a bundle that has arrived; if it cannot be had, ask again after a while."""
+        """Make the tokenizer of a bundle that has arrived; if it did not arrive whole, ask again after a while."""
         try:
             if fetch.bundle is None:
                 raise ValueError(fetch.failed)
@@ -85,7 +91,10 @@ class Tokenizers:
                 raise ValueError("their hash is not the one that the worker announced")
             self.by_hash[fetch.tokenizer] = await self._offload(lambda: Tokenizer.from_bundle(bundle))
             self._came()
-        except ValueError as error:
+        except TokenizerError as error:
             log.error("the tokenizer files cannot be used: %s", error)
+            self._unusable[fetch.tokenizer] = f"the tokenizer files cannot be used: {error}"
+        except ValueError as error:
+            log.error("the tokenizer files have not arrived: %s", error)
             await asyncio.sleep(RETRY_FETCH)
             self._want()

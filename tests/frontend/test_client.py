@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from frontend.client import Client
@@ -20,7 +21,8 @@ from frontend.tokenizer import Tokenizer
 from protocol.columns import pack
 from protocol.messages import Abort, Done, Resumed, SamplingParams, Submit
 from protocol.times import Times
-from protocol.tokenizer_files import byte_bundle
+from protocol.tokenizer_files import bundle_hash, byte_bundle
+from tests.frontend import fakes
 from tests.frontend.fakes import EOS, Engine, scheduler_thread, settings_for, text
 
 TOKENIZER = Tokenizer.from_bundle(byte_bundle())
@@ -88,6 +90,25 @@ def test_the_tokenizer_comes_over_the_wire(folder):
 
     with scheduler_thread(endpoint(folder), Engine()):
         assert run(folder, scenario) == [104, 105]
+
+
+def test_files_that_are_no_tokenizer_are_asked_for_once_and_named(folder, monkeypatch):
+    bundle = msgspec.msgpack.encode({"tokenizer.json": b"{}"})
+    monkeypatch.setattr(fakes, "BUNDLE", bundle)
+    monkeypatch.setattr(fakes, "MODEL", fakes.model_info(tokenizer=bundle_hash(bundle)))
+
+    async def scenario(client: Client) -> str:
+        await until(client.why_never_ready)
+        assert client.why_not_ready() == client.why_never_ready()
+        with pytest.raises(ApiError, match="cannot be used"):
+            client.model(None)
+        client.journal.models_changed = True  # as a worker that comes makes it
+        client._pumped(0.0)
+        assert not client._tokenizers._fetches
+        return client.why_not_ready()
+
+    with scheduler_thread(endpoint(folder), Engine()):
+        assert "tokenizer.json cannot be used" in run(folder, scenario)
 
 
 def test_a_request_made_before_the_scheduler_waits_for_it(folder):
