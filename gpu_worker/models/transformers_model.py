@@ -28,7 +28,9 @@ class TransformersModel:
     def __init__(self, config: TransformersConfig, model: PreTrainedModel) -> None:
         """model: with NAME as its attention; it is taken apart."""
         self._config = config
-        self._trunk = model.get_decoder()
+        decoder = model.get_decoder()
+        # a few have one inside their base, a few call their output layer so
+        self._trunk = decoder if hasattr(decoder, "config") else model.base_model
         self._given = _Given()
         for parent in list(model.modules()):
             for name, child in parent.named_children():
@@ -66,10 +68,11 @@ class _Given(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kind: type[Any] = dict  # of the trunk's output
+        self.kind: Callable[..., Any] | None = None  # the class of the trunk's output
         self.hidden: torch.Tensor | None = None  # [1, n, hidden]
 
     def forward(self, *args: object, **kwargs: object) -> Any:
+        assert self.kind is not None, "logits of hidden states that were not computed"
         return self.kind(last_hidden_state=self.hidden)
 
 
@@ -86,7 +89,6 @@ def load_transformers(
     else:
         model = _random(config, dummy_seed, device, dtype)
     model.eval().requires_grad_(False)
-    model.config.pad_token_id = None  # transformers would look for padding in every step
     try:
         return _compared(config, model, device, dtype)
     except LoadError:

@@ -61,6 +61,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96}),
     "gpt_neox": ("gpt_neox", {}),
     "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 0.2, "logits_scaling": 3.0}),
+    "modernbert-decoder": ("modernbert-decoder", {"local_attention": 40, "global_attn_every_n_layers": 2}),
     "mixtral": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "olmo3": ("olmo3", {"num_key_value_heads": 2, "sliding_window": 20}),
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True}),
