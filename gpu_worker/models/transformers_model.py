@@ -29,7 +29,7 @@ class TransformersModel:
         """model: with NAME as its attention; it is taken apart."""
         self._config = config
         decoder = model.get_decoder()
-        # a few have one inside their base, a few call their output layer so
+        # OPT calls the decoder inside its base; ModernBERT has an output layer of that name
         self._trunk = decoder if hasattr(decoder, "config") else model.base_model
         self._given = _Given()
         for parent in list(model.modules()):
