@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -194,6 +195,12 @@ def test_what_paged_attention_cannot_do_is_refused_in_one_line_that_names_the_fi
     with pytest.raises(LoadError, match=says) as refusal:
         outline(raw)
     assert "\n" not in str(refusal.value)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(LoadError, match=r"GPT2LMHeadModel is not supported; .* with the extra pagewire\[transformers\] more"):
+        outline({**COMMON, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
 
 
 def test_a_folder_says_what_the_model_is_and_every_figure_of_it_counts(tmp_path: Path) -> None:
