@@ -102,9 +102,10 @@ class WorkerCore:
         if plan.step != self._step + 1:
             raise PlanError(plan.step, "step", f"does not follow {self._step}")
         self._step = plan.step
-        self._seal_copies()
         self._release(plan)
         self._seal(plan)
+        self._seal_copies()
+        self._withdraw(plan)
         bind_slots, bind_records = self._bind(plan)
         self._tables.apply(plan)
         if plan.assign_blocks:
@@ -127,6 +128,8 @@ class WorkerCore:
             self._sealed.seal(blocks, np.frombuffer(plan.seal_hashes, np.uint8).reshape(-1, 16))
             for copy in self._copies:  # begun before their sources' seals came
                 copy.look_up(np.isin(copy.source, blocks), self._sealed)
+
+    def _withdraw(self, plan: Plan) -> None:
         if plan.withdrawals:
             withdrawn = unpack(plan.withdrawals)
             _, hashes = self._sealed.lookup(withdrawn)

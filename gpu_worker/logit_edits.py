@@ -99,7 +99,7 @@ class LogitEdits:
             kept = logits[c.allowed_row, c.allowed_id]
             logits.index_fill_(0, c.restricted, -torch.inf).index_put_((c.allowed_row, c.allowed_id), kept)
         if len(c.word_row):
-            recent = self._recent[c.slots[c.word_row], -c.word_prefix.shape[1] :]
+            recent = self._recent[c.slots[c.word_row], self._recent.shape[1] - c.word_prefix.shape[1] :]
             hit = ((recent == c.word_prefix) | (c.word_prefix < 0)).all(dim=1)
             # added, so that two words of a row that end alike do not undo one another
             banned = torch.zeros_like(hit, dtype=logits.dtype).masked_fill_(hit, -torch.inf)

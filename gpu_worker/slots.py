@@ -117,6 +117,7 @@ class SealedBlocks:
     def forget(self, blocks: Int32) -> None:
         """The content of these blocks (shape [n]) changes, or is not to be trusted."""
         self._sealed[blocks] = False
+        self._hashes[blocks] = 0
 
     def forget_copies(self, hashes: np.ndarray) -> None:
         """Forget every block that has one of these hashes (uint8, shape [n, 16])."""

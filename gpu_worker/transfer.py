@@ -39,9 +39,14 @@ class Arrival:
         words = torch.cat([t.contiguous().view(torch.int32).reshape(-1) for t in tensors])
         self._host = torch.empty(words.shape, dtype=torch.int32, pin_memory=words.is_cuda)
         self._host.copy_(words, non_blocking=True)
+        self._made = torch.cuda.Event() if words.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._made is not None:
+            self._made.record()
 
     def read(self) -> list[Array]:
-        """The tensors as arrays. An event recorded behind the copy must have been reached."""
+        """The tensors as arrays; waits until the copy has been made."""
+        if self._made is not None:
+            self._made.synchronize()
         ends = np.cumsum([shape.numel() for shape, _ in self._kinds])[:-1]
         parts = np.split(self._host.numpy(), ends)
         return [part.view(dtype).reshape(shape) for part, (shape, dtype) in zip(parts, self._kinds, strict=True)]

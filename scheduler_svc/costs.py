@@ -26,6 +26,8 @@ class Costs:
             self.decode = _mean(self.decode, seconds)
             return
         beyond = max(seconds - self.decode, 0.0)
+        if copied and not (self.decode and (self.token or not tokens)):
+            return  # what of it the copies took cannot be told yet
         if copied >= ENOUGH or (copied and not tokens):
             self.block = _mean(self.block, max(beyond - tokens * self.token, 0.0) / copied)
         elif tokens >= ENOUGH and not copied:

@@ -20,7 +20,6 @@ HEADER = 16
 PARAMETERS = 32  # words of a slot: slot, temperature, seed (2), number of stop ids, stop ids
 MAX_STOP_IDS = PARAMETERS - 5
 MAX_ASSIGNMENTS = 16384  # of one ring entry; a plan with more takes several
-MAX_COPIES = 8192  # blocks copied by one step
 MAX_CHUNK = 16  # tiles of an item, unless the work list would grow beyond its bound
 TILE = 64  # cached tokens in a tile of the decode attention's work list
 SLOTS, INPUTS = "PPPPii", "PPPPPPPPP"  # plan.cu's structs in a signature (`driver.py`)
@@ -95,6 +94,7 @@ class DeviceState:
         self.step = words(8)
 
         self.entries, self.results = entries, results
+        self.max_copies = g.blocks + g.host_blocks  # of one step: no two have one target
         self.entry_words = (
             (
                 HEADER
@@ -102,7 +102,7 @@ class DeviceState:
                 + g.slots * (8 + PARAMETERS + 4 + 1 + 2)
                 + g.max_step_tokens
                 + 2 * self.max_tiles
-                + 4 * MAX_COPIES
+                + 2 * self.max_copies
                 + 128
             )
             // 4
@@ -214,9 +214,9 @@ class DeviceState:
             put(8, 15, (ends[sampled] - 1).astype(np.int32), len(sampled))
             tiles = self._tiles(step.counts)
             put(7, 14, tiles, len(tiles))
-            if sum(len(source) for source, _ in block_copies(step.plan)) > 4 * MAX_COPIES:
-                raise ValueError(f"a plan copies more than {MAX_COPIES} blocks")
             copies = np.concatenate([np.stack((unpack(a), unpack(b)), axis=1) for a, b in block_copies(step.plan)])
+            if len(copies) > self.max_copies:
+                raise ValueError(f"a plan copies {len(copies)} blocks; there are {self.max_copies}")
             put(9, 9, copies, at)
         entry[:HEADER] = header
         return number

@@ -269,6 +269,21 @@ def test_a_seal_that_comes_behind_the_copy_names_the_host_block_too(core):
     assert sealed(core)[1] == {5: A}
 
 
+def test_a_seal_that_comes_behind_a_complete_copy_still_names_the_host_block(core):
+    step = apply(core, Plan(1, **rows_of(out_from=[3], out_to=[5])))
+    core.result(step, outcome(copied=1))
+    apply(core, Plan(2, seals=pack([3]), seal_hashes=A))
+    assert sealed(core)[1] == {5: A}
+
+
+def test_a_withdrawal_of_new_content_leaves_copies_of_the_old_alone(core):
+    step = apply(core, Plan(1, seals=pack([2]), seal_hashes=A, **rows_of(out_from=[2], out_to=[5])))
+    core.result(step, outcome(copied=1))
+    apply(core, Plan(2, **rows_of(assign_slots=[0], assign_indices=[0], assign_blocks=[2])))
+    apply(core, Plan(3, withdrawals=pack([2])))
+    assert sealed(core) == ({}, {5: A})
+
+
 def test_a_host_block_keeps_its_name_when_it_is_copied_back(core):
     step = apply(core, Plan(1, seals=pack([2]), seal_hashes=A, **rows_of(out_from=[2], out_to=[5])))
     core.result(step, outcome(copied=1))

@@ -163,6 +163,14 @@ def test_a_bad_word_of_two_tokens_is_seen_in_what_was_sampled() -> None:
     assert [_sample([_record()], logits, [i], sampler)[0] for i in range(1, 6)] == [4, 5, 4, 5, 4]
 
 
+def test_a_bad_word_of_one_token_is_banned_also_after_longer_ones_were() -> None:
+    sampler = Sampler(1, 6, CPU)
+    sampler.bind(0, _record(temperature=0.0, bad_words=[pack([1, 2, 3])]))
+    sampler.bind(0, _record(temperature=0.0, bad_words=[pack([4])]))
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 5.0, 4.0]])
+    assert sampler.sample(logits, np.zeros(1, np.int32), np.zeros(1, np.int32)).tokens.tolist() == [5]
+
+
 def test_stop_ids_are_banned_before_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 4], logits[0, 5] = 2.0, 1.0

@@ -175,6 +175,15 @@ def test_the_cheaper_of_swap_and_recompute_is_taken_by_measurement() -> None:
     assert not costs.prefers_copies(20, 160), "8 ms against 3.2 ms"
 
 
+def test_a_step_of_copies_and_more_says_nothing_of_a_copy_before_the_rest_has_been_measured():
+    costs = Costs()
+    costs.took(0.3, 2048, 64)  # a new scheduler's first step, with much found on the host
+    for _ in range(50):
+        costs.took(0.005, 0, 0)
+        costs.took(0.005 + 1000 * 20e-6, 1000, 0)
+    assert costs.prefers_copies(100, 1600)
+
+
 def test_nan_of_a_swapped_sequence_takes_its_hashes_back() -> None:
     stage, worker, frontend = stage_with()
     two_long(stage, frontend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from gpu_worker.core import WorkerCore
 from gpu_worker.cuda import state as states
@@ -48,6 +49,18 @@ def prefill(core: WorkerCore, prompts: dict[int, np.ndarray], **more: bytes) -> 
     )
     plan.check(GEOMETRY)
     return core.apply(plan)
+
+
+def test_a_plan_may_copy_every_block_there_is() -> None:
+    g = structs.replace(GEOMETRY, blocks=3000, host_blocks=3000, slots=1)
+    state = DeviceState(g, torch.device("cpu"), spread=33, tile_tokens=64, entries=2, results=2)
+    core = WorkerCore(Description(model="m", fingerprint=b"0" * 16, geometry=g, attention="triton", eos=[]))
+    every = pack(np.arange(3000))
+    plan = Plan(step=1, out_from=every, out_to=every, in_from=every, in_to=every)
+    (number,) = state.write(core.apply(plan), 0)
+    entry = state.ring[number].numpy()
+    copies = entry[entry[9] : entry[9] + 12000].reshape(6000, 2)
+    assert (copies == np.tile(np.arange(3000), 2)[:, None]).all()
 
 
 def test_a_prefill_step_is_laid_out_as_the_kernels_read_it(state: DeviceState, core: WorkerCore) -> None:

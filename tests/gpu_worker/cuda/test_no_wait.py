@@ -12,6 +12,7 @@ import torch
 from benchmarks.gpu_player import Player
 from gpu_worker.runner import Record
 from gpu_worker.sampler import Sampler
+from gpu_worker.transfer import Arrival
 from protocol.columns import pack, pack_floats
 from tests.gpu_worker.cuda.test_engine import QWEN3, EngineRunner, make, prompts
 from tests.gpu_worker.model_driver import Loaded
@@ -39,6 +40,14 @@ def waits_raise() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_arrives_is_read_behind_the_work_that_made_it() -> None:
+    numbers = torch.zeros(1000, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # clock cycles
+    numbers += 7
+    assert (Arrival(numbers).read()[0] == 7).all()
 
 
 @pytest.mark.parametrize("depth", [1, 3])
