@@ -6,10 +6,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from protocol.files import RunDirError, make_private
 
+PATIENCE = 0.3  # seconds to wait for whoever cleans up behind the dead, who holds each lock for a moment
 IPC_LIMIT = 100  # bytes of an ipc path; the kernel's sockaddr_un ends at 107
 
 
@@ -24,11 +26,13 @@ class Busy(RunDirError):
 class Lock:
     """An exclusive `flock` on a file that exists only while it is held.
 
-    Raises Busy if another process holds it. The kernel lets go when the holder dies, however it dies.
+    Raises Busy if another process holds it, and goes on to for `patience` seconds. The kernel lets go when the holder
+    dies, however it dies.
     """
 
-    def __init__(self, path: Path, what: str = "") -> None:
+    def __init__(self, path: Path, what: str = "", patience: float = 0.0) -> None:
         self.path = path
+        deadline = time.monotonic() + patience
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -38,6 +42,9 @@ class Lock:
                 os.close(fd)
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
+                if time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
                 raise Busy(what or str(path), int(holder) if holder.isdigit() else 0) from None
             # A holder that went away between open and flock has unlinked the file we now hold: take the new one.
             with contextlib.suppress(FileNotFoundError):
@@ -77,7 +84,7 @@ class Guard:
             if len(os.fsencode(self._socket)) >= IPC_LIMIT:
                 raise RunDirError(f"{endpoint}: an ipc path must be shorter than {IPC_LIMIT} bytes")
             make_private(self._socket.parent)
-            self._lock = Lock(self._socket.with_name(self._socket.name + ".lock"), endpoint)
+            self._lock = Lock(self._socket.with_name(self._socket.name + ".lock"), endpoint, PATIENCE)
             self._socket.unlink(missing_ok=True)
 
     def release(self) -> None:

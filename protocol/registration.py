@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from protocol.files import RunDirError, write
-from protocol.locks import Lock
+from protocol.locks import PATIENCE, Lock
 
 LONGEST_NAME = 24  # of a service; its tap's socket has the longest path of all
 
@@ -51,7 +51,7 @@ class Registration:
 
     def __init__(self, folder: Path, role: str, name: str, incarnation: int) -> None:
         check_name(name)
-        self._lock = Lock(folder / f"{name}.lock", f"the service name {name}")
+        self._lock = Lock(folder / f"{name}.lock", f"the service name {name}", PATIENCE)
         self._path = folder / f"{name}.json"
         pid = os.getpid()
         self.record = ServiceRecord(role, name, pid, incarnation, "starting", process_start(pid))

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from protocol.files import RunDirError, held, is_private, make_private, temporary, write
-from protocol.locks import IPC_LIMIT, Busy, Lock
+from protocol.locks import IPC_LIMIT, PATIENCE, Busy, Lock
 from protocol.registration import LONGEST_NAME, Registration, ServiceRecord
 
 LONGEST_SOCKET = len("/tap-") + LONGEST_NAME + len(".sock")
@@ -120,7 +120,7 @@ class RunDir:
 
     def lock(self) -> Lock:
         """The lock of the supervisor. Raises Busy, which names the other one's pid."""
-        return Lock(self.path / "up.lock", f"run directory {self.path}")
+        return Lock(self.path / "up.lock", f"run directory {self.path}", PATIENCE)
 
     def register(self, role: str, name: str, incarnation: int) -> Registration:
         """Announce this process as a service, in state `starting`. Raises Busy if `name` is taken."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,3 +87,11 @@ def test_a_lock_taken_while_its_file_is_being_removed_is_taken_on_the_new_file(s
     inside: list[int] = []
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(work, range(4))) > 0
+
+
+def test_a_lock_held_for_a_moment_is_waited_for(short: Path) -> None:
+    held = Lock(short / "l")
+    with pytest.raises(Busy):
+        Lock(short / "l")
+    threading.Timer(0.1, held.release).start()
+    Lock(short / "l", patience=20).release()
