@@ -9,7 +9,7 @@ import re
 import click
 
 from pagewire.plan.memory import BYTES, Setup
-from pagewire.plan.room import Room, largest_batch, largest_context, room
+from pagewire.plan.room import Room, largest_batch, largest_context, longest_served, room
 from pagewire.plan.sizes import PlanError, Sizes, read_sizes
 from protocol.options import CONTEXT, Usage
 
@@ -60,7 +60,8 @@ def main(model: str, gpu_memory: int, context: int | None, batch: int | None, as
     try:
         made = Setup(**setup)  # type: ignore[arg-type]
         sizes = read_sizes(model)
-        contexts = [context] if context else [c for c in CONTEXTS if c <= sizes.config.max_length] if not batch else []
+        longest = longest_served(sizes)
+        contexts = [context] if context else [c for c in CONTEXTS if c <= longest] if not batch else []
         batches = [batch] if batch else BATCHES if not context else []
         found = room(sizes, gpu_memory, made)
         by_context = {c: largest_batch(sizes, c, gpu_memory, made) for c in contexts}
@@ -108,11 +109,10 @@ def _print(sizes: Sizes, found: Room, by_context: dict[int, int], by_batch: dict
         for context, batch in by_context.items():
             click.echo(f"{context:>12,} tokens  {batch:>6,}" + ("  (or more: one worker holds no more)" if batch == 1024 else ""))
     if by_batch:
+        longest = longest_served(sizes)
         click.echo("\nlargest context of a batch of")
         for batch, context in by_batch.items():
-            click.echo(
-                f"{batch:>12,}         {context:>6,} tokens" + ("  (the model's limit)" if context == sizes.config.max_length else "")
-            )
+            click.echo(f"{batch:>12,}         {context:>6,} tokens" + ("  (the model's limit)" if context == longest else ""))
     if found.settings:
         click.echo("\nrecommended: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.settings.items()))
     for note in found.notes:

@@ -10,11 +10,13 @@ from pagewire.plan.sizes import Q4_0, Q4_1, Q8_0, ModelSizes, PlanError, Sizes, 
 MIB = 1 << 20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP8_GROUP = 128  # fp8 weights of a row that may share a scale
+FP8_MULTIPLE = 16  # of rows and columns that cuBLAS multiplies in fp8
 GROUP = 32  # 4-bit weights that share a scale and a zero
 CUDA_CONTEXT = 512 * MIB  # the driver's own, kernels and captured graphs: outside torch's allocator
 CUDA_RESERVE = 512 * MIB  # what a worker keeps back for cuBLAS, graphs and tables when it counts its blocks
 CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, which torch allocates on a Hopper card
 CPU_PROCESS = 350 * MIB  # interpreter and libraries
+TRANSFORMERS = 110 * MIB  # transformers, and what of torch it imports
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def estimate_memory(model: str | Path | Sizes, setup: Setup | None = None) -> Me
     per_token = 2 * config.layers * config.kv_size * setup.cached
     if isinstance(sizes, TransformersSizes):
         parameters, parts, activations = sizes.config.parameters, _plain_weights(sizes, setup), _torch_buffers(sizes, setup)
+        process = CPU_PROCESS + TRANSFORMERS
     else:
-        parameters, parts = _parameters(sizes), _weights(sizes, setup)
+        parameters, parts, process = _parameters(sizes), _weights(sizes, setup), CPU_PROCESS
         activations = _cuda_buffers(sizes, setup) if setup.device == "cuda" else _torch_buffers(sizes, setup)
     return Memory(
         parameters=parameters,
@@ -100,16 +103,23 @@ def estimate_memory(model: str | Path | Sizes, setup: Setup | None = None) -> Me
         kv_per_token=per_token,
         kv_per_block=per_token * setup.block_size,
         activations=activations,
-        overhead=CUDA_CONTEXT if setup.device == "cuda" else CPU_PROCESS,
+        overhead=CUDA_CONTEXT if setup.device == "cuda" else process,
         parts=parts,
     )
 
 
 def length_limit(sizes: Sizes, setup: Setup) -> int:
-    """The max_model_len of a worker. Raises PlanError if it is more than the model was made for."""
+    """The max_model_len of a worker. Raises PlanError if it is more than the model was made for, or than its code does rightly."""
+    from gpu_worker.errors import LoadError
+
     if setup.max_model_len > sizes.config.max_length:
         raise PlanError(f"max_model_len: {setup.max_model_len} is more than the {sizes.config.max_length} tokens of the model")
-    return setup.max_model_len or min(4096, sizes.config.max_length)
+    length = setup.max_model_len or min(4096, sizes.config.max_length)
+    try:
+        sizes.config.check_length(length)
+    except LoadError as error:
+        raise PlanError(str(error)) from error
+    return length
 
 
 def _plain_weights(sizes: TransformersSizes, setup: Setup) -> dict[str, int]:
@@ -166,6 +176,8 @@ def _parameters(sizes: ModelSizes) -> int:
 def _weights(sizes: ModelSizes, setup: Setup) -> dict[str, int]:
     """Bytes of the weights by kind, as the worker of the device keeps them."""
     c = sizes.config
+    if setup.quantization == "fp8" and sizes.quantised:
+        raise PlanError(f"quantization: fp8 rounds weights of 16 or 32 bits; those of {sizes.name} have fewer")
     packed = setup.device == "cpu" and setup.dtype == "auto" and sizes.quantised
     parts = {"embedding": 0, "attention": 0, "mlp": 0, "norms and biases": _vector_elements(sizes) * setup.element}
     for layer in range(c.layers):
@@ -191,15 +203,16 @@ def _matrix_bytes(sizes: ModelSizes, matrix: _Matrix, setup: Setup, packed: bool
 
 
 def _fp8_scales(sizes: ModelSizes, matrix: _Matrix, setup: Setup) -> int | None:
-    """How many scales a matrix has that is kept in fp8; None: it is not."""
+    """How many scales a matrix has that is kept in fp8; None: it is not. A card that multiplies fp8 takes these shapes."""
     quantization = sizes.config.quantization
-    if setup.device == "cpu" or (quantization is None and setup.quantization != "fp8"):
+    if setup.device == "cpu" or setup.dtype not in ("auto", "bfloat16") or (quantization is None and setup.quantization != "fp8"):
         return None
-    if quantization is None:
-        return matrix.out
-    if not all(quantization.covers(module) for module in matrix.modules):
+    if quantization is not None and not all(quantization.covers(module) for module in matrix.modules):
         return None
-    return matrix.out * -(-matrix.into // FP8_GROUP) if quantization.by_block else matrix.out
+    groups = -(-matrix.into // FP8_GROUP) if quantization is not None and quantization.by_block else 1
+    if matrix.out % FP8_MULTIPLE or matrix.into % (FP8_MULTIPLE if groups == 1 else FP8_GROUP):
+        return None
+    return matrix.out * groups
 
 
 def _kinds(sizes: ModelSizes, names: tuple[str, ...]) -> set[int]:
@@ -213,7 +226,9 @@ def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
     logits = slots * c.vocab_size
     rotary = length * c.head_dim * 4
     tables = 4 * slots * -(-length // setup.block_size)
-    rounded = tokens * max(c.hidden, c.q_size, c.intermediate) if c.quantization or setup.quantization == "fp8" else 0
+    every = (m for layer in range(c.layers) for kind in _matrices(sizes, layer).values() for m in kind)
+    widest = max((m.into for m in every if _fp8_scales(sizes, m, setup) is not None), default=0)
+    rounded = tokens * (widest + 4 * -(-widest // FP8_GROUP))  # activations before a product in fp8, and their scales
     return (step + logits) * setup.element + rounded + rotary + tables + CUDA_WORKSPACE
 
 

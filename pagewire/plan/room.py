@@ -37,13 +37,29 @@ def blocks_under(memory: Memory, setup: Setup, total: int) -> int:
     return max(0, left // memory.kv_per_block - 1)
 
 
+def longest_served(model: str | Path | Sizes) -> int:
+    """The longest sequence, in tokens, that a worker computes rightly: all that the model was made for, or less; 0: none."""
+    sizes, _ = _given(model, None)
+
+    def served(length: int) -> bool:
+        try:
+            length_limit(sizes, Setup(max_model_len=length))
+        except PlanError:
+            return False
+        return True
+
+    return _largest(served, sizes.config.max_length)
+
+
 def largest_batch(model: str | Path | Sizes, context: int, total: int, setup: Setup | None = None) -> int:
     """How many sequences of `context` tokens fit at once on a device of `total` bytes; at most 1,024. 0: not even one.
 
     Raises PlanError for a context that is no length the model can have.
     """
     sizes, setup = _given(model, setup)
-    _check(sizes, context)
+    longest = longest_served(sizes)
+    if not 1 <= context <= longest:
+        raise PlanError(f"context: {context} is not between 1 and the {longest} tokens that a worker serves of this model")
     needed = -(-context // setup.block_size)
 
     def fits(batch: int) -> bool:
@@ -54,7 +70,7 @@ def largest_batch(model: str | Path | Sizes, context: int, total: int, setup: Se
 
 
 def largest_context(model: str | Path | Sizes, batch: int, total: int, setup: Setup | None = None) -> int:
-    """The longest that `batch` sequences can all be at once on a device of `total` bytes, at most the model's limit."""
+    """The longest that `batch` sequences can all be at once on a device of `total` bytes, at most `longest_served`."""
     sizes, setup = _given(model, setup)
     if batch < 1:
         raise PlanError(f"batch: {batch} is less than 1")
@@ -63,7 +79,7 @@ def largest_context(model: str | Path | Sizes, batch: int, total: int, setup: Se
         made = replace(setup, max_num_seqs=batch, max_model_len=context)
         return blocks_under(estimate_memory(sizes, made), made, total) >= batch * -(-context // setup.block_size)
 
-    return _largest(fits, sizes.config.max_length)
+    return _largest(fits, longest_served(sizes))
 
 
 def room(model: str | Path | Sizes, total: int, setup: Setup | None = None) -> Room:
@@ -111,11 +127,6 @@ def _recommend(sizes: Sizes, setup: Setup, total: int, context: int) -> tuple[di
 
 def _given(model: str | Path | Sizes, setup: Setup | None) -> tuple[Sizes, Setup]:
     return read_sizes(model) if isinstance(model, str | Path) else model, setup or Setup()
-
-
-def _check(sizes: Sizes, context: int) -> None:
-    if not 1 <= context <= sizes.config.max_length:
-        raise PlanError(f"context: {context} is not between 1 and the model's {sizes.config.max_length} tokens")
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagewire.plan import ModelSizes, PlanError, Setup, estimate_memory, largest_batch, largest_context, read_sizes, room
+from pagewire.plan import ModelSizes, PlanError, Setup, estimate_memory, largest_batch, largest_context, longest_served, read_sizes, room
 from pagewire.plan.command import main
 from protocol.gguf_header import GgufError, read_tensors
 from protocol.tokenizer_files import packaged_model
@@ -134,6 +134,37 @@ def test_fp8_weights_are_a_byte_each_and_four_for_a_scale(tmp_path: Path) -> Non
     gate_up, down = 2 * 96 * 256, 256 * 96
     assert parts["mlp"] == (2 * gate_up + down + 4 * 256) + (gate_up + 4 * 2 * 192 + down + 4 * 256)
     assert estimate_memory(wide, Setup(device="cpu")).parts["mlp"] == 2 * 4 * (gate_up + down)
+
+
+def test_only_what_a_card_multiplies_in_fp8_is_planned_in_fp8(tmp_path: Path) -> None:
+    """As `Fp8Linear.fits` and the worker's weights have it: bfloat16 activations, rows and columns in 16s, groups of 128 whole."""
+    folder = tiny(tmp_path)
+    for dtype in ("float16", "float32"):
+        plain, fp8 = (estimate_memory(folder, Setup(dtype=dtype, quantization=kind)) for kind in ("auto", "fp8"))
+        assert (fp8.weights, fp8.activations) == (plain.weights, plain.activations)
+    parts = estimate_memory(tiny(tmp_path, intermediate_size=104), Setup(quantization="fp8")).parts
+    gate_up, down = 2 * 104 * 64, 64 * 104
+    assert parts["mlp"] == 2 * (gate_up + 4 * 2 * 104 + 2 * down)  # 104 columns are no multiple of 16, 208 rows are
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    parts = estimate_memory(tiny(tmp_path, intermediate_size=336, quantization_config=blocks)).parts
+    assert parts["mlp"] == 2 * (2 * 336 * 64 + 4 * 2 * 336 + 2 * 64 * 336)  # 336 columns are two groups of 128 and a part of one
+
+
+def test_what_fp8_rounds_activations_into_is_as_wide_as_the_widest_that_it_multiplies(tmp_path: Path) -> None:
+    setup = Setup(quantization="fp8")
+    for intermediate, widest in ((96, 96), (104, 64)):
+        model = tiny(tmp_path, intermediate_size=intermediate)
+        more = estimate_memory(model, setup).activations - estimate_memory(model).activations
+        assert more == setup.step_tokens * (widest + 4)
+
+
+def test_fp8_for_weights_that_have_fewer_bits_is_refused_as_by_the_worker(tmp_path: Path) -> None:
+    path = a_gguf(tmp_path / "m.gguf", {})
+    for device in ("cuda", "cpu"):
+        with pytest.raises(PlanError, match="quantization: fp8 rounds weights of 16 or 32 bits; those of m have fewer"):
+            estimate_memory(path, Setup(device=device, quantization="fp8"))
+    result = CliRunner().invoke(main, ["--model", str(path), "--quantization", "fp8"])
+    assert (result.exit_code, "Traceback" in result.output) == (2, False)
 
 
 def test_biases_and_an_output_of_its_own_are_counted(tmp_path: Path) -> None:
@@ -256,6 +287,29 @@ def test_lengths_beyond_the_model_are_refused(tmp_path: Path) -> None:
         Setup(device="cpu", dtype="bfloat16")
 
 
+QWEN_WITH_A_WINDOW = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 200}
+
+
+def test_nothing_is_planned_for_a_length_that_the_worker_refuses(tmp_path: Path) -> None:
+    folder = tiny(tmp_path, **QWEN_WITH_A_WINDOW)
+    for setup in (Setup(), Setup(max_model_len=201)):
+        with pytest.raises(PlanError, match=r"sliding-window .* serve it with --max-model-len 200"):
+            room(folder, GIB * 8, setup)
+    found = room(folder, GIB * 8, Setup(max_model_len=200))
+    assert found.settings["max_model_len"] == found.context == longest_served(folder) == largest_context(folder, 1, GIB * 8) == 200
+    with pytest.raises(PlanError, match="context: 201 is not between 1 and the 200 tokens"):
+        largest_batch(folder, 201, GIB * 8)
+    assert longest_served(tiny(tmp_path)) == 512
+
+
+def test_the_tables_end_where_the_model_is_served_no_further(tmp_path: Path) -> None:
+    folder = tiny(tmp_path, **QWEN_WITH_A_WINDOW | {"sliding_window": 5000, "max_position_embeddings": 131072})
+    said = json.loads(CliRunner().invoke(main, ["--model", str(folder), "--json"]).output)
+    assert list(said["largest_batch"]) == ["1024", "4096"]
+    assert said["largest_context"]["1"] == 5000
+    assert "5,000 tokens  (the model's limit)" in CliRunner().invoke(main, ["--model", str(folder)]).output
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="neither"):
         read_sizes(tmp_path / "missing")
@@ -335,6 +389,19 @@ def test_a_decoder_of_transformers_is_sized_by_its_code(tmp_path: Path) -> None:
     assert (on_card.weights, on_cpu.weights) == (2 * 124_439_808, 4 * (124_439_808 + 50257 * 768))
     assert (on_card.kv_per_token, on_cpu.kv_per_token) == (2 * 12 * 768 * 2, 2 * 12 * 768 * 4)
     assert room(tmp_path, 8 * GIB, Setup(device="cpu")).context == 1024
+    assert on_cpu.overhead == estimate_memory(QWEN, Setup(device="cpu")).overhead + (110 << 20)  # libraries
+
+
+def test_longrope_is_planned_for_up_to_the_length_at_which_it_turns_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "pad_token_id": 0}
+    phi = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "rope_parameters": rope} | sizes | lengths
+    (tmp_path / "config.json").write_text(json.dumps(phi))
+    assert longest_served(tmp_path) == largest_context(tmp_path, 1, 80 * GIB) == room(tmp_path, 80 * GIB).settings["max_model_len"] == 4096
+    with pytest.raises(PlanError, match=r"rope_type 'longrope'.*--max-model-len 4096"):
+        room(tmp_path, 80 * GIB, Setup(max_model_len=131072))
 
 
 def test_what_is_not_served_is_not_planned_for(tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_what_attention_takes_at_a_long_context_is_in_the_plan(heads: tuple[int,
     assert abs(planned / measured - 1) < 0.2, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sequences", [256, 16])
+def test_a_decoder_of_transformers_takes_what_is_planned(sequences: int, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}  # the smallest, 124M, with random weights
+    (tmp_path / "config.json").write_text(json.dumps(gpt2))
+    measured = grown("float32", sequences, BLOCKS, str(tmp_path), 512 // sequences)
+    planned = estimate_memory(tmp_path, Setup(device="cpu", max_num_seqs=sequences)).total(BLOCKS)
+    assert abs(planned / measured - 1) < 0.05, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
+
+
 def grown(*arguments: object) -> int:
     """Bytes that a process grew by that loaded a model and ran it."""
     command = [sys.executable, "-m", "tests.pagewire.worker_memory", *map(str, arguments)]

@@ -10,12 +10,15 @@ Anonymous memory only: the pages of the model's file are the system's, which dro
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from pathlib import Path
 
 import torch
 
+from gpu_worker.loading.transformers_config import read_config
+from protocol.memory import give_back_freed
 from tests.gpu_worker.model_driver import generate, greedy, load, load_packaged
 
 
@@ -44,6 +47,9 @@ class Peak(threading.Thread):
 
 def main(dtype: str, sequences: int, blocks: int, folder: str = "", tokens: int = 0) -> None:
     torch.bmm(torch.ones(2, 64, 64), torch.ones(2, 64, 64))  # libraries allocate for themselves when first used
+    if folder:
+        read_config(json.loads((Path(folder) / "config.json").read_text()))  # transformers among them
+        give_back_freed()
     before = anonymous()
     settings = {"max_num_seqs": sequences, "num_gpu_blocks": blocks}
     loaded = load(model=folder, load_format="dummy", dtype=dtype, **settings) if folder else load_packaged(dtype, **settings)
