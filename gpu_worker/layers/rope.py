@@ -46,7 +46,7 @@ def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
         return plain / torch.tensor(scaling.factors), 1.0
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
-    return _yarn(plain, scaling, config), scaling.attention_factor or _yarn_magnitude(scaling.factor)
+    return _yarn(plain, scaling, config), scaling.attention_factor or _yarn_magnitude(scaling)
 
 
 def _llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -72,6 +72,12 @@ def _yarn(plain: torch.Tensor, scaling: RopeScaling, config: ModelConfig) -> tor
     return interpolated * plain / scaling.factor + (1 - interpolated) * plain
 
 
-def _yarn_magnitude(factor: float) -> float:
-    """Peng et al. 2023, section 3.4: the square root of the attention temperature's inverse."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+def _yarn_magnitude(scaling: RopeScaling) -> float:
+    """Peng et al. 2023, section 3.4: the square root of the attention temperature's inverse.
+
+    With weights of the logarithm (DeepSeek-V2's release), that of what is rotated over that of a whole head.
+    """
+    stretch = math.log(max(scaling.factor, 1.0))
+    if not (scaling.mscale and scaling.mscale_all_dim):
+        return 0.1 * stretch + 1.0
+    return (0.1 * scaling.mscale * stretch + 1.0) / (0.1 * scaling.mscale_all_dim * stretch + 1.0)

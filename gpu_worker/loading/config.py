@@ -35,7 +35,9 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
-    attention_factor: float = 0.0  # yarn: of the embedding's magnitude; 0: from the factor
+    attention_factor: float = 0.0  # yarn: of the embedding's magnitude; 0: from the fields above and below
+    mscale: float = 0.0  # yarn; both or neither count
+    mscale_all_dim: float = 0.0
     truncate: bool = True
     factors: tuple[float, ...] = ()
 
@@ -140,7 +142,7 @@ def _from_json(config: Mapping[str, Any], family: str) -> ModelConfig:
             layers=int(config["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            head_dim=int(config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)),  # transformers' defaults
             max_length=max_length,
             norm_eps=float(config["rms_norm_eps"]),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
@@ -176,6 +178,8 @@ def _scaling_from_json(rope: Mapping[str, Any], max_length: int) -> RopeScaling 
         beta_fast=float(rope.get("beta_fast") or 32.0),
         beta_slow=float(rope.get("beta_slow") or 1.0),
         attention_factor=float(rope.get("attention_factor") or 0.0),
+        mscale=float(rope.get("mscale") or 0.0),
+        mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
         truncate=bool(rope.get("truncate", True)),
     )
 

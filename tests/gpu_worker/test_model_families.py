@@ -29,6 +29,7 @@ COMMON = {
     "eos_token_id": [3, 5],
     "bos_token_id": 1,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
 CASES = {
     "llama": ("Llama", {}),
     "llama with biases, tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
@@ -47,12 +48,19 @@ CASES = {
             },
         },
     ),
+    "llama, yarn with weights of its magnitude": ("Llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
+    "llama, yarn without a magnitude": ("Llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "llama, yarn with half of the weights": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7}}),
+    "llama, yarn with its magnitude": (
+        "Llama",
+        {"rope_parameters": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5, "attention_factor": 0.9}},
+    ),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral with a window": ("Mistral", {"sliding_window": 25}),
     "qwen2": ("Qwen2", {}),
     "qwen2, yarn": (
         "Qwen2",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}},
+        {"rope_parameters": {**YARN, "rope_theta": 1e6}},
     ),
     "qwen3": ("Qwen3", {"head_dim": 48, "tie_word_embeddings": True}),
     "qwen3 with biases": ("Qwen3", {"head_dim": 32, "attention_bias": True}),
