@@ -44,17 +44,17 @@ class DenseLinear:
 
 
 class PrepackedLinear:
-    """Float32 on the CPU, weights in oneDNN's blocked layout."""
+    """Float32 on the CPU; `weight` [out, in] in oneDNN's blocked layout."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         self._bias = bias
         self._wide = weight.shape[1] > _ONE_ROW
         self.out_features = weight.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         single = self._wide and len(x) == 1
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.expand(2, -1) if single else x, self._weight, self._bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.expand(2, -1) if single else x, self.weight, self._bias, "none", [], "")
         return y[:1] if single else y
 
 
