@@ -215,6 +215,14 @@ def _fp8_scales(sizes: ModelSizes, matrix: _Matrix, setup: Setup) -> int | None:
     return matrix.out * groups
 
 
+def fp8_matrices(sizes: Sizes, setup: Setup) -> list[_Matrix]:
+    """The linears that are kept in fp8, of all layers."""
+    if isinstance(sizes, TransformersSizes):
+        return []
+    every = (matrix for layer in range(sizes.config.layers) for kind in _matrices(sizes, layer).values() for matrix in kind)
+    return [matrix for matrix in every if _fp8_scales(sizes, matrix, setup) is not None]
+
+
 def _kinds(sizes: ModelSizes, names: tuple[str, ...]) -> set[int]:
     return {sizes.tensors[name].kind if name in sizes.tensors else -1 for name in names}
 
@@ -226,8 +234,7 @@ def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
     logits = slots * c.vocab_size
     rotary = length * c.head_dim * 4
     tables = 4 * slots * -(-length // setup.block_size)
-    every = (m for layer in range(c.layers) for kind in _matrices(sizes, layer).values() for m in kind)
-    widest = max((m.into for m in every if _fp8_scales(sizes, m, setup) is not None), default=0)
+    widest = max((matrix.into for matrix in fp8_matrices(sizes, setup)), default=0)
     rounded = tokens * (widest + 4 * -(-widest // FP8_GROUP))  # activations before a product in fp8, and their scales
     return (step + logits) * setup.element + rounded + rotary + tables + CUDA_WORKSPACE
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pagewire.plan.memory import CUDA_RESERVE, Memory, Setup, estimate_memory, length_limit
-from pagewire.plan.sizes import PlanError, Sizes, read_sizes
+from pagewire.plan.memory import CUDA_RESERVE, Memory, Setup, estimate_memory, fp8_matrices, length_limit
+from pagewire.plan.sizes import ModelSizes, PlanError, Sizes, read_sizes
 
 MOST_SEQUENCES = 1024  # slots of one worker
 CPU_SEQUENCES = 16  # more than this gain little on a CPU
@@ -92,6 +92,9 @@ def room(model: str | Path | Sizes, total: int, setup: Setup | None = None) -> R
     needed = -(-context // setup.block_size)
     if blocks < needed:
         notes.insert(0, f"a worker with these settings does not start: {needed} blocks hold one sequence of {context} tokens, {blocks} fit")
+    fp8 = setup.quantization == "fp8" or (isinstance(sizes, ModelSizes) and sizes.config.quantization is not None)
+    if fp8 and setup.device == "cuda" and not fp8_matrices(sizes, setup):
+        notes.append("no weights are kept in fp8: a card multiplies it with bfloat16, and rows and columns in sixteens")
     return Room(memory, int(total * setup.gpu_memory_utilization), blocks, context, suited, tuple(notes))
 
 

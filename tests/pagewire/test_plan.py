@@ -142,6 +142,8 @@ def test_only_what_a_card_multiplies_in_fp8_is_planned_in_fp8(tmp_path: Path) ->
     for dtype in ("float16", "float32"):
         plain, fp8 = (estimate_memory(folder, Setup(dtype=dtype, quantization=kind)) for kind in ("auto", "fp8"))
         assert (fp8.weights, fp8.activations) == (plain.weights, plain.activations)
+        assert "no weights are kept in fp8" in " ".join(room(folder, GIB * 8, Setup(dtype=dtype, quantization="fp8")).notes)
+    assert "fp8" not in " ".join(room(folder, GIB * 8, Setup(quantization="fp8")).notes)
     parts = estimate_memory(tiny(tmp_path, intermediate_size=104), Setup(quantization="fp8")).parts
     gate_up, down = 2 * 104 * 64, 64 * 104
     assert parts["mlp"] == 2 * (gate_up + 4 * 2 * 104 + 2 * down)  # 104 columns are no multiple of 16, 208 rows are
