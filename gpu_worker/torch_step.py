@@ -90,7 +90,7 @@ class TorchStep:
         dtype_name = str(dtype).removeprefix("torch.")
         description = Description(
             model=files.name,
-            fingerprint=fingerprint(files, dtype_name, packed, "fp8" if fp8_cache else dtype_name),
+            fingerprint=fingerprint(files, dtype_name, packed, "fp8" if fp8_cache else dtype_name, _fp8_linears(model)),
             geometry=geometry,
             attention=attention.name,
             eos=files.generation.eos,
@@ -213,6 +213,10 @@ def _load(
     from gpu_worker.models.transformers_model import load_transformers
 
     return load_transformers(config, files.path, device, dtype, settings.seed if settings.load_format == "dummy" else None)
+
+
+def _fp8_linears(model: Decoder) -> int:
+    return model.weights.fp8_linears if isinstance(model, Llama) else 0
 
 
 def _kv_scales(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> list[tuple[float, float]]:

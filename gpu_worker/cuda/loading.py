@@ -13,7 +13,7 @@ from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.kv_scales import kv_scales
 from gpu_worker.loading.model_files import fingerprint, open_model
-from gpu_worker.loading.source import Fp8, Shard
+from gpu_worker.loading.source import Shard
 from gpu_worker.runner import Description
 from gpu_worker.settings import WorkerSettings
 from protocol.tokenizer_files import bundle_hash
@@ -60,7 +60,7 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     try:
         source = files.tensors(device, dtype)
         weights = load_weights(source, config, device, dtype, Shard())
-        if config.quantization is not None and not isinstance(weights.layers[-1].qkv, Fp8):
+        if config.quantization is not None and not weights.fp8_linears:
             log.warning("torch multiplies no such fp8 weights on this card with --dtype %s: they are kept in 16 or 32 bits", settings.dtype)
         fp8_cache = None
         if settings.kv_cache_dtype == "fp8":
@@ -83,7 +83,7 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     dtype_name = str(dtype).removeprefix("torch.")
     description = Description(
         model=files.name,
-        fingerprint=fingerprint(files, dtype_name, False, dtype_name if fp8_cache is None else "fp8"),
+        fingerprint=fingerprint(files, dtype_name, False, dtype_name if fp8_cache is None else "fp8", weights.fp8_linears),
         geometry=engine.geometry,
         attention="triton",
         eos=files.generation.eos,

@@ -13,7 +13,7 @@ import torch
 
 from gpu_worker.layers.fp8 import Fp8Linear, as_factor
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.loading.source import Fp8, Piece, Shard, TensorSource, layer_pieces
+from gpu_worker.loading.source import Fp8, Piece, Shard, TensorSource, layer_pieces, sized_vector, vocabulary_piece
 from gpu_worker.models.weights import ordered_fp8, stack_fp8, stack_rows
 
 Matrix = torch.Tensor | Fp8  # fp8 where the checkpoint has it and the card multiplies it; such columns hold no norm's weight
@@ -49,13 +49,17 @@ class ModelWeights:
     final_norm: torch.Tensor  # [H]
     layers: list[LayerWeights]
 
+    @property
+    def fp8_linears(self) -> int:
+        """How many linears compute in fp8."""
+        return sum(isinstance(matrix, Fp8) for layer in self.layers for matrix in layer.matrices)
+
 
 def load_weights(source: TensorSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, shard: Shard) -> ModelWeights:
     """Read everything. Raises LoadError for a missing or wrongly sized tensor."""
-    vocab = ((0, config.vocab_size), (0, config.hidden))
-    embedding = stack_rows(source, (Piece("model.embed_tokens.weight", *vocab),), device, dtype)
-    head = embedding if config.tied_embeddings else stack_rows(source, (Piece("lm_head.weight", *vocab),), device, dtype)
-    final_norm = source.vector("model.norm.weight").to(device, dtype)
+    embedding = stack_rows(source, (vocabulary_piece(config, "model.embed_tokens.weight"),), device, dtype)
+    head = embedding if config.tied_embeddings else stack_rows(source, (vocabulary_piece(config, "lm_head.weight"),), device, dtype)
+    final_norm = sized_vector(source, "model.norm.weight", config.hidden).to(device, dtype)
     return ModelWeights(embedding, head, final_norm, [_layer(source, config, i, shard, device, dtype) for i in range(config.layers)])
 
 
@@ -63,8 +67,8 @@ def _layer(source: TensorSource, config: ModelConfig, index: int, shard: Shard, 
     pieces = layer_pieces(config, index, shard)
     prefix = f"model.layers.{index}."
 
-    def vector(name: str) -> torch.Tensor:
-        return source.vector(prefix + name).to(device, dtype)
+    def vector(name: str, size: int = config.hidden) -> torch.Tensor:
+        return sized_vector(source, prefix + name, size).to(device, dtype)
 
     def matrix(pieces: tuple[Piece, ...], norm: torch.Tensor | None = None, order: torch.Tensor | None = None) -> Matrix:
         fp8 = stack_fp8(source, pieces, device)
@@ -79,14 +83,14 @@ def _layer(source: TensorSource, config: ModelConfig, index: int, shard: Shard, 
     input_norm, post_norm = vector("input_layernorm.weight"), vector("post_attention_layernorm.weight")
     bias = None
     if config.qkv_bias:
-        parts = [source.vector(p.name.replace(".weight", ".bias"))[slice(*p.rows)] for p in pieces.qkv]
+        parts = [sized_vector(source, p.name.replace(".weight", ".bias"), p.size[0])[slice(*p.rows)] for p in pieces.qkv]
         bias = torch.cat(parts).to(device, dtype)
     return LayerWeights(
         input_norm=input_norm,
         qkv=matrix(pieces.qkv, input_norm),
         qkv_bias=bias,
-        q_norm=vector("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=vector("self_attn.k_norm.weight") if config.qk_norm else None,
+        q_norm=vector("self_attn.q_norm.weight", config.head_dim) if config.qk_norm else None,
+        k_norm=vector("self_attn.k_norm.weight", config.head_dim) if config.qk_norm else None,
         o=matrix(pieces.o),
         o_bias=vector("self_attn.o_proj.bias") if config.o_bias and shard.rank == 0 else None,
         post_norm=post_norm,

@@ -136,8 +136,8 @@ class GgufFile:
             raise LoadError(f"{self.path} lacks the tensor {_gguf_name(name)}")
         if piece is not None:
             columns, rows = (int(size) for size in tensor.shape)
-            if piece.rows[1] > rows or piece.columns[1] > columns:
-                raise LoadError(f"{self.path}: {_gguf_name(name)} is {rows} × {columns}, too small for the model's sizes")
+            if not piece.fits(rows, columns):
+                raise LoadError(f"{self.path}: {_gguf_name(name)} is {rows} × {columns}, which is not what the model's sizes say")
         return tensor
 
     def _row_ids(self, piece: Piece, rows: int) -> Any:

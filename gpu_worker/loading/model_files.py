@@ -77,9 +77,12 @@ def _rounded(files: ModelFiles) -> ModelFiles:
     )
 
 
-def fingerprint(files: ModelFiles, dtype: str, packed: bool, kv_dtype: str) -> bytes:
-    """16 bytes that are equal for workers whose results may be mixed: the same model, kept and computed alike."""
-    what = f"{files.config!r} {files.generation.eos} {dtype} {packed} {kv_dtype}"
+def fingerprint(files: ModelFiles, dtype: str, packed: bool, kv_dtype: str, fp8_linears: int) -> bytes:
+    """16 bytes that are equal for workers whose results may be mixed: the same model, kept and computed alike.
+
+    packed: what a file stores in 4 or 8 bits is kept so. fp8_linears: how many are computed in 8 bits, which depends on the card.
+    """
+    what = f"{files.config!r} {files.generation.eos} {dtype} {packed} {kv_dtype} {fp8_linears}"
     return hashlib.blake2b(what.encode() + files.header_hash, digest_size=16).digest()
 
 
@@ -122,11 +125,17 @@ def _open_folder(folder: Path, name: str, settings: WorkerSettings) -> ModelFile
         seed = settings.seed
         header_hash = DummyTensors(config, seed, torch.device("cpu"), torch.float32).header_hash
         bundle = _bundle(folder) if (folder / "tokenizer.json").is_file() else byte_bundle()
-        return ModelFiles(
-            name, folder, config, generation, bundle, header_hash, False, lambda device, dtype: DummyTensors(config, seed, device, dtype)
-        )
+        quantization = config.quantization if isinstance(config, ModelConfig) else None
+
+        def dummy(device: torch.device, dtype: torch.dtype) -> TensorSource:
+            made = DummyTensors(config, seed, device, dtype)
+            return made if quantization is None else RoundedToFp8(made, device, quantization)
+
+        return ModelFiles(name, folder, config, generation, bundle, header_hash, False, dummy)
     bundle = _bundle(folder)
     tensors = SafetensorsFolder(folder, config.quantization if isinstance(config, ModelConfig) else None)
+    if not isinstance(config, ModelConfig):
+        tensors.check_floats()  # transformers would read on
     return ModelFiles(name, folder, config, generation, bundle, tensors.header_hash, False, lambda device, dtype: tensors)
 
 

@@ -26,8 +26,8 @@ class Quantization:
     left_out: tuple[str, ...] = ()  # modules that are not quantised, or "re:" and a regular expression
 
     def covers(self, module: str) -> bool:
-        """Whether a linear (`model.layers.0.mlp.up_proj`) has e4m3 weights."""
-        return not any(
+        """Whether a linear (`model.layers.0.mlp.up_proj`) has e4m3 weights; embedding and head are not computed in 8 bits."""
+        return module.startswith("model.layers.") and not any(
             re.match(name[3:], module) is not None if name.startswith("re:") else f".{name}." in f".{module}." for name in self.left_out
         )
 

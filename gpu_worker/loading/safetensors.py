@@ -15,6 +15,8 @@ from gpu_worker.errors import LoadError
 from gpu_worker.loading.quantization import Quantization
 from gpu_worker.loading.source import FP8_GROUP, FourBit, Fp8, Piece
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+FP8 = "F8_E4M3"
 INDEX = "model.safetensors.index.json"
 
 
@@ -37,11 +39,17 @@ class SafetensorsFolder:
         return name in self._where
 
     def vector(self, name: str) -> torch.Tensor:
+        self._check_float(name)
         vector: torch.Tensor = self._find(name).get_tensor(name)
         return vector
 
     def number(self, name: str) -> float | None:
-        return float(self.vector(name).float().item()) if self.has(name) else None
+        if not self.has(name):
+            return None
+        values = self.vector(name)
+        if values.numel() != 1:
+            raise LoadError(f"{self.folder}: {name} has shape {list(values.shape)}; a tensor of one element is supported")
+        return float(values.item())
 
     def read(self, piece: Piece) -> torch.Tensor:
         part = self._stored(piece)
@@ -53,7 +61,7 @@ class SafetensorsFolder:
 
     def fp8(self, piece: Piece) -> Fp8 | None:
         stored = self._find(piece.name).get_slice(piece.name).get_dtype()
-        if stored != "F8_E4M3" or (self._quantization and self._quantization.by_block and piece.columns[0] % FP8_GROUP):
+        if stored != FP8 or (self._quantization and self._quantization.by_block and piece.columns[0] % FP8_GROUP):
             return None
         return self._scaled(piece)
 
@@ -88,12 +96,26 @@ class SafetensorsFolder:
     def _stored(self, piece: Piece) -> torch.Tensor:
         view = self._find(piece.name).get_slice(piece.name)
         shape = view.get_shape()
-        if len(shape) != 2 or piece.rows[1] > shape[0] or piece.columns[1] > shape[1]:
-            raise LoadError(f"{self.folder}: {piece.name} has shape {shape}, too small for the model's sizes")
-        if view.get_dtype().startswith("F8") and view.get_dtype() != "F8_E4M3":
-            raise LoadError(f"{self.folder}: {piece.name} is stored as {view.get_dtype()}, which is not supported; F8_E4M3 is")
+        if len(shape) != 2 or not piece.fits(*shape):
+            raise LoadError(f"{self.folder}: {piece.name} has shape {shape}, which is not what config.json's sizes say")
+        if view.get_dtype() != FP8:
+            self._check_float(piece.name)
         part: torch.Tensor = view[slice(*piece.rows), slice(*piece.columns)]
         return part
+
+    def check_floats(self) -> None:
+        """Raise LoadError if there are weights that do not stand for themselves, like integers and fp8, which have scales elsewhere.
+
+        Masks and positions, which older tools stored too, have a first dimension of 1, or none.
+        """
+        for name, file in self._where.items():
+            if file.get_slice(name).get_shape()[:1] > [1]:
+                self._check_float(name)
+
+    def _check_float(self, name: str) -> None:
+        stored = self._find(name).get_slice(name).get_dtype()
+        if stored not in FLOATS:
+            raise LoadError(f"{self.folder}: {name} is stored as {stored}, which is not supported; {', '.join(FLOATS)} are")
 
     def four_bit(self, piece: Piece) -> FourBit | None:
         return None

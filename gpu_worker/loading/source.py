@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 
 FP8_GROUP = 128  # weights of a row that may share a scale
@@ -29,11 +30,22 @@ class Shard:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a two-dimensional tensor, under the name that transformers gives it: a span of rows and of columns."""
+    """A part of a two-dimensional tensor, under the name that transformers gives it: a span of rows and of columns.
+
+    size: rows and columns of the whole tensor, 0 where it may have any number that the span fits into.
+    """
 
     name: str
     rows: tuple[int, int]
     columns: tuple[int, int]
+    size: tuple[int, int] = (0, 0)
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether it can be a part of a tensor of this size."""
+        return all(
+            stop <= found and wanted in (0, found)
+            for (_, stop), wanted, found in zip((self.rows, self.columns), self.size, (rows, columns), strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class TensorSource(Protocol):
         """A one-dimensional tensor. Raises LoadError if it is missing."""
 
     def number(self, name: str) -> float | None:
-        """A tensor of one element; None if it is missing."""
+        """A tensor of one element; None if it is missing. Raises LoadError if it has more."""
 
     def read(self, piece: Piece) -> torch.Tensor:
         """A piece, dequantised, shape [rows, columns], in any float dtype. Raises LoadError if it is missing or has other sizes."""
@@ -89,6 +101,19 @@ class TensorSource(Protocol):
 
     def eight_bit(self, piece: Piece) -> bool:
         """Whether the piece is stored in 8 bits."""
+
+
+def sized_vector(source: TensorSource, name: str, size: int) -> torch.Tensor:
+    """A one-dimensional tensor of `size` elements. Raises LoadError if it is missing or has another size."""
+    vector = source.vector(name)
+    if vector.shape != (size,):
+        raise LoadError(f"{name} has shape {list(vector.shape)}; by the model's sizes it is [{size}]")
+    return vector
+
+
+def vocabulary_piece(config: ModelConfig, name: str) -> Piece:
+    """The embedding or the output matrix, which may be stored with more rows than the vocabulary has."""
+    return Piece(name, (0, config.vocab_size), (0, config.hidden), (0, config.hidden))
 
 
 @dataclass(frozen=True)
@@ -106,16 +131,21 @@ def layer_pieces(config: ModelConfig, layer: int, shard: Shard) -> LayerPieces:
 
     Key/value heads are split too, so the world size must divide their number.
     """
-    prefix = f"model.layers.{layer}."
-    every = (0, config.hidden)
-    q, kv, mlp = (shard.span(size) for size in (config.q_size, config.kv_size, config.intermediate))
+    hidden = config.hidden
+
+    def rows(name: str, size: int) -> Piece:
+        return Piece(f"model.layers.{layer}.{name}.weight", shard.span(size), (0, hidden), (size, hidden))
+
+    def columns(name: str, size: int) -> Piece:
+        return Piece(f"model.layers.{layer}.{name}.weight", (0, hidden), shard.span(size), (hidden, size))
+
     return LayerPieces(
         qkv=(
-            Piece(prefix + "self_attn.q_proj.weight", q, every),
-            Piece(prefix + "self_attn.k_proj.weight", kv, every),
-            Piece(prefix + "self_attn.v_proj.weight", kv, every),
+            rows("self_attn.q_proj", config.q_size),
+            rows("self_attn.k_proj", config.kv_size),
+            rows("self_attn.v_proj", config.kv_size),
         ),
-        o=(Piece(prefix + "self_attn.o_proj.weight", every, q),),
-        gate_up=(Piece(prefix + "mlp.gate_proj.weight", mlp, every), Piece(prefix + "mlp.up_proj.weight", mlp, every)),
-        down=(Piece(prefix + "mlp.down_proj.weight", every, mlp),),
+        o=(columns("self_attn.o_proj", config.q_size),),
+        gate_up=(rows("mlp.gate_proj", config.intermediate), rows("mlp.up_proj", config.intermediate)),
+        down=(columns("mlp.down_proj", config.intermediate),),
     )

@@ -64,8 +64,9 @@ def outline(raw: Mapping[str, Any]) -> TransformersConfig:
     name = architecture(raw)
     if not name:
         raise LoadError(f"config.json names no architectures; supported are {SUPPORTED}, and {ALSO}")
-    if raw.get("quantization_config"):
-        raise _refusal(name, "quantization_config: its weights must have 16 or 32 bits")
+    for field in ("quantization_config", "compression_config"):
+        if raw.get(field):
+            raise _refusal(name, f"{field}: its weights must have 16 or 32 bits")
     if raw.get("is_encoder_decoder"):
         raise _refusal(name, "is_encoder_decoder: models with an encoder are not served")
     try:
@@ -97,6 +98,9 @@ def outline(raw: Mapping[str, Any]) -> TransformersConfig:
     except LoadError as error:
         raise _refusal(name, str(error)) from error
     except Exception as error:  # a hundred models' code raises whatever comes to hand
+        if "on meta tensors" in str(error):
+            where = "rope_parameters: with the rope_type 'longrope' " if limit else ""
+            raise _refusal(name, f"{where}its code chooses by what tensors hold, which no config.json tells") from error
         raise _refusal(name, f"transformers cannot compute it from this config.json: {_one_line(error)}") from error
     layers = int(config.num_hidden_layers)
     _check_calls(calls, layers, name)

@@ -12,7 +12,7 @@ from gpu_worker.layers.fp8 import FP8, Fp8Linear
 from gpu_worker.layers.linear import DenseLinear, EightBitRows, FourBitLinear, Linear, PrepackedLinear
 from gpu_worker.layers.rope import pairs_side_by_side
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.loading.source import FourBit, Fp8, Piece, Shard, TensorSource, layer_pieces
+from gpu_worker.loading.source import FourBit, Fp8, Piece, Shard, TensorSource, layer_pieces, sized_vector, vocabulary_piece
 
 log = logging.getLogger("worker")
 
@@ -60,6 +60,11 @@ class Weights:
     norm: torch.Tensor  # [hidden]
     head: Linear
 
+    @property
+    def fp8_linears(self) -> int:
+        """How many linears compute in fp8."""
+        return sum(isinstance(linear, Fp8Linear) for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
+
 
 class LinearMaker(Protocol):
     """How linears are kept on a device."""
@@ -77,8 +82,8 @@ class LinearMaker(Protocol):
 
 
 class DenseMaker:
-    """Plain tensors of one dtype on one device, and fp8 where a checkpoint has it and the device multiplies it; a tied head shares the
-    embedding's memory."""
+    """Plain tensors of one dtype on one device; in bfloat16, a layer's linears are fp8 where a checkpoint's are and the device multiplies
+    them. A tied head shares the embedding's memory."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
@@ -89,11 +94,11 @@ class DenseMaker:
         self, source: TensorSource, pieces: tuple[Piece, ...], bias: torch.Tensor | None, order: torch.Tensor | None = None
     ) -> Linear:
         fp8 = stack_fp8(source, pieces, self._device)
-        if fp8 is not None and Fp8Linear.fits(fp8, self._device):
+        if fp8 is not None and self._dtype == torch.bfloat16 and Fp8Linear.fits(fp8, self._device):
             return Fp8Linear(ordered_fp8(fp8, order), bias)
         if fp8 is not None and not self._told:
             self._told = True
-            log.warning("torch does not multiply such fp8 weights on this device: they are kept as %s", self._dtype)
+            log.warning("torch does not multiply such fp8 weights on this device in %s: they are kept in that", self._dtype)
         return DenseLinear(_ordered(stack_rows(source, pieces, self._device, self._dtype), order), bias)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
@@ -101,7 +106,8 @@ class DenseMaker:
 
     def embedding_and_head(self, source: TensorSource, table: Piece, output: Piece | None) -> tuple[Embedding, Linear]:
         weight = stack_rows(source, (table,), self._device, self._dtype)
-        return DenseEmbedding(weight), DenseLinear(weight) if output is None else self.linear(source, (output,), None)
+        head = weight if output is None else stack_rows(source, (output,), self._device, self._dtype)
+        return DenseEmbedding(weight), DenseLinear(head)
 
 
 class CpuMaker:
@@ -176,13 +182,12 @@ def load_weights(config: ModelConfig, source: TensorSource, maker: LinearMaker, 
     The embedding and the output matrix are not split.
     """
     shard = shard or Shard()
-    vocabulary = ((0, config.vocab_size), (0, config.hidden))
-    output = None if config.tied_embeddings else Piece("lm_head.weight", *vocabulary)
-    embedding, head = maker.embedding_and_head(source, Piece("model.embed_tokens.weight", *vocabulary), output)
+    output = None if config.tied_embeddings else vocabulary_piece(config, "lm_head.weight")
+    embedding, head = maker.embedding_and_head(source, vocabulary_piece(config, "model.embed_tokens.weight"), output)
     return Weights(
         embedding=embedding,
         layers=[_layer(config, source, maker, shard, i) for i in range(config.layers)],
-        norm=maker.vector(source.vector("model.norm.weight")),
+        norm=maker.vector(sized_vector(source, "model.norm.weight", config.hidden)),
         head=head,
     )
 
@@ -192,16 +197,16 @@ def _layer(config: ModelConfig, source: TensorSource, maker: LinearMaker, shard:
     prefix = f"model.layers.{layer}."
 
     def vector(name: str) -> torch.Tensor:
-        return maker.vector(source.vector(prefix + name))
+        return maker.vector(sized_vector(source, prefix + name, config.hidden))
 
     def head_vector(name: str) -> torch.Tensor:
-        return maker.vector(source.vector(prefix + name)[pairs_side_by_side(config, 1)])
+        return maker.vector(sized_vector(source, prefix + name, config.head_dim)[pairs_side_by_side(config, 1)])
 
     queries, keys, values = (piece.rows[1] - piece.rows[0] for piece in pieces.qkv)
     order = torch.cat((pairs_side_by_side(config, (queries + keys) // config.head_dim), torch.arange(values) + queries + keys))
     qkv_bias = None
     if config.qkv_bias:
-        parts = [source.vector(p.name.replace(".weight", ".bias"))[slice(*p.rows)] for p in pieces.qkv]
+        parts = [sized_vector(source, p.name.replace(".weight", ".bias"), p.size[0])[slice(*p.rows)] for p in pieces.qkv]
         qkv_bias = maker.vector(torch.cat(parts)[order])
     # a bias behind a sum over ranks must be added once
     o_bias = vector("self_attn.o_proj.bias") if config.o_bias and shard.rank == 0 else None

@@ -153,6 +153,12 @@ def test_a_unit_that_scales_nothing_is_refused(tmp_path: Path) -> None:
         load(model=str(checkpoint.folder), kv_cache_dtype="fp8", num_gpu_blocks=40, max_model_len=256)
 
 
+def test_a_unit_for_each_head_is_refused(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, FORMATS["blocks"], {"model.layers.1.self_attn.v_scale": torch.ones(2, 1, 1)})
+    with pytest.raises(LoadError, match=r"model\.layers\.1\.self_attn\.v_scale has shape \[2, 1, 1\]; a tensor of one element"):
+        load(model=str(checkpoint.folder), kv_cache_dtype="fp8", num_gpu_blocks=40, max_model_len=256)
+
+
 def test_blocks_of_another_type_are_never_taken_for_these(tmp_path: Path) -> None:
     """Workers with one fingerprint form one model, and only theirs are each other's blocks."""
     plain, fp8 = (load_tiny(tmp_path, kv_cache_dtype=kind).description for kind in ("auto", "fp8"))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from gpu_worker.cuda.weights import load_weights as kernel_weights
 from gpu_worker.errors import LoadError
 from gpu_worker.layers.fp8 import Fp8Linear, round_groups, round_rows, to_fp8
+from gpu_worker.layers.linear import DenseLinear
 from gpu_worker.loading import config as configs
+from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.model_files import fingerprint, open_model
 from gpu_worker.loading.online import RoundedToFp8
 from gpu_worker.loading.quantization import from_json
 from gpu_worker.loading.safetensors import SafetensorsFolder
-from gpu_worker.loading.source import Fp8, Piece, Shard, layer_pieces
-from gpu_worker.models.weights import stack_fp8, stack_rows
+from gpu_worker.loading.source import Fp8, Piece, Shard, layer_pieces, vocabulary_piece
+from gpu_worker.models.weights import DenseMaker, load_weights, stack_fp8, stack_rows
 from gpu_worker.settings import WorkerSettings
-from tests.gpu_worker.fp8_checkpoints import FORMATS, LEFT_OUT, Checkpoint, compressed, fp8, write
+from tests.gpu_worker.fp8_checkpoints import FORMATS, LEFT_OUT, MODEL, Checkpoint, compressed, fp8, write
 from tests.gpu_worker.model_driver import TINY, generate, greedy, load
 from tests.gpu_worker.test_load_files import _write_gguf
 
@@ -125,7 +131,7 @@ def test_a_plain_model_can_be_rounded_while_it_is_read(tmp_path: Path) -> None:
     plain = write(tmp_path, FORMATS["blocks"]).plain
     settings = WorkerSettings(run_dir=Path("unused"), model=str(plain))
     as_it_is, rounded = (open_model(s) for s in (settings, WorkerSettings(run_dir=Path("unused"), model=str(plain), quantization="fp8")))
-    assert fingerprint(as_it_is, "float32", False, "float32") != fingerprint(rounded, "float32", False, "float32")
+    assert fingerprint(as_it_is, "float32", False, "float32", 0) != fingerprint(rounded, "float32", False, "float32", 0)
     source = rounded.tensors(CPU, torch.float32)
     assert isinstance(source, RoundedToFp8)
     for name, (rows, columns) in {"model.layers.0.mlp.up_proj.weight": (272, 160), "lm_head.weight": (300, 160)}.items():
@@ -135,6 +141,62 @@ def test_a_plain_model_can_be_rounded_while_it_is_read(tmp_path: Path) -> None:
         assert torch.equal(source.read(piece), exact) == (name == "lm_head.weight")
     tokens = generate(load(model=str(plain), quantization="fp8", **SIZES), PROMPTS, [greedy(6)] * 2, [0, 0])
     assert [len(t) for t in tokens] == [6, 6]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_random_weights_of_an_fp8_model_are_fp8_where_the_model_s_are(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL, "quantization_config": FORMATS[kind]}))
+    for flag in ("auto", "fp8"):
+        files = open_model(WorkerSettings(run_dir=tmp_path, model=str(tmp_path), load_format="dummy", quantization=flag))
+        assert isinstance(files.config, configs.ModelConfig)
+        how = files.config.quantization
+        assert how is not None
+        source = files.tensors(CPU, torch.float32)
+        exact = DummyTensors(files.config, 0, CPU, torch.float32)
+        pieces = layer_pieces(files.config, 0, Shard())
+        for piece in (*pieces.qkv, *pieces.o, *pieces.gate_up):
+            made = source.fp8(piece)
+            assert made is not None
+            rows, columns = piece.size
+            assert made.q.shape == (rows, columns)
+            assert made.scale.shape == (rows, -(-columns // 128) if how.by_block else 1)
+            assert (made.input_scale is not None) == how.static
+            assert torch.equal(made.values(), source.read(piece))
+            assert 0.01 < _error(made.values(), exact.read(piece)) < 0.04
+        assert source.fp8(pieces.down[0]) is None, "left out"
+        assert source.fp8(vocabulary_piece(files.config, "lm_head.weight")) is None
+
+
+def _fp8_head(root: Path) -> Path:
+    """A checkpoint whose head is in fp8 as well."""
+    q, scale = torch.ones(300, 160).to(torch.float8_e4m3fn), torch.ones(3, 2)
+    return write(root, fp8(modules_to_not_convert=[LEFT_OUT]), {"lm_head.weight": q, "lm_head.weight_scale_inv": scale}).folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplied", "linears"), [(torch.bfloat16, True, 7), (torch.bfloat16, False, 0), (torch.float16, True, 0)]
+)
+def test_linears_are_fp8_in_bfloat16_where_the_device_multiplies_it_and_the_head_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, multiplied: bool, linears: int
+) -> None:
+    files = open_model(WorkerSettings(run_dir=tmp_path, model=str(_fp8_head(tmp_path))))
+    assert isinstance(files.config, configs.ModelConfig)
+    monkeypatch.setattr(Fp8Linear, "fits", lambda weights, device: multiplied)
+    weights = load_weights(files.config, files.tensors(CPU, dtype), DenseMaker(CPU, dtype))
+    for_kernels = kernel_weights(files.tensors(CPU, dtype), files.config, CPU, dtype, Shard())
+    assert [weights.fp8_linears, for_kernels.fp8_linears] == [linears] * 2
+    assert isinstance(weights.head, DenseLinear)
+    assert weights.head.weight.dtype == for_kernels.head.dtype == dtype
+
+
+def test_workers_that_compute_one_checkpoint_in_8_bits_and_in_16_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, FORMATS["blocks"]).folder
+    monkeypatch.setattr("gpu_worker.torch_step._placement", lambda *_: (CPU, torch.bfloat16, False, DenseMaker(CPU, torch.bfloat16)))
+    prints = []
+    for multiplied in (True, False, True):
+        monkeypatch.setattr(Fp8Linear, "fits", lambda weights, device, answer=multiplied: answer)
+        prints.append(load(model=str(folder), **SIZES).description.fingerprint)
+    assert prints[0] == prints[2] != prints[1]
 
 
 def test_what_cannot_be_rounded_is_refused(tmp_path: Path) -> None:
@@ -147,6 +209,7 @@ def test_left_out_modules_are_known_without_the_file() -> None:
     for how in FORMATS.values():
         found = from_json({"quantization_config": how})
         assert found is not None
+        assert not found.covers("model.embed_tokens")
         assert [found.covers(m) for m in ("lm_head", LEFT_OUT, "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj")] == [
             False, False, True, True,
         ]  # fmt: skip
@@ -206,3 +269,20 @@ def test_a_file_that_its_config_does_not_explain_is_refused(tmp_path: Path) -> N
     other = write(tmp_path / "other", FORMATS["compressed rows"])
     with pytest.raises(LoadError, match=r"q_proj\.weight_scale has shape \[192, 1\], which scales no matrix of 192 × 160"):
         SafetensorsFolder(other.folder, blocks).read(piece)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e5m2])
+def test_numbers_that_need_scales_are_refused_where_config_json_tells_none(tmp_path: Path, dtype: torch.dtype) -> None:
+    names = {"model.layers.0.self_attn.q_proj.weight": (192, 160), "model.layers.1.input_layernorm.weight": (160,)}
+    checkpoint = write(tmp_path, FORMATS["blocks"])
+    for name, shape in names.items():
+        tensors = load_file(checkpoint.plain / "model.safetensors") | {name: torch.ones(shape).to(dtype)}
+        other = tmp_path / name
+        other.mkdir()
+        for file in ("config.json", "tokenizer.json"):
+            (other / file).write_bytes((checkpoint.plain / file).read_bytes())
+        save_file(tensors, other / "model.safetensors")
+        with pytest.raises(
+            LoadError, match=rf"{re.escape(name)} is stored as [IUF]\d+\w*, which is not supported; F64, F32, F16, BF16 are"
+        ):
+            load(model=str(other), **SIZES)

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_worker.cuda.weights import load_weights as kernel_weights
 from gpu_worker.errors import LoadError
 from gpu_worker.layers.linear import EightBitRows, FourBitLinear, PrepackedLinear
 from gpu_worker.loading import config as configs
 from gpu_worker.loading.generation import from_json as generation_from_json
 from gpu_worker.loading.gguf import GgufFile
 from gpu_worker.loading.model_files import fingerprint, open_model
-from gpu_worker.loading.source import Piece
+from gpu_worker.loading.source import Piece, Shard
+from gpu_worker.models.weights import CpuMaker, load_weights
 from gpu_worker.settings import WorkerSettings
 from protocol.tokenizer_files import packaged_model
+from tests.gpu_worker.fp8_checkpoints import FORMATS, write
 from tests.gpu_worker.model_driver import TINY, load, load_packaged, load_tiny
 
 KINDS = {
@@ -166,6 +169,63 @@ def test_a_window_of_some_layers_that_is_shorter_than_the_context_is_refused_wit
 
 
 @pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"intermediate_size": 256}, r"mlp\.gate_proj\.weight has shape \[272, 160\]"),
+        ({"num_key_value_heads": 1}, r"self_attn\.k_proj\.weight has shape \[64, 160\]"),
+        ({"num_attention_heads": 4}, r"self_attn\.q_proj\.weight has shape \[192, 160\]"),
+        ({"head_dim": 16}, r"self_attn\.q_proj\.weight has shape \[192, 160\]"),
+        ({"head_dim": None}, r"self_attn\.q_proj\.weight has shape \[192, 160\]"),
+        ({"hidden_size": 128}, r"embed_tokens\.weight has shape \[300, 160\]"),
+        ({"vocab_size": 301}, r"embed_tokens\.weight has shape \[300, 160\]"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16}, r"q_norm\.weight has shape \[32\]; .* \[16\]"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64}, r"q_norm\.weight has shape \[32\]; .* \[64\]"),
+    ],
+)
+def test_tensors_of_other_sizes_than_config_json_says_are_refused_not_cut(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    folder = write(tmp_path, FORMATS["blocks"]).plain
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **change}))
+    files = _open(folder)
+    cpu = torch.device("cpu")
+    with pytest.raises(LoadError, match=says):
+        load_weights(files.config, files.tensors(cpu, torch.float32), CpuMaker(False))
+    with pytest.raises(LoadError, match=says):
+        kernel_weights(files.tensors(cpu, torch.float32), files.config, cpu, torch.float32, Shard())
+
+
+def test_rows_beyond_the_vocabulary_are_left_out(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, FORMATS["blocks"])
+    raw = json.loads((checkpoint.plain / "config.json").read_text())
+    (checkpoint.plain / "config.json").write_text(json.dumps({**raw, "vocab_size": 280}))
+    files = _open(checkpoint.plain)
+    weights = load_weights(files.config, files.tensors(torch.device("cpu"), torch.float32), CpuMaker(False))
+    assert weights.head.out_features == 280
+    assert torch.equal(weights.embedding.lookup(torch.arange(280)), checkpoint.values["model.embed_tokens.weight"][:280])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"qwen2__feed_forward_length": 32}, r"blk\.0\.ffn_gate\.weight is 64 × 32"),
+        ({"qwen2__attention__head_count_kv": 1}, r"blk\.0\.attn_k\.weight is 32 × 32"),
+        ({"qwen2__attention__key_length": 8}, r"blk\.0\.attn_q\.weight is 64 × 32"),
+    ],
+)
+def test_gguf_tensors_of_other_sizes_than_the_metadata_says_are_refused(tmp_path: Path, change: dict[str, int], says: str) -> None:
+    _write_gguf(tmp_path / "m.gguf", **change)
+    file = GgufFile(tmp_path / "m.gguf")
+    with pytest.raises(LoadError, match=says):
+        load_weights(file.config, file, CpuMaker(False))
+
+
+def test_a_head_s_size_that_is_not_told_is_that_of_transformers() -> None:
+    without = {k: v for k, v in TINY.items() if k != "head_dim"}
+    assert configs.from_json(without).head_dim == 128
+    assert configs.from_json({**without, "architectures": ["LlamaForCausalLM"]}).head_dim == 96 // 6
+
+
+@pytest.mark.parametrize(
     ("model", "says"),
     [("/nowhere/model", "there is no /nowhere/model"), ("missing.gguf", "there is no missing.gguf")],
 )
@@ -208,11 +268,12 @@ def test_eos_and_defaults_come_from_the_generation_config_then_config_then_token
 def test_fingerprints_tell_models_storage_and_seeds_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     one, two = (_open(tmp_path, load_format="dummy", seed=seed) for seed in (0, 1))
-    prints = {fingerprint(one, "float32", packed, kv) for packed in (True, False) for kv in ("float32", "bfloat16")}
-    prints.add(fingerprint(two, "float32", True, "float32"))
-    assert len(prints) == 5
+    prints = {fingerprint(one, "float32", packed, kv, 0) for packed in (True, False) for kv in ("float32", "bfloat16")}
+    prints.add(fingerprint(two, "float32", True, "float32", 0))
+    prints.add(fingerprint(one, "float32", True, "float32", 3))
+    assert len(prints) == 6
     assert {len(p) for p in prints} == {16}
-    assert fingerprint(_open(tmp_path, load_format="dummy"), "float32", True, "float32") in prints
+    assert fingerprint(_open(tmp_path, load_format="dummy"), "float32", True, "float32", 0) in prints
 
 
 def test_settings_that_cannot_be_met_are_refused(tmp_path: Path) -> None:

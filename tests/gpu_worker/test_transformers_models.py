@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gpu_worker.attention.interface import CacheShape, Rows, new_cache
 from gpu_worker.attention.torch_backend import TorchAttention
@@ -63,6 +64,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 0.2, "logits_scaling": 3.0}),
     "modernbert-decoder": ("modernbert-decoder", {"local_attention": 40, "global_attn_every_n_layers": 2}),
+    "hunyuan, whose router asks a linear for its dtype": ("hunyuan_v1_moe", {**GROUPED, "num_experts": 4, "moe_topk": 2}),
     "mixtral": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "olmo3": ("olmo3", {"num_key_value_heads": 2, "sliding_window": 20}),
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True}),
@@ -162,6 +164,10 @@ def _raw(kind: str, **extra: Any) -> dict[str, Any]:
     return {**COMMON, "model_type": kind, "architectures": [name], **extra}
 
 
+PHIMOE_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5] * 8, "long_factor": [2.0] * 8}
+PHIMOE_ROPE |= {"short_mscale": 1.2, "long_mscale": 1.2, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
@@ -169,6 +175,7 @@ def _raw(kind: str, **extra: Any) -> dict[str, Any]:
         ({"architectures": []}, "names no architectures; supported are the Llama"),
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "mamba"}, "model_type 'mamba' is not the type of such a model"),
         (_raw("gpt2", quantization_config={"quant_method": "gptq"}), "quantization_config: its weights must have 16 or 32 bits"),
+        (_raw("gpt2", compression_config={"format": "int-quantized"}), "compression_config: its weights must have 16 or 32 bits"),
         (_raw("bart", is_encoder_decoder=True), "is_encoder_decoder"),
         (_raw("bloom"), "transformers gives this model_type no replaceable attention"),  # ALiBi
         (_raw("mamba"), "transformers gives this model_type no replaceable attention"),
@@ -186,6 +193,10 @@ def _raw(kind: str, **extra: Any) -> dict[str, Any]:
         (
             _raw("olmo", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "rope_parameters: the rope_type 'dynamic'",
+        ),
+        (
+            _raw("phimoe", original_max_position_embeddings=64, rope_parameters=PHIMOE_ROPE),
+            "rope_parameters: with the rope_type 'longrope' its code chooses by what tensors hold",
         ),
         (_raw("gpt2", num_attention_heads=5), "GPT2LMHeadModel is not supported: transformers cannot compute it from this config.json"),
         (_raw("gpt2", add_cross_attention="no"), "transformers cannot read this config.json"),
@@ -214,7 +225,7 @@ def test_a_folder_says_what_the_model_is_and_every_figure_of_it_counts(tmp_path:
     assert {(s.scale, s.softcap) for s in config.scoring} == {(20**-0.5, 3.0)}
     raw = json.loads((tmp_path / "config.json").read_text())
     other = replace(files, config=outline({**raw, "rms_norm_eps": 1e-3}))
-    assert fingerprint(other, "float32", False, "float32") != fingerprint(files, "float32", False, "float32")
+    assert fingerprint(other, "float32", False, "float32", 0) != fingerprint(files, "float32", False, "float32", 0)
 
 
 def test_a_window_as_long_as_the_context_is_none() -> None:
@@ -242,6 +253,33 @@ def test_weights_that_lack_a_tensor_or_have_other_sizes_are_refused(tmp_path: Pa
     path.write_text(json.dumps({**raw, "n_inner": 80}))
     with pytest.raises(LoadError, match=r"mismatched keys among the weights: .*c_fc"):
         _load(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 127), (torch.float8_e4m3fn, 448)])
+def test_weights_with_scales_that_config_json_is_silent_about_are_refused(tmp_path: Path, dtype: torch.dtype, most: int) -> None:
+    _made(tmp_path, *CASES["olmo2"])
+    for file in tmp_path.glob("*.safetensors"):
+        stored = {}
+        for name, values in load_file(file).items():
+            stored[name] = values
+            if name.endswith("_proj.weight"):
+                scale = values.abs().amax(1, keepdim=True) / most
+                stored |= {name: (values / scale).to(dtype), name.replace("weight", "weight_scale"): scale}
+        save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"_proj\.weight is stored as (I8|F8_E4M3), which is not supported; F64, F32, F16, BF16 are"):
+        _load(tmp_path)
+
+
+def test_masks_and_positions_that_older_tools_stored_too_are_no_weights(tmp_path: Path) -> None:
+    _made(tmp_path, *CASES["gpt2"])
+    more = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 256, 256, dtype=torch.uint8).tril(),
+        "transformer.position_ids": torch.arange(256)[None],
+        "transformer.steps": torch.tensor(3),
+    }
+    file = next(tmp_path.glob("*.safetensors"))
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    assert len(generate(_load(tmp_path), [_ids(9, 1)], [greedy(3)], [0])[0]) == 3
 
 
 def test_pickled_weights_and_code_that_a_folder_brings_along_are_not_touched(tmp_path: Path) -> None:
@@ -276,6 +314,20 @@ def test_a_model_that_comes_out_otherwise_than_from_transformers_is_refused(tmp_
     monkeypatch.setattr(transformers_config, "_scoring", lambda call, name: replace(read(call, name), scale=1.0))
     with pytest.raises(LoadError, match=r"OlmoForCausalLM is not supported: over paged attention its logits are .* off"):
         _load(tmp_path)
+
+
+def test_in_float32_no_token_may_come_out_otherwise_and_in_half_precision_less_than_half_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of 8 changes the last of the 9 tokens that are compared, and no other."""
+    _made(tmp_path, *CASES["olmo"])
+    read = transformers_config._scoring
+    monkeypatch.setattr(transformers_config, "_scoring", lambda call, name: replace(read(call, name), window=8))
+    config = outline(json.loads((tmp_path / "config.json").read_text()))
+    with torch.inference_mode():
+        load_transformers(config, tmp_path, CPU, torch.bfloat16)
+        with pytest.raises(LoadError, match=r"OlmoForCausalLM is not supported: over paged attention its logits are .* off"):
+            load_transformers(config, tmp_path, CPU, torch.float32)
 
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
