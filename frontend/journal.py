@@ -17,6 +17,7 @@ from frontend.entries import Choice, Entry, NewRequest
 from frontend.fetch import Fetch, Fetches
 from frontend.measures import Measures
 from frontend.rows import prompt_logprobs, rows
+from protocol.codec import MAX_SUBMIT, encode
 from protocol.columns import pack, unpack, unpack_floats
 from protocol.counters import Counters
 from protocol.messages import (
@@ -78,7 +79,8 @@ class Journal:
     def submit(self, new: NewRequest, now: float) -> Entry:
         """Take a request. Without a session it waits for the next one. Raises ValueError if its id is known."""
         entry = self._add(new, now, self._measures(new.model))
-        self._send(entry.submit(now))
+        if (submit := self._submit(entry, now)) is not None:
+            self._send(submit)
         if entry.ended:  # nothing was asked for but what is known already
             self.touched[entry.handle] = entry
         self._refuse_scores(entry)
@@ -134,9 +136,10 @@ class Journal:
         self.fault = None
         self.credit = welcome.credit
         self.out.clear()
-        named = [entry for entry in self._by_handle.values() if entry.error is None and not entry.moved]
-        for entry in named:
-            self.out.append(entry.attaching or entry.submit(now))
+        living = [entry for entry in self._by_handle.values() if entry.error is None and not entry.moved]
+        said = [(entry, entry.attaching or self._submit(entry, now)) for entry in living]
+        named = [entry for entry, message in said if message is not None]
+        self.out.extend(message for _, message in said if message is not None)
         self.out.append(Resumed(len(named)))
         for entry in named:
             self._refuse_scores(entry)
@@ -214,6 +217,20 @@ class Journal:
         self._next_handle += 1
         self._by_handle[entry.handle] = self._by_id[entry.request] = entry
         return entry
+
+    def _submit(self, entry: Entry, now: float) -> Submit | None:
+        """What tells a scheduler of a request; None if it takes more than a frame may have: then the request fails, alone.
+
+        Sent, it would cost the session, and would be sent again in the next one.
+        """
+        submit = entry.submit(now)
+        size = len(encode(submit))
+        if size <= MAX_SUBMIT:
+            return submit
+        self.counters.add("journal_too_large")
+        reason = f"prompt, output and parameters take {size} bytes, and a scheduler takes {MAX_SUBMIT}"
+        self._failed(Failed(entry.request, 413, "request_too_large", reason))
+        return None
 
     def _send(self, message: Message) -> None:
         if self.is_open:

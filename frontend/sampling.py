@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from frontend.errors import ApiError
 from frontend.tokenizer import Tokenizer
-from frontend.validation import Sampling, require
+from frontend.validation import MAX_BAD_WORD_LENGTH, Sampling, require
 from protocol.columns import pack, pack_floats, unpack
-from protocol.messages import ModelInfo, SamplingParams
+from protocol.messages import MAX_WORD, MAX_WORDS, ModelInfo, SamplingParams
 
 
 def seeds_of(seed: int | None, n: int) -> list[int]:
@@ -76,7 +76,7 @@ def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: i
         bias_ids=pack(bias),
         bias_values=pack_floats(bias.values()),
         allowed_ids=pack(sorted(set(checked_ids(body.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)))),
-        bad_words=bad_words_of(body.bad_words or (), info, tokenizer),
+        bad_words=bad_words_of(body.bad_words or (), tokenizer),
     )
 
 
@@ -98,13 +98,18 @@ def bias_of(body: Sampling, vocab_size: int) -> dict[int, float]:
     return bias
 
 
-def bad_words_of(words: Sequence[str], info: ModelInfo, tokenizer: Tokenizer) -> list[bytes]:
-    """The token sequences of each word, as it begins a text and as it follows a space."""
-    for word in words:
-        check_text(info, tokenizer, word, "bad_words")
-    forms = [form for word in words for form in (word, " " + word.lstrip(" "))]
+def bad_words_of(words: Sequence[str], tokenizer: Tokenizer) -> list[bytes]:
+    """The token sequences of each word, as it begins a text and as it follows a space. Raises ApiError."""
     require(all(word.strip() for word in words), "bad_words", "a word is empty")
+    longest = max(map(len, words), default=0)
+    require(longest <= MAX_BAD_WORD_LENGTH, "bad_words", f"a word has more than {MAX_BAD_WORD_LENGTH} characters")
+    forms = [form for word in words for form in (word, " " + word.lstrip(" "))]
     sequences = {pack(ids) for ids in tokenizer.encode_batch(forms, add_special_tokens=False) if ids} if forms else set()
+    lengths = [len(sequence) // 4 for sequence in sequences]
+    require(max(lengths, default=0) <= MAX_WORD, "bad_words", f"a word has more than {MAX_WORD} tokens")
+    require(
+        sum(lengths) <= MAX_WORDS, "bad_words", f"have more than {MAX_WORDS} tokens together, each word with and without a space before it"
+    )
     return sorted(sequences)
 
 

@@ -66,7 +66,7 @@ class LogitEdits:
         self._free_rows: list[int] = []
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)  # sampled tokens
         self._prompted = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self._recent = torch.full((slots, 0), -1, dtype=torch.int64, device=device)
+        self._recent = torch.full((slots, 0), -1, dtype=torch.int64, device=device)  # as wide as the longest word yet, below MAX_WORD
         self._columns: _Columns | None = None
         self._columns_of: bytes = b""
 

@@ -14,6 +14,7 @@ from protocol.columns import BadMessage
 from protocol.messages import Any, Message, Part
 
 MAX_FRAME = 64 << 20  # bytes; sockets set it as ZMQ_MAXMSGSIZE
+MAX_SUBMIT = MAX_FRAME // 2  # bytes of a SUBMIT: a plan that admits the request must have room for more
 MAX_HEADER = 64
 HIGH_WATER = 10_000  # messages; only the seat belt, links keep far below
 

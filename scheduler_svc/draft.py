@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from protocol.codec import MAX_FRAME
 from protocol.columns import EMPTY, Int32, pack
 from protocol.messages import Admit, Plan
 from scheduler_svc.frontends import Frontends
@@ -15,6 +16,7 @@ from scheduler_svc.steps import Copy, DecodeRows, InFlight, per_frontend
 from scheduler_svc.worker import Worker
 
 Entries = tuple[Index, Int32, Int32]  # slots, indices, blocks of tables
+ROOM = MAX_FRAME // 4  # bytes of admitted choices and shared tables; one choice may go over it, and is at most MAX_SUBMIT
 NONE_FILLED: tuple[Index, Int32, Int32] = (np.zeros(0, dtype=np.intp), EMPTY, EMPTY)
 
 
@@ -34,6 +36,12 @@ class Draft:
     pending: list[tuple[int, bytes]] = field(default_factory=list)  # prompt blocks that this step fills, their names
     copies: list[Copy] = field(default_factory=list)
     returns: list[tuple[int, int]] = field(default_factory=list)  # host blocks to copy back, and where to
+    size: int = 0  # bytes of `admits` and `share`
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another choice must wait for the next plan: the message has a bound."""
+        return self.size >= ROOM
 
 
 def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> Plan:

@@ -193,13 +193,13 @@ class Planner:
         """The parent's prefill ends here: sample its siblings' first tokens from the same row.
 
         A child shares the full blocks and gets a copy of the partly filled one at the head of the next plan. Those
-        that find no slot or no block wait in the queue and will find the prefix by its hash.
+        that find no slot, no block or no room in the plan wait in the queue and will find the prefix by its hash.
         """
         worker, s, blocks, size = self.worker, self.worker.slots, self.worker.blocks, self.worker.block_size
         full, partial = divmod(length, size)
         children, parent.forks = parent.forks, []
         for child in children:
-            if not s.free or (partial and not blocks.available) or child.request.ended:
+            if not s.free or (partial and not blocks.available) or child.request.ended or self.draft.is_full:
                 worker.queue.add(child)
                 continue
             shared = s.table[parent.slot, :full]
@@ -224,7 +224,7 @@ class Planner:
         """Waiting choices in order, until one does not fit."""
         worker = self.worker
         partial = self.settings.max_num_partial_prefills or worker.slots.count
-        while self.budget > 0 and len(worker.prefilling) < partial and len(self.draft.returns) < HOST_HITS:
+        while self.budget > 0 and len(worker.prefilling) < partial and len(self.draft.returns) < HOST_HITS and not self.draft.is_full:
             choice = worker.queue.first(self._passed_over, self.trial)
             if choice is None or (choice.swap is not None and not choice.swap.copied):
                 return

@@ -19,7 +19,9 @@ def bind(worker: Worker, draft: Draft, choice: Choice) -> int:
         worker.records += 1
         choice.cached_record = worker.records
         told = choice.request.submit
-        draft.admits.append(Admit(worker.records, told.prompt, pack(choice.tokens), choice.seed, told.params, told.trace))
+        admit = Admit(worker.records, told.prompt, pack(choice.tokens), choice.seed, told.params, told.trace)
+        draft.admits.append(admit)
+        draft.size += admit.size
     draft.binds.append((slot, int(worker.slots.generation[slot]), choice.cached_record))
     return slot
 
@@ -33,6 +35,7 @@ def share(worker: Worker, draft: Draft, slot: int, blocks: Int32) -> None:
         s.blocks[slot] = n
         s.capacity[slot] = n * worker.block_size
         draft.share.append(_entries(slot, 0, blocks))
+        draft.size += 12 * n  # slot, index, block
 
 
 def extend(worker: Worker, draft: Draft, slot: int, blocks: list[int]) -> None:

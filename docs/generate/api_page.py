@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from frontend.api.openapi import description
+from frontend.validation import MAX_BAD_WORD_LENGTH
+from protocol.messages import MAX_WORD
 from tables import code, table
 
 IGNORED = "accepted, without effect here"
@@ -12,7 +14,7 @@ FIELDS = {
     "add_generation_prompt": "whether the template ends where the assistant begins; by default unless the last message goes on",
     "add_special_tokens": "whether the tokenizer adds BOS and the like",
     "allowed_token_ids": "only these ids may be sampled",
-    "bad_words": "texts whose token sequences are never completed",
+    "bad_words": f"texts whose token sequences are never completed, each of at most {MAX_BAD_WORD_LENGTH} characters and {MAX_WORD} tokens",
     "best_of": "outputs to make, of which the `n` most likely are returned; not streamed",
     "cache_salt": "requests with different salts share no cached blocks",
     "chat_template_kwargs": "variables for the model's chat template",

@@ -66,6 +66,7 @@ EVENTS = {
     "journal_duplicate": "tokens that the journal had already",
     "journal_exception": "a request ended by an exception in its own text",
     "journal_gap": "tokens were missing: the session was closed",
+    "journal_too_large": "a request that no frame can hold, which failed with 413",
     "journal_unexpected": "a message that frontends do not get",
     "journal_unknown": "tokens or news of a request that has gone",
     "key_missing": "a connection without a key, refused",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgpack
 
-from protocol.codec import HIGH_WATER, MAX_FRAME, MAX_HEADER
+from protocol.codec import HIGH_WATER, MAX_FRAME, MAX_HEADER, MAX_SUBMIT
 from protocol.messages import PROTOCOL, PROTOCOL_OLDEST
 from tables import code, table
 
@@ -34,6 +34,8 @@ its sender speaks, the scheduler takes the newest that both do.
 A message is one or two ZeroMQ frames, `[header]` or `[header, body]`; both are plain MessagePack. A header is at most
 {MAX_HEADER} bytes, a body at most {MAX_FRAME >> 20} MiB, and a socket queues at most {HIGH_WATER:,} messages. What is larger, has
 another number of frames, does not decode, or fails its `check()`, is dropped and counted before anything of it is used.
+A SUBMIT is at most {MAX_SUBMIT >> 20} MiB: a frontend fails a request that takes more (413, `request_too_large`), and a scheduler admits no
+more choices in one plan than its frame holds.
 
 | link | sockets |
 |---|---|

@@ -33,6 +33,8 @@ from protocol.messages.base import (
 )
 from protocol.messages.opening import Drained, FileChunk, FileRequest, Hello, Join, Models, Phase, Ready, Refused, Stale, Welcome
 from protocol.messages.requests import (
+    MAX_WORD,
+    MAX_WORDS,
     Abort,
     Attach,
     Choice,
@@ -61,6 +63,8 @@ Any = ToScheduler | FromScheduler
 __all__ = [
     "DEAD",
     "MAX_TOKENS_ANYWHERE",
+    "MAX_WORD",
+    "MAX_WORDS",
     "NAN",
     "PROTOCOL",
     "PROTOCOL_OLDEST",

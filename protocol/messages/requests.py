@@ -18,6 +18,9 @@ from protocol.messages.base import (
     check_trace,
 )
 
+MAX_WORD = 64  # tokens of a bad word: a worker keeps as many of each sequence's last tokens
+MAX_WORDS = 8192  # tokens of a request's bad words together
+
 
 class SamplingParams(Part, frozen=True):
     """How a request's choices are sampled and ended. Frontends resolve defaults; nothing inside guesses."""
@@ -63,8 +66,16 @@ class SamplingParams(Part, frozen=True):
         for field in ("stop_ids", "bias_ids", "allowed_ids"):
             rows(getattr(self, field), field)
             within(getattr(self, field), field, 0, vocab_size)
-        for word in self.bad_words:
-            rows(word, "bad_words")
+        if any(rows(word, "bad_words") > MAX_WORD for word in self.bad_words):
+            raise BadMessage("bad_words", f"a word has more than {MAX_WORD} tokens")
+        if sum(map(len, self.bad_words)) > 4 * MAX_WORDS:
+            raise BadMessage("bad_words", f"have more than {MAX_WORDS} tokens together")
+
+    @property
+    def size(self) -> int:
+        """Bytes of its columns; what a message has of it beside them is small."""
+        columns = (self.stop_ids, self.bias_ids, self.bias_values, self.allowed_ids, *self.bad_words, self.grammar)
+        return sum(map(len, columns))
 
 
 class Choice(Part, frozen=True):

@@ -19,6 +19,11 @@ class Admit(Part, frozen=True):
     params: SamplingParams
     trace: str = ""  # traceparent of the request's span, if somebody traces it
 
+    @property
+    def size(self) -> int:
+        """Bytes of its columns."""
+        return len(self.prompt) + len(self.known) + self.params.size
+
 
 class Plan(Message, tag="plan", frozen=True):
     """Scheduler → worker: one step. Applied in the order of the fields; never depends on a sampled value.

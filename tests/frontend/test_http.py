@@ -212,6 +212,9 @@ BAD = [
     ({"prompt": "x", "logit_bias": {"999": 1}}, "logit_bias"),
     ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids"),
     ({"prompt": "x", "bad_words": [" "]}, "bad_words"),
+    ({"prompt": "x", "bad_words": ["a" * 257]}, "bad_words"),
+    ({"prompt": "x", "bad_words": ["a" * 64]}, "bad_words"),  # and a space, in bytes
+    ({"prompt": "x", "bad_words": [f"{i:063}" for i in range(65)]}, "bad_words"),
     ({"prompt": "x", "queue_timeout": 0}, "queue_timeout"),
     ({"prompt": "x", "queue_timeout": 1e9}, "queue_timeout"),
     ({"prompt": "x", "queue_timeout": "soon"}, "queue_timeout"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frontend import journal as journal_module
 from frontend.entries import NewRequest
 from frontend.journal import Journal
+from protocol.codec import MAX_SUBMIT
 from protocol.columns import pack, pack_floats
 from protocol.counters import Counters
 from protocol.messages import Abort, Choice, Done, Failed, Resumed, SamplingParams, Submit, Tokens
@@ -238,3 +242,39 @@ def test_however_tokens_arrive_the_ending_is_the_same(output, cuts, stops, max_t
     a, b = whole.choices[0], entry.choices[0]
     assert (a.tokens, a.finish_reason, a.stop_reason, a.take()) == (b.tokens, b.finish_reason, b.stop_reason, b.take())
     assert a.characters == b.characters
+
+
+class TestARequestThatNoFrameHolds:
+    """It fails alone: sent, it would end the session, and the next one."""
+
+    def test_it_is_never_sent(self):
+        journal, other = opened()
+        large = journal.submit(replace(request(2), prompt=bytes(MAX_SUBMIT)), 0.0)
+        assert not sent(journal)
+        assert (large.error.status, large.error.code) == (413, "request_too_large")
+        assert large.ended
+        assert large.handle in journal.touched
+        give(journal, other, "ab")
+        assert other.choices[0].take() == "ab"
+
+    def test_nor_is_one_that_comes_while_there_is_no_session(self):
+        journal = Journal(1, TIMES, Counters())
+        large = journal.submit(replace(request(), prompt=bytes(MAX_SUBMIT)), 0.0)
+        assert large.ended
+        journal.opened(WELCOME, 0.0)
+        assert sent(journal) == [Resumed(0)]
+
+    def test_one_that_has_grown_is_not_named_in_the_next_session(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(journal_module, "MAX_SUBMIT", 400)
+        journal, small = opened()
+        grown = journal.submit(request(2), 0.0)
+        give(journal, grown, "a" * 90)
+        assert not grown.ended
+        journal.closed(1.0)
+        journal.opened(WELCOME, 2.0)
+        named, resumed = sent(journal)
+        assert isinstance(named, Submit)
+        assert named.handle == small.handle
+        assert resumed == Resumed(1)
+        assert grown.error.status == 413
+        assert len(grown.choices[0].tokens) == 90, "what was committed stays"

@@ -87,7 +87,6 @@ def test_there_is_no_bound_where_text_may_vanish(why: str) -> None:
         ("/v1/completions", {"prompt": ["short", LONG]}, "prompt"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
         ("/generate", {"prompt": LONG}, "prompt"),
-        ("/v1/completions", {"prompt": "short", "bad_words": [LONG]}, "bad_words"),
     ],
 )
 def test_a_far_too_long_text_is_refused_untokenized(

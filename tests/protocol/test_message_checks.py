@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from protocol.columns import BadMessage, pack, pack_floats
-from protocol.messages import Admit, Choice, Message, Models, Plan, Ready, SamplingParams, Tokens
+from protocol.messages import MAX_WORD, MAX_WORDS, Admit, Choice, Message, Models, Plan, Ready, SamplingParams, Tokens
 from tests.protocol.message_samples import GEOMETRY, KEY, PARAMS, REQUEST, SAMPLES, SUBMIT
 
 PLAN, TOKENS, RESULT, READY = (SAMPLES[f"{kind}, full"] for kind in ("plan", "tokens", "result", "ready"))
@@ -211,7 +211,7 @@ NAN = float("nan")
         ("bias_ids", [pack([1000, 9]), pack([-1, 9])]),
         ("stop_ids", [pack([1000]), b"abc"]),
         ("allowed_ids", [pack([-1]), b"abcde"]),
-        ("bad_words", [[b"abc"]]),
+        ("bad_words", [[b"abc"], [bytes(4 * MAX_WORD + 4)], [bytes(4 * MAX_WORD)] * (MAX_WORDS // MAX_WORD + 1)]),
     ],
 )
 def test_sampling_parameters_that_no_sampler_can_use_are_refused(field: str, values: list[object]) -> None:
@@ -227,6 +227,7 @@ def test_sampling_parameters_that_no_sampler_can_use_are_refused(field: str, val
 def test_the_edges_of_sampling_parameters_are_allowed() -> None:
     edges = SamplingParams(0, temperature=0.0, top_p=1.0, top_k=0, min_p=1.0)
     edges.check(1000)
+    changed(edges, bad_words=[bytes(4 * MAX_WORD)] * (MAX_WORDS // MAX_WORD)).check(1000)
     changed(edges, max_tokens=1 << 24, temperature=1e6, top_p=1e-9, top_k=-1, min_p=0.0, repetition_penalty=1e6).check(1000)
 
 
