@@ -44,12 +44,14 @@ class SafetensorsFolder:
         return vector
 
     def number(self, name: str) -> float | None:
-        if not self.has(name):
-            return None
+        return float(self._single(name)) if self.has(name) else None
+
+    def _single(self, name: str) -> torch.Tensor:
+        """A tensor of one element, float32 []."""
         values = self.vector(name)
         if values.numel() != 1:
             raise LoadError(f"{self.folder}: {name} has shape {list(values.shape)}; a tensor of one element is supported")
-        return float(values.item())
+        return values.float().reshape(())
 
     def read(self, piece: Piece) -> torch.Tensor:
         part = self._stored(piece)
@@ -86,11 +88,11 @@ class SafetensorsFolder:
             scales = scales.reshape(1, 1).expand(rows, 1)
         else:
             scales = scales.reshape(rows, 1)
-        input_scale = self.vector(piece.name.removesuffix("weight") + "input_scale") if self._quantization.static else None
+        input_scale = self._single(piece.name.removesuffix("weight") + "input_scale") if self._quantization.static else None
         return Fp8(
             self._stored(piece),
             scales[slice(*piece.rows), first:last].contiguous(),
-            None if input_scale is None else input_scale.float().reshape(()),
+            input_scale,
         )
 
     def _stored(self, piece: Piece) -> torch.Tensor:

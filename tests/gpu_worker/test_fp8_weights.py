@@ -271,6 +271,12 @@ def test_a_file_that_its_config_does_not_explain_is_refused(tmp_path: Path) -> N
         SafetensorsFolder(other.folder, blocks).read(piece)
 
 
+def test_an_input_scale_for_each_row_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, FORMATS["matrices"], {"model.layers.0.self_attn.q_proj.input_scale": torch.ones(192)}).folder
+    with pytest.raises(LoadError, match=r"q_proj\.input_scale has shape \[192\]; a tensor of one element is supported"):
+        load(model=str(folder), **SIZES)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e5m2])
 def test_numbers_that_need_scales_are_refused_where_config_json_tells_none(tmp_path: Path, dtype: torch.dtype) -> None:
     names = {"model.layers.0.self_attn.q_proj.weight": (192, 160), "model.layers.1.input_layernorm.weight": (160,)}
