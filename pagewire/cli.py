@@ -169,10 +169,13 @@ def roll(names: tuple[str, ...], run_dir: Path, drain_timeout: float, ready_time
 @contextlib.contextmanager
 def _usage() -> Iterator[None]:
     """What a run directory objects to, as one line."""
+    from pagewire.replace import NotDone
     from protocol.options import Usage
 
     try:
         yield
+    except NotDone as error:
+        raise click.ClickException(str(error)) from None
     except RunDirError as error:
         raise Usage(str(error)) from None
 

@@ -136,8 +136,11 @@ class Supervisor:
     def _command(self, command: str, name: str) -> dict[str, str]:
         """What `pagewire drain`, `start` and `roll` ask for. Raises ValueError."""
         child = next((child for child in self._children if child.spec.name == name), None)
-        if child is None or (child.retired and command != "start"):
+        running = child is not None and child.process is not None
+        if child is None or (child.retired and not running and command != "start"):
             raise ValueError(child.failure if child is not None and child.failure else f"this supervisor has no service {name!r}")
+        if child.retired and command not in ("start", "retire"):
+            raise ValueError(f"{name} is leaving")
         match command:
             case "twin":
                 return {"name": self._add_twin(child.spec)}
@@ -145,7 +148,6 @@ class Supervisor:
                 if not child.retired:
                     raise ValueError(f"{name} has not been drained: there is nothing to start")
                 # One that is still leaving is started again when it has left.
-                running = child.process is not None
                 child.retired, child.renewed, child.start_at = False, running, None if running else 0.0
                 child.added, child.failure, child.restarts = True, "", Restarts()
             case "retire":
@@ -153,7 +155,7 @@ class Supervisor:
                 if child.process is not None:
                     child.process.send_signal(DRAIN_SIGNAL)
             case "restart":
-                child.renewed = True
+                child.renewed, child.start_at = running, None if running else 0.0  # one that waits after a crash waits no longer
                 if child.process is not None:
                     child.process.send_signal(DRAIN_SIGNAL)  # who has nothing to hand over just stops
             case "look":

@@ -27,7 +27,10 @@ try:
             raise CannotRun("no memory beside the other one")
         if given.behaviour == "stillborn":
             os._exit(7)
-        service.state("ready")
+        if given.behaviour == "first" and any(r.role == role and r.name != given.name for r in service.rundir.services()):
+            service.state("waiting")
+        else:
+            service.state("ready")
         if given.behaviour == "crash":
             raise RuntimeError("a fault of its own")
         if given.behaviour == "helper" and os.fork() == 0:
