@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from protocol.environment import known_variables, unknown_variables
+from pagewire.admin import AdminSettings
+from pagewire.up import service_settings, up_fields
+from protocol.environment import OTHERS, known_variables, unknown_variables
+from protocol.flags import UP
+from protocol.options import options, settings_fields
 from tests.e2e.stack import stack
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +34,30 @@ def test_a_misspelt_one_is_named_with_the_nearest() -> None:
     assert line.endswith("did you mean PAGEWIRE_MAX_NUM_SEQS?")
     assert unknown_variables(["PAGEWIRE_QQQQ"]) == ["the environment's PAGEWIRE_QQQQ is no setting and is ignored"]
     assert "PAGEWIRE_WORKER_NAME" in unknown_variables(["PAGEWIRE_WORKR_NAME"])[0]
+
+
+def test_those_that_are_known_are_those_that_a_command_reads() -> None:
+    fields = {role: settings_fields(settings) for role, settings in {**service_settings(), "admin": AdminSettings}.items()}
+    params = [param for role in fields for param in options(role, fields[role])] + options(UP, up_fields())
+    named = [[param.envvar] if isinstance(param.envvar, str) else param.envvar or [] for param in params]
+    read = {variable.removeprefix("PAGEWIRE_") for variables in named for variable in variables}
+    assert read - set(OTHERS) == known_variables() - set(OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SCHEDULER", "PAGEWIRE_FRONTEND_SCHEDULERS or PAGEWIRE_WORKER_SCHEDULERS"),
+        ("WORKER_PORT", "PAGEWIRE_PORT"),
+        ("ADMIN_MAX_NUM_SEQS", "PAGEWIRE_MAX_NUM_SEQS"),
+        ("WORKER_RUN_DIR", "PAGEWIRE_RUN_DIR"),
+        ("API", "PAGEWIRE_ADMIN_API"),
+        ("ADMIN_URI", "PAGEWIRE_ADMIN_URL"),
+    ],
+)
+def test_one_that_lacks_its_role_or_names_another_s_is_none_either(name: str, meant: str) -> None:
+    [line] = unknown_variables([f"PAGEWIRE_{name}"])
+    assert line == f"the environment's PAGEWIRE_{name} is no setting and is ignored; did you mean {meant}?"
 
 
 def test_commands_say_so_and_do_not_tell_its_value(tmp_path: Path) -> None:
