@@ -58,6 +58,7 @@ class Client:
         self.spans: RequestSpans | None = None  # a process puts these here if requests are traced
         self._labels: dict[str, str] = {}  # of series, by model
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="tokenize-aside")
         self._tokenizers = Tokenizers(self.journal, self.offload, self._pump, lambda: self.changed())
         self._was_open = False
         self.changed: Callable[[], None] = lambda: None  # called when `why_not_ready` may say otherwise; a process puts its own here
@@ -72,11 +73,16 @@ class Client:
 
     async def stop(self) -> None:
         """Close all sockets. What still runs is aborted first, as far as the scheduler can be told."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.stop_threads()
         for stream in list(self._streams):
             stream.close()
         self._tokenizers.close()
         await self.link.close()
+
+    def stop_threads(self) -> None:
+        """Begin no more of what waits for a thread."""
+        for pool in (self._pool, self._aside):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # ---------------------------------------------------------------- what can be asked
 
@@ -128,6 +134,10 @@ class Client:
         if self.link.trace.on:
             self.link.trace.note("tokenize", "tokenize", begun, time.monotonic())
         return done
+
+    async def offload_aside(self, work: Callable[[], T]) -> T:
+        """Run such work that no prompt shall wait for, in a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
     def submit(self, requests: Sequence[NewRequest], arrived: float = 0.0, parent: str = "") -> Stream:
         """Submit requests that are answered together. Their stream must be closed in the end (`Stream.close`).

@@ -6,11 +6,13 @@ read is refused by name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 BASIC = ("role", "content")
+EMPTY: tuple[Any, ...] = ("", [], {})
 IGNORED = ("name", "tool_call_id")  # say whose a message is; without effect where the template does not show them
 _PARTS = ("text", "refusal")
 
@@ -25,7 +27,7 @@ class TemplateError(ValueError):
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> list[dict[str, Any]]:
-    """Messages with their content as one string, without absent (null) fields, and with the arguments of tool calls as objects.
+    """Messages with their content as one string, without other fields that hold nothing, and with the arguments of tool calls as objects.
 
     `reads`: the fields that the template looks at. Content may be absent beside tool calls, then it is empty. Raises TemplateError.
     """
@@ -50,7 +52,8 @@ def _plain(message: Mapping[str, Any], where: str, reads: Collection[str]) -> di
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise TemplateError(f"{where}.role must be a string", f"{where}.role")
-    plain = {key: value for key, value in message.items() if value is not None}
+    # A template may ask whether a field is there, and take an empty list of calls for one.
+    plain = {key: value for key, value in message.items() if value is not None and (key in BASIC or value not in EMPTY)}
     for key, value in plain.items():
         if value and key not in reads and key not in BASIC and key not in IGNORED:
             why = f"{where}.{key} is not supported here: the model's chat template does not read it"
@@ -103,7 +106,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments") or "{}"
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = msgspec.json.decode(arguments)  # which refuses half a surrogate pair, as in the body around it
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, Mapping):

@@ -77,7 +77,12 @@ class Tokenizer:
             return _byte_tokenizer()
         if GGUF_ENTRY not in files and "tokenizer.json" not in files:
             raise TokenizerError("the tokenizer files hold no tokenizer.json")
-        tokenizer = _from_gguf(files[GGUF_ENTRY]) if GGUF_ENTRY in files else _from_folder(files)
+        try:
+            tokenizer = _from_gguf(files[GGUF_ENTRY]) if GGUF_ENTRY in files else _from_folder(files)
+        except TokenizerError:
+            raise
+        except Exception as error:  # of a file whose parts have types that nobody has thought of
+            raise TokenizerError(f"the tokenizer files are damaged: {error!r}") from error
         give_back_freed()
         return tokenizer
 
@@ -225,7 +230,10 @@ def _token_text(value: Any) -> str | None:
 def _eos(files: Mapping[str, bytes], backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> list[int]:
     """generation_config.json's, else config.json's, else the tokenizer's own."""
     config = _json(files, "config.json")
-    for source in (_json(files, "generation_config.json"), config, config.get("text_config") or {}):
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise TokenizerError("config.json: text_config must be an object")
+    for source in (_json(files, "generation_config.json"), config, text):
         value = source.get("eos_token_id")
         ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
         if ids:

@@ -18,6 +18,7 @@ MAX_STOP_LENGTH = 1024  # characters
 MAX_IDS = 4096  # entries of an id list or of logit_bias
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 256
+MAX_TOKENIZED = 4 << 20  # characters to tokenize for their own sake, or ids to detokenize
 MAX_BAD_WORD_LENGTH = 256  # characters
 MAX_QUEUE_TIMEOUT = 86_400.0  # seconds
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may know fewer

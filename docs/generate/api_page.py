@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from frontend.api.openapi import description
-from frontend.validation import MAX_BAD_WORD_LENGTH
+from frontend.validation import MAX_BAD_WORD_LENGTH, MAX_TOKENIZED
 from protocol.messages import MAX_WORD
 from tables import code, table
 
@@ -17,7 +17,7 @@ FIELDS = {
     "bad_words": f"texts whose token sequences are never completed, each of at most {MAX_BAD_WORD_LENGTH} characters and {MAX_WORD} tokens",
     "best_of": "outputs to make, of which the `n` most likely are returned; not streamed",
     "cache_salt": "requests with different salts share no cached blocks",
-    "chat_template_kwargs": "variables for the model's chat template",
+    "chat_template_kwargs": "variables for the model's chat template, but for those that are fields here",
     "continue_final_message": "the last message is the assistant's, and goes on",
     "continuous_usage_stats": "`usage` in every event",
     "echo": "the prompt stands before the output",
@@ -71,7 +71,7 @@ FIELDS = {
 
 NARROWER = {  # by body, where a field takes less than elsewhere
     "GenerateBody": {"prompt": "a text", "max_tokens": "of the output"},
-    "TokenizeBody": {"prompt": "a text; either this or `messages`"},
+    "TokenizeBody": {"prompt": f"a text of at most {MAX_TOKENIZED:,} characters; either this or `messages`, rendered no longer"},
 }
 
 INTRO = """# The HTTP API

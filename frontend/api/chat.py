@@ -52,12 +52,15 @@ def render(model: Model, body: ChatBody) -> str:
     if model.tokenizer.chat is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "model", "no_chat_template")
     generation = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    values = body.chat_template_kwargs or {}
+    for name in ("add_generation_prompt", "continue_final_message"):
+        require(name not in values, "chat_template_kwargs", f"{name} is a field of the request's own")
     try:
         return model.tokenizer.chat.render(
             body.messages,
             add_generation_prompt=generation,
             continue_final_message=body.continue_final_message,
-            **(body.chat_template_kwargs or {}),
+            **values,
         )
     except TemplateError as error:
         raise ApiError(400, str(error), error.param, error.code) from None

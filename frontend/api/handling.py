@@ -132,8 +132,11 @@ async def disconnected(request: Request, error: Exception) -> Response:
 
 
 async def internal_error(request: Request, error: Exception) -> Response:
-    """Exception handler: a defect of ours. The stack goes to the log, not to the client."""
-    return json_response(ApiError(500, "internal error", code="internal_error").body(), 500)
+    """Exception handler: a defect of ours. The stack goes to the log, not to the client.
+
+    Starlette raises the exception again behind this answer, and uvicorn closes the connection, which the client is told.
+    """
+    return json_response(ApiError(500, "internal error", code="internal_error").body(), 500, {"connection": "close"})
 
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from frontend.api import chat
 from frontend.api.handling import client_of, json_response, read_body
 from frontend.sampling import checked_ids
-from frontend.validation import MAX_PROMPTS, ChatBody, check_roles, parse, require
+from frontend.validation import MAX_PROMPTS, MAX_TOKENIZED, ChatBody, check_roles, parse, require
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +30,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class DetokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body of `POST /detokenize`."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], msgspec.Meta(max_length=MAX_TOKENIZED)]
     model: str | None = None
 
 
@@ -43,13 +43,15 @@ async def tokenize(request: Request) -> Response:
 
     def encode() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            ids = chat.encode(model, chat.render(model, conversation(body)))
+            text, param, special = chat.render(model, conversation(body)), "messages", False  # it brings its own
         else:
-            [ids] = model.tokenizer.encode_batch([body.prompt or ""], body.add_special_tokens)
+            text, param, special = body.prompt or "", "prompt", body.add_special_tokens
+        require(len(text) <= MAX_TOKENIZED, param, f"has more than {MAX_TOKENIZED} characters")
+        [ids] = model.tokenizer.encode_batch([text], special)
         pieces = [model.tokenizer.token_bytes(id).decode(errors="replace") for id in ids] if body.return_token_strs else None
         return ids, pieces
 
-    ids, pieces = await client.offload(encode)
+    ids, pieces = await client.offload_aside(encode)
     return json_response({"count": len(ids), "max_model_len": model.info.max_model_len, "tokens": ids, "token_strs": pieces})
 
 
@@ -58,8 +60,11 @@ async def detokenize(request: Request) -> Response:
     client = client_of(request)
     body = parse(await read_body(request), DetokenizeBody)
     model = client.model(body.model)
-    ids = checked_ids(body.tokens, "tokens", model.info.vocab_size)
-    return json_response({"prompt": await client.offload(lambda: model.tokenizer.decode(ids, skip_special_tokens=False))})
+
+    def decode() -> str:
+        return model.tokenizer.decode(checked_ids(body.tokens, "tokens", model.info.vocab_size), skip_special_tokens=False)
+
+    return json_response({"prompt": await client.offload_aside(decode)})
 
 
 def conversation(body: TokenizeBody) -> ChatBody:

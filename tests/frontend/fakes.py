@@ -162,7 +162,7 @@ class LocalClient(Client):
         self._pump()
 
     async def stop(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.stop_threads()
 
     def _pump(self) -> None:
         now = self._loop.time()

@@ -76,6 +76,8 @@ def test_what_the_client_sent_is_not_changed() -> None:
         ({"name": "f", "arguments": "{"}, "function.arguments"),
         ({"name": "f", "arguments": "[1]"}, "function.arguments"),
         ({"name": "f", "arguments": 3}, "function.arguments"),
+        ({"name": "f", "arguments": '{"a": "\\ud83d"}'}, "function.arguments"),
+        ({"name": "f", "arguments": '{"a": NaN}'}, "function.arguments"),
         ({"name": "f", "arguments": "[" * 100_000}, "function.arguments"),
         ({"arguments": "{}"}, "function.name"),
         ({"name": ""}, "function.name"),
@@ -123,6 +125,25 @@ def test_a_field_of_a_message_that_the_template_does_not_read_is_refused(field: 
 
 def test_a_field_that_holds_nothing_is_no_reason_to_refuse() -> None:
     assert render(PLAIN, [{"role": "user", "content": "x", "name": "ann", "annotations": [], "what": None}]) == "[user]x"
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+@pytest.mark.parametrize("field", ["tool_calls", "reasoning_content", "tool_call_id"])
+def test_a_template_does_not_find_a_field_that_holds_nothing(field: str, nothing: Any) -> None:
+    source = (
+        "{% for m in messages %}{% if '"
+        + field
+        + "' in m %}{{ m."
+        + field
+        + "[0].function }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert render(source, [{"role": "assistant", "content": "x", field: nothing}]) == "x"
+    assert render("{{ 'content' in messages[0] }}", [{"role": "user", "content": ""}]) == "True"
+
+
+@pytest.mark.parametrize("value", [False, 0])
+def test_no_and_zero_are_values(value: Any) -> None:
+    assert render("{{ messages[0].thinking }}", [{"role": "user", "content": "x", "thinking": value}]) == str(value)
 
 
 def test_a_field_of_a_part_that_is_not_known_is_refused() -> None:

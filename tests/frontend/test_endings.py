@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -200,6 +201,7 @@ WAYS: dict[str, tuple[Act, list[Sample], Engine | None]] = {
     "an unknown model": (lambda s: s.complete(model="nobody"), [http(404, "model_not_found")], None),
     "a body too large": (lambda s: s.complete(prompt="x" * 3000), [http(413, "body_too_large")], None),
     "headers too large": (lambda s: header(s, {"x": "y" * MAX_HEADERS}), [http(431, "headers_too_large", "/version")], None),
+    "more than a frame holds": (lambda s: oversized(s), [http(413, "request_too_large"), output("error")], None),
     "no key": (lambda s: header(s, {"authorization": ""}), [http(401, "invalid_api_key", "/version")], None),
     "a path that is not there": (lambda s: s.http.get("/v1/responses"), [http(404, "not_found", "other")], None),
     "a wrong method": (lambda s: s.http.get(COMPLETIONS), [http(405, "method_not_allowed")], None),
@@ -210,6 +212,11 @@ WAYS: dict[str, tuple[Act, list[Sample], Engine | None]] = {
 
 async def header(server: Server, headers: dict[str, str]) -> None:
     await server.http.get("/version", headers=headers)
+
+
+async def oversized(server: Server) -> None:
+    with patch("frontend.journal.MAX_SUBMIT", 100):
+        await server.complete()
 
 
 async def defect(server: Server) -> None:

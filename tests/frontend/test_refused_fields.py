@@ -84,3 +84,10 @@ class TestConversations:
     def test_the_template_is_given_the_clients_arguments(self, tmp_path) -> None:
         assert self.prompt(tmp_path, chat_template_kwargs={"anything": 1}) == "user: hi\nassistant: "
         error(chat(tmp_path, chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs")
+
+    @pytest.mark.parametrize("name", ["add_generation_prompt", "continue_final_message"])
+    def test_what_has_a_field_of_its_own_is_no_argument(self, name: str, tmp_path) -> None:
+        refusal = error(chat(tmp_path, chat_template_kwargs={name: True}), 400, "chat_template_kwargs")
+        assert name in refusal["message"]
+        body = {"messages": list(self.TALK), "chat_template_kwargs": {name: False}}
+        error(post("/tokenize", body, tmp_path), 400, "chat_template_kwargs")

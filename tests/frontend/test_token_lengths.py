@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +17,10 @@ from tokenizers import Tokenizer as Backend
 from frontend.client import Model
 from frontend.offline import SamplingParams, request_of
 from frontend.tokenizer import Tokenizer
+from frontend.validation import MAX_TOKENIZED
 from protocol.tokenizer_files import byte_bundle
-from tests.frontend.asking import error, post
-from tests.frontend.fakes import MODEL, Engine
+from tests.frontend.asking import error, post, serve
+from tests.frontend.fakes import MODEL, Engine, LocalClient
 from tests.frontend.tokenizer_samples import BACKENDS, a_bundle, byte_level_backend, fallback_backend, metaspace_backend
 
 LONG = "a" * 513  # the fakes' context has 512 tokens, and each of their tokens is a byte
@@ -121,3 +125,40 @@ def test_what_just_fits_is_tokenized(tmp_path) -> None:
 
 def test_a_long_text_can_still_be_counted(tmp_path) -> None:
     assert post("/tokenize", {"prompt": LONG}, tmp_path).json()["count"] == len(LONG)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": "a" * (MAX_TOKENIZED + 1)}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a" * MAX_TOKENIZED}]}, "messages"),
+        ("/detokenize", {"tokens": [1] * (MAX_TOKENIZED + 1)}, "tokens"),
+    ],
+)
+def test_but_not_one_without_end(path: str, body: dict[str, Any], param: str, tmp_path) -> None:
+    error(post(path, body, tmp_path), 400, param)
+
+
+def test_counting_holds_up_no_prompt(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, counting, answered = Tokenizer.encode_batch, threading.Event(), threading.Event()
+
+    def slow(self: Tokenizer, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        if texts == ["slow"]:
+            counting.set()
+            assert answered.wait(10)
+        return encode(self, texts, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", slow)
+
+    async def scenario(http: httpx.AsyncClient, client: LocalClient) -> None:
+        try:
+            counts = [asyncio.create_task(http.post("/tokenize", json={"prompt": "slow"})) for _ in range(4)]
+            while not counting.is_set():
+                await asyncio.sleep(0.001)
+            answer = await asyncio.wait_for(http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 1}), 5)
+            assert answer.status_code == 200
+        finally:
+            answered.set()
+        assert [answer.json()["count"] for answer in await asyncio.gather(*counts)] == [4] * 4
+
+    serve(scenario, tmp_path)

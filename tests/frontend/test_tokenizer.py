@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from frontend import tokenizer as tokenizer_module
 from frontend.tokenizer import Tokenizer, TokenizerError
 from protocol.tokenizer_files import byte_bundle
 from tests.frontend.tokenizer_samples import BACKENDS, a_bundle, byte_level_backend, fallback_backend, wordpiece_backend
@@ -137,11 +139,49 @@ def test_truncation_and_padding_of_the_file_are_not_applied() -> None:
         (msgspec.msgpack.encode({"gguf.msgpack": b"\xc1"}), "damaged"),
         (a_bundle(byte_level_backend(), tokenizer_config__json="{"), "tokenizer_config.json is not JSON"),
         (a_bundle(byte_level_backend(), config__json=[1]), "config.json must hold an object"),
+        (a_bundle(byte_level_backend(), config__json={"text_config": "x"}), "config.json: text_config must be an object"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(bundle: bytes, words: str) -> None:
     with pytest.raises(TokenizerError, match=words):
         Tokenizer.from_bundle(bundle)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda part: (
+        st.lists(part, max_size=2) | st.dictionaries(st.sampled_from(["content", "name", "template", "eos_token_id"]), part, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("config__json", ["eos_token_id", "text_config"]),
+        ("generation_config__json", ["eos_token_id"]),
+        ("tokenizer_config__json", ["bos_token", "eos_token", "chat_template"]),
+        ("special_tokens_map__json", ["bos_token", "eos_token"]),
+        ("chat_template__json", ["chat_template"]),
+    ],
+)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_whatever_a_file_holds_there_is_a_tokenizer_or_its_error(file: str, keys: list[str], data: st.DataObject) -> None:
+    content = data.draw(ANYTHING | st.dictionaries(st.sampled_from(keys), ANYTHING, max_size=2))
+    bundle = a_bundle(byte_level_backend(), **{file: content})
+    with contextlib.suppress(TokenizerError):
+        assert Tokenizer.from_bundle(bundle).encode_batch(["hell"], False)
+
+
+def test_a_part_of_a_type_that_nobody_thought_of_is_the_files_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unthought(*_: object) -> int:
+        return {}["key"]
+
+    monkeypatch.setattr(tokenizer_module, "most_characters", unthought)
+    with pytest.raises(TokenizerError, match=r"damaged: KeyError\('key'\)"):
+        Tokenizer.from_bundle(a_bundle(byte_level_backend()))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
