@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from pagewire import handover
 from pagewire.admin import AdminSettings
 from pagewire.ask import AskError, ask
-from pagewire.host_guard import HostGuard
+from pagewire.host_guard import HostGuard, host_names
 from pagewire.metrics import Figures
 from pagewire.monitor import Monitor
 from pagewire.trace import chrome, services
@@ -50,7 +50,8 @@ PAGE_HEADERS = {
 
 
 def run(settings: AdminSettings) -> None:
-    """Serve until asked to stop. Raises RunDirError if the port or the collector's endpoint is taken."""
+    """Serve until asked to stop. Raises RunDirError if the port or the collector's endpoint is taken, CannotRun for a host that is none."""
+    names = host_names(settings.admin_hosts)
     process = Service("admin", settings.name, settings.run_dir, settings.log_level, drains=True, log_format=settings.log_format)
     with process as service, contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listen(settings))
@@ -85,7 +86,7 @@ def run(settings: AdminSettings) -> None:
 
         recorder = Recorder(collector, collect)
         application = app(service.rundir, collect, figures, monitor, watch, recorder, settings.api)
-        asyncio.run(_serve(service, listening, HostGuard(application, settings.admin_hosts), collect, sum_up))
+        asyncio.run(_serve(service, listening, HostGuard(application, names), collect, sum_up))
 
 
 class Recorder:

@@ -83,8 +83,10 @@ def up(context: click.Context, values: dict[str, Any]) -> int:
     if line := intruder():
         raise Usage(line)
     from frontend.access import check_exposure
+    from pagewire.host_guard import host_names
 
     try:
+        host_names(values["admin_hosts"])
         check_exposure(values["host"], values["api_key_file"], values["auth"])
     except CannotRun as error:
         raise Usage(str(error)) from None
