@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from protocol.counters import Counters
 
 log = logging.getLogger("tracing")
+EXPORTERS = logging.getLogger("opentelemetry.exporter")  # would say each message that was not taken, twice
 
 WAITING = 1 << 14  # spans that may wait
 BATCH = 128  # spans of one message: 4 ms of Python that other threads wait for
@@ -32,6 +33,10 @@ class SpanQueue:
         self._counters = counters
         for name in ("spans_dropped", "spans_unsent"):
             counters.add(name, 0)  # now: two threads count, and a dictionary that is being read must not grow
+        self._complaint = _Complaint()
+        EXPORTERS.propagate = False
+        EXPORTERS.addHandler(self._complaint)
+        self._failing = False
         self._ended = _Ended()
         provider.add_span_processor(self._ended)
         self._waiting: deque[Callable[[], None]] = deque()
@@ -64,18 +69,43 @@ class SpanQueue:
             while self._waiting:
                 self._export([self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH))])
         self._exporter.shutdown()
+        EXPORTERS.removeHandler(self._complaint)
 
     def _export(self, batch: list[Callable[[], None]]) -> None:
+        self._complaint.text = ""
         try:
             for make in batch:
                 make()
             spans, self._ended.spans = self._ended.spans, []
-            sent = not spans or self._exporter.export(spans) is SpanExportResult.SUCCESS
-        except Exception:
-            log.exception("spans could not be exported")
-            sent = False
+            if not spans:
+                return
+            sent = self._exporter.export(spans) is SpanExportResult.SUCCESS
+        except Exception as error:
+            self._failed(batch, repr(error), error)
+            return
         if not sent:
-            self._counters.add("spans_unsent", len(batch))
+            self._failed(batch, self._complaint.text)
+        elif self._failing:
+            self._failing = False
+            log.info("spans reach the collector again")
+
+    def _failed(self, batch: list[Callable[[], None]], why: str, error: Exception | None = None) -> None:
+        """Count, and say so once: a collector may be away for days."""
+        self._counters.add("spans_unsent", len(batch))
+        if not self._failing:
+            self._failing = True
+            log.warning("spans do not reach the collector, and are counted as spans_unsent until they do: %s", why, exc_info=error)
+
+
+class _Complaint(logging.Handler):
+    """Keeps the first thing that the exporter says of a message: the last is only that it has given up."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = self.text or record.getMessage()
 
 
 class _Ended(SpanProcessor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -65,6 +67,21 @@ def collector() -> Iterator[Collector]:
     thread.join(5)
 
 
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What the log of a service would get: `caplog` listens at loggers that pass nothing on, too."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = records.append  # type: ignore[method-assign]
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    yield records
+    root.setLevel(level)
+    root.removeHandler(handler)
+
+
 def eventually(condition) -> None:
     until = time.monotonic() + 10
     while not condition() and time.monotonic() < until:
@@ -97,6 +114,45 @@ def test_what_the_collector_refuses_is_counted(collector: Collector) -> None:
     made.close()
     eventually(lambda: counters["spans_unsent"] == 10)
     assert counters["spans_dropped"] == 0
+
+
+@pytest.mark.slow
+def test_a_collector_that_is_away_is_said_once_and_once_that_it_is_back(collector: Collector, logged: list[logging.LogRecord]) -> None:
+    collector.open.set()
+    counters = Counters()
+    made = Tracer(collector.url, "frontend", "f", counters)
+
+    def one_message(counted: int) -> None:
+        made.span("s", CHOSEN, 1.0, 2.0)
+        eventually(lambda: sum(collector.sizes) + counters["spans_unsent"] == counted)
+
+    for status in (400, 503, 400):
+        collector.status = status
+        one_message(counters["spans_unsent"] + 1)
+    assert counters["spans_unsent"] == 3
+    [away] = logged
+    assert (away.levelname, away.name) == ("WARNING", "tracing")
+    assert "counted as spans_unsent" in away.getMessage()
+    assert "Bad Request" in away.getMessage()
+    collector.status = 200
+    one_message(4)
+    one_message(5)
+    made.close()
+    eventually(lambda: [record.getMessage() for record in logged[1:]] == ["spans reach the collector again"])
+
+
+@pytest.mark.slow
+def test_it_is_said_why_a_collector_is_not_reached(logged: list[logging.LogRecord]) -> None:
+    counters = Counters()
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    made = Tracer(f"http://127.0.0.1:{port}/v1/traces", "frontend", "f", counters)
+    for count in (1, 2):
+        made.span("s", CHOSEN, 1.0, 2.0)
+        eventually(lambda count=count: counters["spans_unsent"] == count)
+    made.close()
+    [away] = logged
+    assert "refused" in away.getMessage()
 
 
 def test_what_there_is_goes_out_at_the_end_but_nothing_of_traces_that_were_not_chosen(collector: Collector) -> None:
