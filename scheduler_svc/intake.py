@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
+from protocol.codec import MAX_SUBMIT, encode
 from protocol.columns import EMPTY, Int32, pack, unpack
 from protocol.counters import Counters
 from protocol.messages import Abort, Attach, Done, Failed, Gone, Journal, Moved, Resumed, Submit
@@ -234,13 +235,17 @@ class Intake:
             request.owner += 1
         self.adopt(frontend, request, message.handle)
         journal = journal_of(request, now)
-        if request.failure is not None:
-            self._ledger.send(frontend, Journal(journal))
-            self._ledger.send(frontend, request.failure)
+        if request.failure is None:
+            journal = cut(journal, unpack(message.told).tolist())
+        size = len(encode(journal))
+        if size > MAX_SUBMIT:  # the journal could not tell it to another scheduler, nor this one to the journal
+            reason = f"the stream cannot be resumed: prompt, output and parameters take {size} bytes of at most {MAX_SUBMIT}"
+            self._ledger.send(frontend, Failed(request.id, 413, "request_too_large", reason))
             return
-        journal = cut(journal, unpack(message.told).tolist())
         self._ledger.send(frontend, Journal(journal))
-        if journal.scored != request.scored or any(map(must_restart, request.choices, journal.choices)):
+        if request.failure is not None:
+            self._ledger.send(frontend, request.failure)
+        elif journal.scored != request.scored or any(map(must_restart, request.choices, journal.choices)):
             self._resume(frontend, request, journal, now)
 
     def release_attaches(self, _now: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol.columns import pack
-from protocol.messages import Abort, Attach, Choice, Done, Gone, Journal, Submit, Tokens
+from protocol.messages import Abort, Attach, Choice, Done, Failed, Gone, Journal, Submit, Tokens
 from tests.scheduler_svc.fake_frontend import FakeFrontend
 from tests.scheduler_svc.formulas import expected
 from tests.scheduler_svc.play import PROMPT, Stage
@@ -133,6 +133,27 @@ def test_attach_hands_over_journal_and_ownership() -> None:
     assert new.streams[77].complete
     new.verify()
     assert stage.counters["scheduler_not_owner"] == 2
+
+
+def test_a_journal_that_no_frame_holds_is_not_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    stage.worker()
+    old, new = stage.frontend(incarnation=100), stage.frontend(incarnation=101)
+    stream = old.submit(PROMPT, stage.now, max_tokens=60, stop=False)
+    other = old.submit(PROMPT, stage.now, seed=2)
+    for _ in range(20):
+        stage.turn()
+    monkeypatch.setattr("scheduler_svc.intake.MAX_SUBMIT", 200)
+    request = stream.submit.request
+    new.send(Attach(request, 77), stage.now)
+    (failed,) = [message for session, message, _ in stage.engine.out if session == new.session]
+    assert isinstance(failed, Failed)
+    assert (failed.request, failed.status, failed.code) == (request, 413, "request_too_large")
+    stage.engine.out.clear()
+    new.send(Done(request), stage.now)
+    stage.run()
+    assert other.complete
+    assert not stage.engine.ledger.requests
 
 
 def test_attach_of_an_unknown_request_is_held_and_then_answered_gone() -> None:
