@@ -174,6 +174,17 @@ def test_frontends_share_the_port_and_workers_are_as_many_as_asked(run_dir: Path
         assert eventually(lambda: get(address, "/health")[0] == 200)
 
 
+def test_logs_are_objects_on_stderr_and_what_up_says_is_text_on_stdout(run_dir: Path, tmp_path: Path) -> None:
+    up = [*PAGEWIRE, "up", *ORACLE, "--port", "0", "--admin-port", "0", "--run-dir", str(run_dir), "--log-format", "json"]
+    logs = tmp_path / "stderr"
+    with running(["sh", "-c", 'exec "$@" 2>"$0"', str(logs), *up]) as program:
+        address_of(program)
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.wait(10) == 0
+    assert [line.split()[0] for line in program.output.splitlines() if line.split()[0] != "listening"] == ["ready:", "summary"]
+    assert {json.loads(line)["service"] for line in logs.read_text().splitlines()} == {"admin", "frontend-0", "scheduler-0", "worker-0"}
+
+
 def test_a_second_up_is_refused_with_the_pid_of_the_first(run_dir: Path) -> None:
     with stack(run_dir) as (program, _), running([*PAGEWIRE, "up", *ORACLE, "--port", "0", "--run-dir", str(run_dir)]) as second:
         assert second.wait(20) != 0
