@@ -90,7 +90,7 @@ def main() -> None:
     config = from_json(json.loads((args.shape / "config.json").read_text()))
     device = torch.device("cuda")
     weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
-    bench = Bench(Engine(config, weights, Options()))
+    bench = Bench(Engine(config, weights, Options()), {})
     rows: dict[str, dict[str, float]] = {}
     for batch in (int(b) for b in args.batch.split(",")):
         player = bench.player

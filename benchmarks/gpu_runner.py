@@ -187,6 +187,8 @@ def main() -> None:
     parser.add_argument("--filter-kernel", action="store_true", help="filters by a kernel of ours; rows of their own, …_kernel")
     parser.add_argument("--pack-prefixes", action="store_true", help="rows of their own in the file, …_packed")
     args = parser.parse_args()
+    if args.top_p < 1 and {"w1", "shared"} & {*args.rows.split(",")}:
+        parser.error("--top-p: the rows w1 and shared draw in their own way; leave them out of --rows")
     begin = time.perf_counter()
     config = from_json(SHAPES.get(str(args.shape)) or json.loads((args.shape / "config.json").read_text()))
     device = torch.device("cuda")

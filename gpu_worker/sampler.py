@@ -24,6 +24,7 @@ from gpu_worker.transfer import upload
 from protocol.columns import Int32
 
 _SORTED_FIRST = 1024  # best tokens in which top-p is looked for before everything is sorted
+SORTED_AT_ONCE = 1 << 23  # logits that are sorted at a time; some 64 bytes each while they are
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,9 @@ def filter_logits(logits: torch.Tensor, f: Filters) -> None:
         kth = scaled[f.with_k].topk(f.largest_k, dim=1).values.gather(1, f.kth)
         threshold.index_copy_(0, f.with_k, torch.maximum(threshold[f.with_k], kth))
     if f.p_within:
-        least = _top_p(scaled[f.with_p], threshold[f.with_p], f.p, f.p_within)
+        rows_at_once = max(1, SORTED_AT_ONCE // logits.shape[1])
+        parts = zip(torch.split(f.with_p, rows_at_once), torch.split(f.p, rows_at_once), strict=True)
+        least = torch.cat([_top_p(scaled[part], threshold[part], p, f.p_within) for part, p in parts])
         threshold.index_copy_(0, f.with_p, torch.maximum(threshold[f.with_p], least))
     logits.index_copy_(0, f.rows, rows.masked_fill_(scaled < threshold, -torch.inf))
 

@@ -92,6 +92,8 @@ class Engine:
         self._likely = likely_shapes(self.geometry) if options.capture_idle else []
         self.general = General(self.state, self.forward, FilterKernel(self.forward.arch) if options.filter_kernel else None)
         self._pending: deque[_Running] = deque()
+        # Pinned memory given back while the other thread captures would have its event captured; what is dropped here is long over.
+        self._kept: deque[_Running] = deque(maxlen=self.state.results)
         self._room_in_results = threading.Semaphore(self.state.results - 2)
         self._next_result = 0
         self._last_end = 0
@@ -103,7 +105,9 @@ class Engine:
         result = self._next_result
         self._next_result = (result + 1) % self.state.results
         try:
-            self._pending.append(self._enqueue(step, result))
+            running = self._enqueue(step, result)
+            self._kept.append(running)
+            self._pending.append(running)
         except Exception:
             self._room_in_results.release()
             raise

@@ -130,6 +130,25 @@ def test_top_p_looks_beyond_the_first_thousand_tokens_if_it_must() -> None:
     assert {t < 1500 for t in _reachable(logits, top_p=0.99)} == {True, False}
 
 
+def test_top_p_is_the_same_in_slices_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, VOCAB)
+    records = [_record(temperature=1.0, top_p=0.1 * i, top_k=3 * (i % 2)) for i in range(1, 8)]
+
+    def left() -> torch.Tensor:
+        sampler, slots = Sampler(7, VOCAB, CPU), np.arange(7, dtype=np.int32)
+        for slot, record in enumerate(records):
+            sampler.bind(slot, record)
+        out = logits.clone()
+        sampler.prepare(out, slots, slots)
+        return out
+
+    whole = left()
+    assert whole.isinf().any()
+    monkeypatch.setattr("gpu_worker.sampler.SORTED_AT_ONCE", 2 * VOCAB)
+    assert torch.equal(left(), whole)
+
+
 def test_min_p_leaves_what_is_likely_enough_beside_the_best() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert _reachable(logits, min_p=0.31) == {0, 1}

@@ -13,7 +13,8 @@ from gpu_worker.layers import fp8
 from gpu_worker.layers.fp8 import Fp8Linear, as_factor
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.online import ROUNDED, RoundedToFp8
-from gpu_worker.loading.source import Fp8, Piece, Shard
+from gpu_worker.loading.quantization import Quantization
+from gpu_worker.loading.source import Fp8, Shard
 from tests.gpu_worker.cuda.reference import Reference, error
 from tests.gpu_worker.cuda.test_engine import CONFIGS, Noisy, prompts
 
@@ -24,14 +25,7 @@ if torch.cuda.is_available():
     from gpu_worker.cuda.weights import load_weights
 
 KINDS = ["rows", "static", "groups"]
-
-
-class InGroups(RoundedToFp8):
-    """The same with a scale for each 128 neighbours."""
-
-    def fp8(self, piece: Piece) -> Fp8 | None:
-        found = super().fp8(piece)
-        return None if found is None else Fp8(*fp8.round_groups(self._source.read(piece)))
+IN_GROUPS = Quantization("weight_scale_inv", by_block=True, static=False)
 
 
 def weights(n: int, k: int, kind: str) -> Fp8:
@@ -99,10 +93,9 @@ def test_the_step_is_off_by_the_rounding(name: str, weights_kind: str, cache: bo
     if weights_kind == "plain" and not cache:
         pytest.skip("test_engine.py's")
     plain = Noisy(CONFIGS[name], 1, torch.device("cuda"), torch.float32)
-    source = {"plain": plain, "rows": RoundedToFp8(plain, torch.device("cuda")), "groups": InGroups(plain, torch.device("cuda"))}[
-        weights_kind
-    ]
-    config = CONFIGS[name] if weights_kind == "plain" else replace(CONFIGS[name], quantization=ROUNDED)
+    quantization = {"plain": None, "rows": ROUNDED, "groups": IN_GROUPS}[weights_kind]
+    source = plain if quantization is None else RoundedToFp8(plain, torch.device("cuda"), quantization)
+    config = replace(CONFIGS[name], quantization=quantization)
     texts = prompts([5 + 31 * i for i in range(rows)], config.vocab_size)
     tokens, logits = play(engine_of(config, source, cache), texts, 5)
     full = [np.concatenate((p, t)).astype(np.int32)[:-1] for p, t in zip(texts, tokens, strict=True)]
@@ -111,10 +104,3 @@ def test_the_step_is_off_by_the_rounding(name: str, weights_kind: str, cache: bo
     assert error(logits, want) < 0.12
     eager, _ = play(engine_of(config, source, cache, graphs=False), texts, 5)
     assert eager == tokens
-
-
-def test_an_fp8_cache_holds_twice_the_blocks() -> None:
-    config = CONFIGS["qwen3"]
-    source = Noisy(config, 1, torch.device("cuda"), torch.float32)
-    blocks = [engine_of(config, source, cache, num_blocks=0, utilization=0.2).geometry.blocks for cache in (False, True)]
-    assert 1.95 < blocks[1] / blocks[0] < 2.05

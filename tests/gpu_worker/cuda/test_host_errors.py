@@ -29,6 +29,8 @@ def test_blocks_fill_what_is_left_beside_weights_and_buffers() -> None:
     blocks = blocks_that_fit(LLAMA_8B, Options(), 2, 2, free=64 * GIB, total=80 * GIB)
     used = blocks * 2 * (32 * 2 * 8 * 16 * 128)
     assert 53 * GIB < used < 56 * GIB  # 8 GiB stay unused, some 1.5 are buffers
+    in_fp8 = blocks_that_fit(LLAMA_8B, Options(), 2, 1, free=64 * GIB, total=80 * GIB)
+    assert 1.99 < in_fp8 / blocks < 2.01
     smaller = blocks_that_fit(LLAMA_8B, replace(Options(), max_num_batched_tokens=16384), 2, 2, 64 * GIB, 80 * GIB)
     assert smaller < blocks
 

@@ -40,11 +40,13 @@ for dim, repeat in ((128, 2), (64, 3)):
     sizes = {"WIDTH": 256, "KV_HEADS": 8, "R": repeat, "RP": 1 << (repeat - 1).bit_length(), "D": dim, "DP": dim, "PAGE": 16}
     sizes |= {"WINDOW": 0, "SOFTCAP": 0}
     decode = sizes | {"TILE": 64, "STAGES": 2, "QK_NORM": 1, "PDL": 1}
-    decode |= {"PACKED": 0} if "PACKED" in [p.name for p in decode_attention.params] else {}
     for cache in (b, e):
         off, scales = ({"kv_scales": None}, []) if cache == b else ({}, [f])
         for text in (
-            ptx(decode_attention, [b, cache, i, i, b, f, f, i, b, b, f, f, "fp32", "fp32", *scales], 4, **decode, **off),
+            *(
+                ptx(decode_attention, [b, cache, i, i, b, f, f, i, b, b, f, f, "fp32", "fp32", *scales], 4, PACKED=packed, **decode, **off)
+                for packed in (0, 1)
+            ),
             ptx(prefill_attention, [b, cache, i, i, i, b, "fp32", *scales], 8, ROWS=128, TILE=32, STAGES=3, **sizes, **off),
         ):
             assert ("e4m3" in text) == (cache == e), (dim, cache)
