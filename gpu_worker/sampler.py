@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_worker.filter_memory import SORTED_AT_ONCE
 from gpu_worker.logit_edits import LogitEdits
 from gpu_worker.logprobs import Candidates, Reported, Told, candidates, told
 from gpu_worker.philox import GUMBEL_HIGH, GUMBEL_LOW, gumbel, philox
@@ -24,7 +25,6 @@ from gpu_worker.transfer import upload
 from protocol.columns import Int32
 
 _SORTED_FIRST = 1024  # best tokens in which top-p is looked for before everything is sorted
-SORTED_AT_ONCE = 1 << 23  # logits that are sorted at a time; some 64 bytes each while they are
 
 
 @dataclass(frozen=True)

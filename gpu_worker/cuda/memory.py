@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_worker.errors import LoadError
+from gpu_worker.filter_memory import filter_bytes
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.sampler import SORTED_AT_ONCE
 
 _REST = 512 << 20  # bytes: cuBLAS, graphs, tables
 
@@ -40,8 +40,7 @@ def blocks_that_fit(config: ModelConfig, options: Options, element: int, cached:
     c, o = config, options
     width = c.hidden * 2 + c.q_size * 2 + 2 * c.kv_size + 3 * c.intermediate
     buffers = element * (o.max_num_batched_tokens * width + o.max_num_seqs * c.vocab_size) + _REST
-    logits = o.max_num_seqs * c.vocab_size
-    buffers += 16 * logits + (0 if o.filter_kernel else 64 * min(logits, SORTED_AT_ONCE))  # sampling with filters, in float32
+    buffers += filter_bytes(o.max_num_seqs, c.vocab_size, sorts=not o.filter_kernel)
     if c.quantization is not None:  # activations in fp8
         buffers += o.max_num_batched_tokens * max(c.hidden, c.q_size, c.intermediate)
     block = c.layers * 2 * c.kv_heads * o.block_size * c.head_dim * cached

@@ -228,7 +228,9 @@ def _kinds(sizes: ModelSizes, names: tuple[str, ...]) -> set[int]:
 
 
 def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
-    """Buffers of `gpu_worker/cuda`: allocated once, for the largest step, whatever the step."""
+    """Buffers of `gpu_worker/cuda`, allocated once for the largest step, and what filters take where all rows have some."""
+    from gpu_worker.filter_memory import filter_bytes
+
     c, slots, tokens, length = sizes.config, setup.max_num_seqs, setup.step_tokens, length_limit(sizes, setup)
     step = tokens * (2 * c.hidden + 2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate)
     logits = slots * c.vocab_size
@@ -236,7 +238,7 @@ def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
     tables = 4 * slots * -(-length // setup.block_size)
     widest = max((matrix.into for matrix in fp8_matrices(sizes, setup)), default=0)
     rounded = tokens * (widest + 4 * -(-widest // FP8_GROUP))  # activations before a product in fp8, and their scales
-    return (step + logits) * setup.element + rounded + rotary + tables + CUDA_WORKSPACE
+    return (step + logits) * setup.element + filter_bytes(slots, c.vocab_size) + rounded + rotary + tables + CUDA_WORKSPACE
 
 
 def _torch_buffers(sizes: Sizes, setup: Setup) -> int:
