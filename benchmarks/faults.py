@@ -27,6 +27,7 @@ class Watch(threading.Thread):
         self.computed = 0
         self.changes: list[float] = []
         self._endpoint = running.rundir.tap(scheduler)
+        self.hears = threading.Event()  # a tap looks for its subscribers five times a second
         self._over = threading.Event()
         self.start()
 
@@ -37,6 +38,7 @@ class Watch(threading.Thread):
             while not self._over.is_set():
                 if tap.poll(50):
                     _, _, _, *bodies = tap.recv_multipart()
+                    self.hears.set()
                     for body in bodies:
                         self._take(body)
 

@@ -62,7 +62,8 @@ def measure(fault: Fault, step: float) -> tuple[float, list[float], int, int]:
     """
     with started(fault, step) as running:
         watches = [Watch(running, name) for name in running.services if name.startswith("scheduler")]
-        time.sleep(0.5)  # a tap looks for its subscribers five times a second
+        if not watches[0].hears.wait(30):
+            raise SystemExit("the scheduler's tap says nothing")
         load = (ResumingLoad if fault is frontend_killed else Load)(running.urls, STREAMS, TOKENS, rounds=1)
         load.well_underway()
         time.sleep(20 * step)
