@@ -220,10 +220,12 @@ class Fleet:
         assert {figure: self.total(figure) for figure in DEFECTS if self.total(figure) and figure not in expected} == {}
 
     def answered(self, load: Load) -> None:
-        """Each request was counted with exactly one ending. Only for frontends that have lived through it all."""
-        self.fresh()
-        endings = [self.sum(f"requests_{how}", "frontend") for how in ("finished", "failed", "aborted")]
-        assert sum(endings) == len(load.seen), endings
+        """Each request was counted with exactly one ending. At rest, and only for frontends that have lived through it all."""
+
+        def endings() -> list[float]:
+            return [self.sum(f"requests_{how}", "frontend") for how in ("finished", "failed", "aborted")]
+
+        eventually(lambda: sum(endings()) == len(load.seen), 10)
 
 
 def _free_ports(count: int) -> tuple[int, ...]:
