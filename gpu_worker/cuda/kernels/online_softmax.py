@@ -49,7 +49,7 @@ def attend(q, k, v, ok, m, total, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.
     v = v.to(q.dtype)
     score = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
     if MASKED:
-        score = tl.where(ok, score, -1.0e30)
+        score = tl.where(ok, score, float("-inf"))  # times scale it stays that; a large number, fused with `- top`, would not cancel
     top = tl.maximum(m, tl.max(score, 1) * scale)
     shrink = tl.exp2(m - top)
     p = tl.exp2(score * scale - top[:, None])  # one multiply-add
