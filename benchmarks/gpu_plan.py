@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from gpu_worker.cuda.loading import load_engine
 from gpu_worker.settings import WorkerSettings
 from pagewire.plan import Setup, estimate_memory
 
-SAMPLING = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.01, "frequency_penalty": 0.1, "logprobs": 5}
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "min_p": 0.01, "frequency_penalty": 0.1, "logprobs": 5}
 NOTE = "torch's allocator at its peak with {} blocks, the plan's total over it less 1, and MiB outside the allocator"
 
 
