@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -9,12 +11,28 @@ from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.source import Shard, TensorSource, layer_pieces
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+
+def unrounded(x: torch.Tensor) -> torch.Tensor:
+    return x
+
 
 class Reference:
     """Weights of a source, converted to `dtype` after they were rounded to `stored`."""
 
-    def __init__(self, config: ModelConfig, source: TensorSource, stored: torch.dtype, dtype: torch.dtype, device: str = "cuda") -> None:
-        self.config, self.dtype = config, dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: TensorSource,
+        stored: torch.dtype,
+        dtype: torch.dtype,
+        device: str = "cuda",
+        into: Rounding = unrounded,
+        cached: Rounding = unrounded,
+    ) -> None:
+        """into: what a layer's linears make of their input [n, k]; cached: what the cache makes of keys and values [2, n, heads, d]."""
+        self.config, self.dtype, self.into, self.cached = config, dtype, into, cached
 
         def read(pieces):
             return torch.cat([source.read(p).to(device, stored) for p in pieces]).to(dtype)
@@ -64,7 +82,7 @@ class Reference:
         seen = (back >= 0) & (back < (c.sliding_window or n))
         h = self.embedding[tokens.long()]
         for w in self.layers:
-            qkv = norm(h, w["in"]) @ w["qkv"].t()
+            qkv = self.into(norm(h, w["in"])) @ w["qkv"].t()
             if w["bias"] is not None:
                 qkv = qkv + w["bias"]
             q, k, v = qkv.split((c.q_size, c.kv_size, c.kv_size), -1)
@@ -72,11 +90,11 @@ class Reference:
             if w["qn"] is not None:
                 q, k = norm(q, w["qn"]), norm(k, w["kn"])
             q, k = rotate(q), rotate(k)
-            k, v = (x.repeat_interleave(c.heads // c.kv_heads, 1) for x in (k, v))
+            k, v = (x.repeat_interleave(c.heads // c.kv_heads, 1) for x in self.cached(torch.stack((k, v))))
             a = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=seen)
-            h = h + a.transpose(0, 1).reshape(n, -1) @ w["o"].t()
-            gate, up = (norm(h, w["post"]) @ w["gate_up"].t()).chunk(2, -1)
-            h = h + (F.silu(gate) * up) @ w["down"].t()
+            h = h + self.into(a.transpose(0, 1).reshape(n, -1)) @ w["o"].t()
+            gate, up = (self.into(norm(h, w["post"])) @ w["gate_up"].t()).chunk(2, -1)
+            h = h + self.into(F.silu(gate) * up) @ w["down"].t()
         return norm(h, self.norm) @ self.head.t()
 
 
