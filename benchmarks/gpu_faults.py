@@ -1,10 +1,11 @@
 """The faults of a stack with a GPU worker: worker killed, scheduler killed, preemption with swap, both. Texts equal to the CPU's.
 
-    python -m benchmarks.gpu_faults [--json OUT] [--tokens 400]
+    python -m benchmarks.gpu_faults [--json OUT] [--tokens 400] [--copies 8]
 
 The packaged SmolLM2 in fp32. First the CPU worker says what the texts are; then, for the triton backend with and without
 CUDA graphs and for the torch backend, each fault strikes while streams flow, and every text is compared with the undisturbed
-ones; those without sampling with the CPU's as well. `--device cpu` plays it through without a card. Exit code 1 if a text differs.
+ones; those without sampling with the CPU's as well. Each question is asked greedily and, with other seeds, `--copies` times
+sampled, all at once, so that a fast card has enough to do when a fault strikes. `--device cpu` plays it through without a card. Exit code 1 if a text differs.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ NOTE = "SmolLM2 in fp32 through the whole stack: whether all texts equal the und
 Texts = list[tuple[str, list[str]]]
 
 
-def bodies(tokens: int) -> list[dict[str, Any]]:
-    """Greedy questions, then the same sampled."""
+def bodies(tokens: int, copies: int) -> list[dict[str, Any]]:
+    """Greedy questions, then the same sampled, each with a seed of its own."""
     greedy = [chat(question, tokens, ignore_eos=True) for question in QUESTIONS]
-    return greedy + [body | {"temperature": 0.8, "seed": i} for i, body in enumerate(greedy)]
+    return greedy + [body | {"temperature": 0.8, "seed": i} for i, body in enumerate(greedy * copies)]
 
 
 def compared(name: str, got: Texts, want: Texts) -> bool:
@@ -88,11 +89,12 @@ def main() -> None:
     end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", choices=list(VARIANTS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    asked, greedy = bodies(args.tokens), len(QUESTIONS)
+    asked, greedy = bodies(args.tokens, args.copies), len(QUESTIONS)
     with stack() as made:
         made.up("--device", "cpu", *FP32)
         reference = ask(made, asked[:greedy])
