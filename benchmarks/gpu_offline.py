@@ -1,6 +1,6 @@
 """TARGETS' first table through the three real processes: token ids in, text out, by the offline API.
 
-    python -m benchmarks.gpu_offline --shape qwen3-0.6b [--rows start,w1,steps,long,shared] [--json OUT] [--pack-prefixes] [--set KEY=VALUE]
+    python -m benchmarks.gpu_offline --shape qwen3-0.6b [--rows start,w1,steps,long,shared] [--json OUT] [--set KEY=VALUE …] [--end TEXT]
 
 This program is the frontend; scheduler and worker are processes that it starts. Weights are random, prompts too, EOS is
 ignored; a figure is the median of `--runs` after a warm-up. `start`: from the start of a fresh program to its first token.
@@ -148,17 +148,15 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a few short prompts: the figures mean nothing")
-    parser.add_argument("--pack-prefixes", action="store_true", help="that setting of the worker; rows of their own in the file, …_packed")
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="a setting of scheduler or worker")
+    parser.add_argument("--end", default="", metavar="TEXT", help="ends the rows' names in the file, where settings are not the usual ones")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = args.rows.split(",")
     if not set(rows) <= set(ROWS):
         parser.error(f"--rows {args.rows}: some of {','.join(ROWS)}")
     print(f"{Path(args.shape).name} on {card()}", flush=True)
-    settings, end = dict(args.set), ""
-    if args.pack_prefixes:
-        settings["pack_prefixes"], end = True, "_packed"
+    settings, end = dict(args.set), args.end
     name, note = Path(args.shape).name, NOTE.format(args.runs) + (", quick: no figure means anything" if args.quick else "")
 
     def say(found: dict[str, list[float]]) -> None:

@@ -1,11 +1,10 @@
 """The runner on a card, in process: the rows of TARGETS' first table without links, scheduler or text.
 
-    python -m benchmarks.gpu_runner --shape SHAPE [--rows step,long,prefill,w1,shared] [--top-p P [--filter-kernel]]
-        [--pack-prefixes] [--json OUT]
+    python -m benchmarks.gpu_runner --shape SHAPE [--rows step,long,prefill,w1,shared] [--top-p P] [--no-graphs …] [--json OUT]
 
 SHAPE is a name of `gpu_shapes.py` or a folder with config.json; weights are random. The plans come from `gpu_player.py` with
 two steps in flight, so a figure holds the worker's main thread and the card, and nothing else: the goal's own figures go
-through three processes.
+through three processes. Where something is switched off, the rows have names of their own in the file: …_no_graphs.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +31,13 @@ from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
 
 ROWS = ("step", "long", "prefill", "w1", "shared")
+SWITCHES = ("graphs", "pdl", "few", "filter_kernel", "pack_prefixes")  # of Options, all on
 
 
 class Bench:
     """An engine and a player, and what they measured."""
 
-    def __init__(self, engine: Engine, sampling: dict[str, float]) -> None:
+    def __init__(self, engine: Engine, sampling: dict[str, Any]) -> None:
         """sampling: of `steps`, `long` and prefills; none is greedy."""
         self.engine, self.sampling = engine, sampling
         self.player = Player(engine)
@@ -180,12 +181,10 @@ def main() -> None:
     parser.add_argument("--shape", type=Path, required=True)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--json", type=Path)
-    for switch in ("graphs", "pdl", "few"):
-        parser.add_argument(f"--no-{switch}", dest=switch, action="store_false")
+    for switch in SWITCHES:
+        parser.add_argument(f"--no-{switch.replace('_', '-')}", dest=switch, action="store_false")
     parser.add_argument("--few-attention", type=int, default=Options.few_attention)
     parser.add_argument("--top-p", type=float, default=1.0, help="drawn at temperature 1 instead of greedy; rows of their own, …_top_p")
-    parser.add_argument("--filter-kernel", action="store_true", help="filters by a kernel of ours; rows of their own, …_kernel")
-    parser.add_argument("--pack-prefixes", action="store_true", help="rows of their own in the file, …_packed")
     args = parser.parse_args()
     if args.top_p < 1 and {"w1", "shared"} & {*args.rows.split(",")}:
         parser.error("--top-p: the rows w1 and shared draw in their own way; leave them out of --rows")
@@ -195,8 +194,8 @@ def main() -> None:
     weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
     torch.cuda.synchronize()
     loaded = time.perf_counter()
-    switches = {name: getattr(args, name) for name in ("graphs", "pdl", "few", "few_attention", "filter_kernel", "pack_prefixes")}
-    engine = Engine(config, weights, Options(**switches))
+    switches = {name: getattr(args, name) for name in SWITCHES}
+    engine = Engine(config, weights, Options(**switches, few_attention=args.few_attention))
     bench = Bench(engine, {"temperature": 1.0, "top_p": args.top_p} if args.top_p < 1 else {})
     print(
         f"{args.shape.name}: weights {loaded - begin:.1f} s, engine {time.perf_counter() - loaded:.1f} s, {engine.geometry.blocks} blocks",
@@ -208,8 +207,7 @@ def main() -> None:
             work()
     if args.json:
         note = "the runner in process with hand-made plans, no links, scheduler, frontend or text; step rows are medians of 3"
-        kinds = {"_packed": args.pack_prefixes, "_top_p": args.top_p < 1, "_kernel": args.filter_kernel}
-        end = "".join(name for name, on in kinds.items() if on)
+        end = ("_top_p" if args.top_p < 1 else "") + "".join(f"_no_{name}" for name, on in switches.items() if not on)
         rows_found = {f"runner_{name}{end}": round(figure, 4) for name, figure in bench.out.items()}
         add_rows(args.json, args.shape.name, rows_found, f"gpu_runner{end}", note)
 

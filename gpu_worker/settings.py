@@ -30,8 +30,8 @@ class WorkerSettings:
     load_format: str = "auto"  # auto, safetensors, gguf, dummy
     attention: str = "auto"  # auto, torch, triton, flash_attn
     enforce_eager: bool = False  # no CUDA graphs
-    filter_kernel: bool = False  # on a card, top-k, top-p and min-p by a kernel of ours instead of torch
-    pack_prefixes: bool = False  # on a card, sequences of one step read a prefix that they share once for several of them
+    filter_kernel: bool = True  # on a card, top-k, top-p and min-p by a kernel of ours instead of torch
+    pack_prefixes: bool = True  # on a card, sequences of one step read a prefix that they share once for several of them
     block_size: int = 16
     num_gpu_blocks: int = 0  # 0: from gpu_memory_utilization
     num_cpu_blocks: int = 0

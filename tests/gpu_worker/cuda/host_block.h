@@ -11,6 +11,7 @@
 struct Index { unsigned x, y, z; };
 struct int4 { int x, y, z, w; };
 struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
 static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 static Index threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
