@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from frontend.client import Client, Model
-from frontend.entries import NewRequest
 from frontend.errors import ApiError, from_failed
-from frontend.offline import Prompt, RequestOutput, SamplingParams, output_of, request_of
+from frontend.offline import Prepared, Prompt, RequestOutput, SamplingParams, output_of, prepare
 from frontend.own_services import OwnServices
 from frontend.settings import FrontendSettings
 from frontend.streams import Stream
@@ -20,6 +19,7 @@ from protocol.service import CannotRun
 
 LOOK_EVERY = 0.02  # seconds between two looks at whether the model is ready
 LIVE_EVERY = 0.5  # seconds between two looks at whether the services live
+PREPARED = 32  # requests made at most before they are submitted
 
 
 class RequestFailed(RuntimeError):
@@ -90,26 +90,41 @@ class AsyncLLMEngine:
         """
         params = sampling_params or SamplingParams()
         model = self.model()
-        new = await self.client.offload(lambda: request_of(model, prompt, params, every_step))
-        async for _, output in self.outputs([new], [params], [prompt if isinstance(prompt, str) else None]):
+        async for _, output in self.outputs(self.prepared(lambda _: prepare(model, prompt, params, every_step), 1)):
             yield output
 
-    async def outputs(
-        self, new: Sequence[NewRequest], params: Sequence[SamplingParams], prompts: Sequence[str | None]
-    ) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(index of the request, its output so far) whenever one has news, until all are finished."""
-        stream = self.client.submit(new)
-        places = {entry.handle: i for i, entry in enumerate(stream.entries)}
-        texts: list[dict[int, str]] = [{} for _ in new]
+    async def prepared(self, make: Callable[[int], Prepared], count: int) -> AsyncIterator[list[Prepared]]:
+        """make(0), …, make(count − 1), made in a thread: one at first, then ever more at a time.
+
+        So the first are computed while others are made. Raises what `make` does.
+        """
+        done, size = 0, 1
+        while done < count:
+            part = range(done, min(done + size, count))
+            yield await self.client.offload(lambda part=part: [make(i) for i in part])  # type: ignore[misc]
+            done, size = part.stop, min(2 * size, PREPARED)
+
+    async def outputs(self, parts: AsyncIterator[list[Prepared]]) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(index of the request, its output so far) whenever one has news, until all are finished.
+
+        Parts are submitted as they come; the first news is told when all are.
+        """
+        stream = self.client.open()
         eos = frozenset(unpack(self.model().info.eos).tolist())
+        asked: list[Prepared] = []
         try:
+            async for part in parts:
+                self.client.submit([prepared.new for prepared in part], stream=stream)
+                asked += part
+            places = {entry.handle: i for i, entry in enumerate(stream.entries)}
+            texts: list[dict[int, str]] = [{} for _ in asked]
             while True:
                 ended = stream.ended
                 for entry in stream.take():
                     i = places[entry.handle]
                     if entry.error is not None:
                         raise RequestFailed(from_failed(entry.error).message)
-                    yield i, output_of(entry, params[i], texts[i], prompts[i], eos)
+                    yield i, output_of(entry, asked[i], texts[i], eos)
                 if ended:
                     return
                 await self._news(stream)

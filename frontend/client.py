@@ -139,16 +139,23 @@ class Client:
         """Run such work that no prompt shall wait for, in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
-    def submit(self, requests: Sequence[NewRequest], arrived: float = 0.0, parent: str = "") -> Stream:
-        """Submit requests that are answered together. Their stream must be closed in the end (`Stream.close`).
+    def open(self) -> Stream:
+        """A stream of no requests yet. It must be closed in the end (`Stream.close`)."""
+        stream = Stream([], self._close, time.monotonic())
+        self._streams.add(stream)
+        return stream
+
+    def submit(self, requests: Sequence[NewRequest], arrived: float = 0.0, parent: str = "", stream: Stream | None = None) -> Stream:
+        """Submit requests that are answered together, with those of an open stream if one is given.
 
         `arrived`: when the client asked, on the monotonic clock, if that was before now. `parent`: its traceparent.
         """
+        stream = stream or self.open()
         now = time.monotonic()  # the loop's own time goes by milliseconds
-        stream = Stream([self._submit(new, arrived or now, parent, now) for new in requests], self._close, now)
-        for entry in stream.entries:
+        for new in requests:
+            entry = self._submit(new, arrived or now, parent, now)
             entry.listener = stream
-        self._streams.add(stream)
+            stream.entries.append(entry)
         self._pump()
         return stream
 
@@ -166,8 +173,7 @@ class Client:
         The entries are empty until they are no longer `attaching`. Raises ApiError (409) if one is answered here.
         """
         now = self._loop.time()
-        stream = Stream([], self._close, now)
-        self._streams.add(stream)
+        stream = self.open()
         try:
             for request, told in requests.items():
                 entry = self.journal.attach(request, now, told, tenant)

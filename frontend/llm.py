@@ -17,9 +17,8 @@ from typing import Any
 from frontend.async_engine import AsyncLLMEngine, RequestFailed
 from frontend.background import Program
 from frontend.client import Model
-from frontend.entries import NewRequest
 from frontend.llm_engine import LLMEngine, StepOutput
-from frontend.offline import CompletionOutput, Prompt, RequestOutput, SamplingParams, chat_of, request_of
+from frontend.offline import CompletionOutput, Prepared, Prompt, RequestOutput, SamplingParams, prepare, prepare_chat
 from frontend.own_services import ServiceDied
 
 __all__ = [
@@ -54,10 +53,10 @@ class LLM(Program):
         every: list[Any] = [prompts] if alone else list(prompts)
         params = _spread(sampling_params, len(every))
 
-        def make(model: Model) -> list[NewRequest]:
-            return [request_of(model, prompt, one, False) for prompt, one in zip(every, params, strict=True)]
+        def make(model: Model, i: int) -> Prepared:
+            return prepare(model, every[i], params[i], False)
 
-        return self._background.run(self._all(make, params, [p if isinstance(p, str) else None for p in every], use_tqdm))
+        return self._background.run(self._all(make, len(every), use_tqdm))
 
     def chat(
         self,
@@ -73,27 +72,24 @@ class LLM(Program):
         every: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         params = _spread(sampling_params, len(every))
 
-        def make(model: Model) -> list[NewRequest]:
-            return [chat_of(model, conversation, one, options) for conversation, one in zip(every, params, strict=True)]
+        def make(model: Model, i: int) -> Prepared:
+            return prepare_chat(model, every[i], params[i], options)
 
-        return self._background.run(self._all(make, params, [None] * len(every), use_tqdm))
+        return self._background.run(self._all(make, len(every), use_tqdm))
 
-    async def _all(
-        self, make: Callable[[Model], list[NewRequest]], params: list[SamplingParams], prompts: list[str | None], show: bool
-    ) -> list[RequestOutput]:
+    async def _all(self, make: Callable[[Model, int], Prepared], count: int, show: bool) -> list[RequestOutput]:
         engine = self._background.engine
-        if not params:
+        if not count:
             return []
         model = engine.model()
-        new = await engine.client.offload(lambda: make(model))
-        progress = _Progress(len(new), show and sys.stderr.isatty())
+        progress = _Progress(count, show and sys.stderr.isatty())
         done: dict[int, RequestOutput] = {}
-        async for i, output in engine.outputs(new, params, prompts):
+        async for i, output in engine.outputs(engine.prepared(lambda i: make(model, i), count)):
             if output.finished:
                 done[i] = output
                 progress.more(sum(len(one.token_ids) for one in output.outputs))
         progress.end()
-        return [done[i] for i in range(len(new))]
+        return [done[i] for i in range(count)]
 
 
 class _Progress:

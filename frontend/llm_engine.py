@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from frontend.async_engine import RequestFailed
 from frontend.background import Program
-from frontend.entries import NewRequest
-from frontend.offline import Prompt, SamplingParams, request_of
+from frontend.offline import Prepared, Prompt, SamplingParams, prepare
 from frontend.own_services import ServiceDied
 
 
@@ -45,10 +45,10 @@ class LLMEngine(Program):
             request_id = f"request-{self._added}"
         if request_id in self._unfinished:
             raise ValueError(f"request_id: {request_id} is in use")
-        new = request_of(engine.model(), prompt, params, True)
+        prepared = prepare(engine.model(), prompt, params, True)
         self._added += 1
         self._unfinished[request_id] = params.n
-        self._background.begin(self._follow(request_id, new, params))
+        self._background.begin(self._follow(request_id, prepared))
         return request_id
 
     def has_unfinished_requests(self) -> bool:
@@ -69,11 +69,11 @@ class LLMEngine(Program):
                     del self._unfinished[step.request_id]
         return steps
 
-    async def _follow(self, request_id: str, new: NewRequest, params: SamplingParams) -> None:
+    async def _follow(self, request_id: str, prepared: Prepared) -> None:
         told: dict[int, tuple[int, int]] = {}
         ended: set[int] = set()
         try:
-            async for _, output in self._background.engine.outputs([new], [params], [None]):
+            async for _, output in self._background.engine.outputs(_alone(prepared)):
                 for one in output.outputs:
                     characters, tokens = told.get(one.index, (0, 0))
                     if one.index in ended or (len(one.token_ids) == tokens and one.finish_reason is None):
@@ -85,3 +85,7 @@ class LLMEngine(Program):
                     self._steps.put(StepOutput(request_id, text, ids, one.finish_reason, one.index))
         except (RequestFailed, ServiceDied, RuntimeError) as error:
             self._steps.put(StepOutput(request_id, str(error), [], "error"))
+
+
+async def _alone(prepared: Prepared) -> AsyncIterator[list[Prepared]]:
+    yield [prepared]

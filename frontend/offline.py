@@ -13,7 +13,7 @@ from frontend.api.answers import ranked
 from frontend.client import Model
 from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
 from frontend.errors import ApiError
-from frontend.sampling import check_text, checked_ids, room
+from frontend.sampling import check_text, room
 from frontend.validation import ChatBody, CompletionBody, check_chat, check_completion, parse
 from protocol.columns import unpack
 
@@ -77,7 +77,17 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, None of the first; None until complete
 
 
-def request_of(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool) -> NewRequest:
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be submitted, and what its outputs tell of it again."""
+
+    new: NewRequest
+    params: SamplingParams
+    ids: list[int]  # of the prompt
+    prompt: str | None = None  # its text, where it was one
+
+
+def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool) -> Prepared:
     """The request that a prompt makes. Raises ValueError, naming the field."""
     fields = _fields(params)
     try:
@@ -89,17 +99,18 @@ def request_of(model: Model, prompt: Prompt, params: SamplingParams, every_step:
             check_text(model.info, model.tokenizer, prompt, "prompt")
             [ids] = model.tokenizer.encode_batch([prompt])
         else:
-            ids = checked_ids(prompt, "prompt", model.info.vocab_size)
+            ids = list(prompt)
         if not ids:
             raise ApiError(400, "prompt: is empty", "prompt")
         max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
         logprobs = -1 if body.logprobs is None else body.logprobs
-        return completions.new_request(model, body, ids, max_tokens, logprobs, "", True, body.best_of)
+        new = completions.new_request(model, body, ids, max_tokens, logprobs, "", True, body.best_of)
     except ApiError as error:
         raise ValueError(error.message) from None
+    return Prepared(new, params, ids, prompt if isinstance(prompt, str) else None)
 
 
-def chat_of(model: Model, messages: list[dict[str, Any]], params: SamplingParams, options: dict[str, Any]) -> NewRequest:
+def prepare_chat(model: Model, messages: list[dict[str, Any]], params: SamplingParams, options: dict[str, Any]) -> Prepared:
     """The request that a conversation makes. Raises ValueError, naming the field."""
     fields = _fields(params)
     logprobs, best_of = fields.pop("logprobs", None), fields.pop("best_of", None)
@@ -110,26 +121,28 @@ def chat_of(model: Model, messages: list[dict[str, Any]], params: SamplingParams
             raise ApiError(400, "best_of: a conversation has none", "best_of")
         body = parse(msgspec.json.encode({**fields, **options, "messages": messages}), ChatBody)
         check_chat(body)
-        return chat.prepare(model, body, "")
+        new = chat.prepare(model, body, "")
     except ApiError as error:
         raise ValueError(error.message) from None
+    return Prepared(new, params, unpack(new.prompt).tolist())
 
 
-def output_of(entry: Entry, params: SamplingParams, texts: dict[int, str], prompt: str | None, eos: frozenset[int]) -> RequestOutput:
+def output_of(entry: Entry, prepared: Prepared, texts: dict[int, str], eos: frozenset[int]) -> RequestOutput:
     """What an entry has come to; takes the choices' news.
 
     `texts` keeps each choice's text between calls; `eos`: ids that are no reason to name.
     """
+    params = prepared.params
     for choice in entry.choices:
         texts[choice.index] = texts.get(choice.index, "") + choice.take()
     shown = ranked(entry, params.n) if entry.ended and params.best_of is not None else entry.choices
     return RequestOutput(
         request_id=entry.request.hex(),
-        prompt_token_ids=unpack(entry.new.prompt).tolist(),
+        prompt_token_ids=prepared.ids,
         outputs=[_output(i, choice, texts[choice.index], params.logprobs is not None, eos) for i, choice in enumerate(shown)],
         finished=entry.ended,
         cached_tokens=max(entry.cached, 0),
-        prompt=prompt,
+        prompt=prepared.prompt,
         prompt_logprobs=None if params.prompt_logprobs is None or entry.unscored else [None, *entry.scores],
     )
 

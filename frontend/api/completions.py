@@ -19,7 +19,7 @@ from frontend.client import Client, Model
 from frontend.entries import NewRequest
 from frontend.errors import ApiError, from_failed
 from frontend.resume import Header, TextOptions, with_headers
-from frontend.sampling import check_text, checked_ids, resolve, room, seeds_of
+from frontend.sampling import check_text, packed_ids, resolve, room, seeds_of
 from frontend.validation import (
     MAX_CHOICES,
     CompletionBody,
@@ -33,7 +33,7 @@ from frontend.validation import (
     require,
     stops_of,
 )
-from protocol.columns import pack, unpack
+from protocol.columns import unpack
 
 COMPLETION_TOKENS = 16  # OpenAI's default
 
@@ -102,8 +102,7 @@ def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRe
 
 
 def encode(model: Model, body: CompletionBody) -> list[list[int]]:
-    """The token ids of each prompt. Raises ApiError for ids outside the vocabulary, for a prompt without tokens, and for a text that
-    no context holds."""
+    """The token ids of each prompt. Raises ApiError for a prompt without tokens, and for a text that no context holds."""
     prompts = prompts_of(body.prompt)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     for text in texts:
@@ -111,7 +110,7 @@ def encode(model: Model, body: CompletionBody) -> list[list[int]]:
     if texts:
         encoded = model.tokenizer.encode_batch(texts, body.add_special_tokens)
     else:
-        encoded = [checked_ids(prompt, "prompt", model.info.vocab_size) for prompt in prompts if not isinstance(prompt, str)]
+        encoded = [prompt for prompt in prompts if not isinstance(prompt, str)]
     for ids in encoded:
         require(len(ids) > 0, "prompt", "is empty")
     return encoded
@@ -128,7 +127,7 @@ def new_request(
     best_of: int | None = None,
     echo_logprobs: int = -1,
 ) -> NewRequest:
-    """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text.
+    """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text. Raises ApiError.
 
     `best_of`: so many choices are made, of which the best `n` will be shown. `echo_logprobs`: alternatives to each prompt
     token that an echo will show, beside what the body asks for.
@@ -141,7 +140,7 @@ def new_request(
     return NewRequest(
         request=os.urandom(16),
         model=model.info.name,
-        prompt=pack(ids),
+        prompt=packed_ids(ids, "prompt", model.info.vocab_size),
         params=params,
         seeds=seeds_of(body.seed, best_of or body.n or 1),
         open_text=text.open(model.tokenizer),

@@ -82,6 +82,29 @@ def test_token_ids_are_a_prompt_too(llm):
     assert by_text.outputs[0].text == by_ids.outputs[0].text
 
 
+@pytest.mark.parametrize("wrong", [258, -1, 2**31, 2**32])
+def test_ids_that_are_no_tokens_are_refused(llm, wrong):
+    with pytest.raises(ValueError, match=f"^prompt: {wrong} is no token of this model"):
+        llm.generate([104, wrong, 105])
+    with pytest.raises(ValueError, match=r"^prompt: a token id is an integer"):
+        llm.generate([104, 1.5])
+
+
+def test_one_prompt_that_cannot_be_asked_takes_back_those_before_it(llm):
+    client = llm._background.engine.client
+    with pytest.raises(ValueError, match="prompt: 999 is no token"):
+        llm.generate([[104]] * 40 + [[999]], SamplingParams(max_tokens=2000, ignore_eos=True))
+    assert client.journal.entries() == []
+    assert len(llm.generate([[104]] * 40, SamplingParams(max_tokens=3, ignore_eos=True))) == 40
+
+
+def test_an_output_names_its_prompts_ids_as_they_were(llm):
+    ids = [104, 105]
+    [output] = llm.generate(ids, SamplingParams(max_tokens=3))
+    ids.append(106)
+    assert output.prompt_token_ids == [104, 105]
+
+
 def test_a_conversation_is_rendered_by_the_models_template(llm):
     [output] = llm.chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=9, seed=1))
     prompt = bytes(output.prompt_token_ids).decode()

@@ -6,8 +6,8 @@ import pytest
 
 from frontend.entries import Entry, NewRequest
 from frontend.journal import Journal
+from frontend.offline import Prepared, output_of
 from frontend.offline import SamplingParams as Asked
-from frontend.offline import output_of
 from protocol.columns import pack, pack_floats
 from protocol.counters import Counters
 from protocol.messages import Abort, Done, PromptScores, Resumed, SamplingParams, Scores, Submit, Welcome
@@ -51,12 +51,12 @@ class TestJournal:
 
     def test_an_offline_output_shows_them_once_they_are_all_there(self) -> None:
         journal, entry = opened(max_tokens=2)
-        params = Asked(prompt_logprobs=1)
+        asked, other = (Prepared(entry.new, params, PROMPT) for params in (Asked(prompt_logprobs=1), Asked()))
         journal.message(scores(1, 2), 1.0)
-        assert output_of(entry, params, {}, None, frozenset()).prompt_logprobs is None
+        assert output_of(entry, asked, {}, frozenset()).prompt_logprobs is None
         journal.message(scores(3, 4), 1.0)
-        assert output_of(entry, params, {}, None, frozenset()).prompt_logprobs == [None, *entry.scores]
-        assert output_of(entry, Asked(), {}, None, frozenset()).prompt_logprobs is None
+        assert output_of(entry, asked, {}, frozenset()).prompt_logprobs == [None, *entry.scores]
+        assert output_of(entry, other, {}, frozenset()).prompt_logprobs is None
 
     def test_what_comes_again_is_passed_over(self) -> None:
         journal, entry = opened()

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from frontend.client import Model
-from frontend.offline import SamplingParams, request_of
+from frontend.offline import SamplingParams, prepare
 from frontend.tokenizer import Tokenizer
 from frontend.validation import MAX_TOKENIZED
 from protocol.tokenizer_files import byte_bundle
@@ -114,7 +114,7 @@ def test_a_far_too_long_text_is_refused_untokenized(
 def test_the_offline_api_refuses_it_too() -> None:
     model = Model(MODEL, Tokenizer.from_bundle(BOUNDED["bytes"]))
     with pytest.raises(ValueError, match="513 characters of prompt make at least 513"):
-        request_of(model, LONG, SamplingParams(), False)
+        prepare(model, LONG, SamplingParams(), False)
 
 
 def test_what_just_fits_is_tokenized(tmp_path) -> None:
