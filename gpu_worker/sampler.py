@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_worker.filter_memory import SORTED_AT_ONCE
 from gpu_worker.logit_edits import LogitEdits
 from gpu_worker.logprobs import Candidates, Reported, Told, candidates, told
 from gpu_worker.philox import GUMBEL_HIGH, GUMBEL_LOW, gumbel, philox
@@ -24,6 +23,7 @@ from gpu_worker.runner import Record
 from gpu_worker.transfer import upload
 from protocol.columns import Int32
 
+SORTED_AT_ONCE = 1 << 23  # logits that top-k and top-p sort at a time: 64 bytes each in float64 weights and sums, values, places
 _SORTED_FIRST = 1024  # best tokens in which top-p is looked for before everything is sorted
 
 
@@ -231,7 +231,8 @@ def filter_logits(logits: torch.Tensor, f: Filters) -> None:
     scaled = rows / f.temperature
     threshold = scaled.amax(dim=1, keepdim=True) + f.log_min_p
     if f.largest_k:
-        kth = scaled[f.with_k].topk(f.largest_k, dim=1).values.gather(1, f.kth)
+        parts = zip(*(torch.split(column, max(1, SORTED_AT_ONCE // f.largest_k)) for column in (f.with_k, f.kth)), strict=True)
+        kth = torch.cat([scaled[part].topk(f.largest_k, dim=1).values.gather(1, at) for part, at in parts])
         threshold.index_copy_(0, f.with_k, torch.maximum(threshold[f.with_k], kth))
     if f.p_within:
         rows_at_once = max(1, SORTED_AT_ONCE // logits.shape[1])

@@ -14,7 +14,7 @@ from gpu_worker.attention.backends import check_backend, make_backend
 from gpu_worker.attention.interface import Attention, CacheShape, Rows, new_cache
 from gpu_worker.attention.stores import Fp8Cache
 from gpu_worker.errors import LoadError
-from gpu_worker.loading.config import DecoderSizes, ModelConfig
+from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.kv_scales import kv_scales
 from gpu_worker.loading.model_files import ModelFiles, fingerprint, open_model
 from gpu_worker.loading.transformers_config import TransformersConfig
@@ -29,6 +29,7 @@ from gpu_worker.settings import WorkerSettings
 from gpu_worker.slots import BlockTables
 from gpu_worker.stops import SlotEnds
 from gpu_worker.transfer import Arrival
+from gpu_worker.worst_case import blocks_that_fit, measure, worst_step
 from protocol.columns import Int32, unpack
 from protocol.memory import give_back_freed
 from protocol.messages import Geometry, Plan
@@ -41,7 +42,7 @@ log = logging.getLogger("worker")
 
 
 class TorchStep:
-    """A loaded model, its cache, and the device state of every slot."""
+    """A loaded model, its cache, and the device state of every slot. `attention`: the name of what computes it."""
 
     def __init__(
         self, model: Decoder, attention: Attention, cache: torch.Tensor, geometry: Geometry, threads: int, begun: Callable[[], None]
@@ -49,6 +50,7 @@ class TorchStep:
         self._threads = threads
         self._model = model
         self._attention = attention
+        self.attention, self.geometry = attention.name, geometry
         self._cache = cache
         self._host_cache = torch.zeros((cache.shape[0], geometry.host_blocks, *cache.shape[2:]), dtype=cache.dtype)
         self._device = cache.device
@@ -61,7 +63,7 @@ class TorchStep:
     @staticmethod
     @torch.inference_mode()
     def load(settings: WorkerSettings, threads: int, begun: Callable[[], None]) -> tuple[TorchStep, Description]:
-        """Load the model and allocate its cache. Raises LoadError, one line."""
+        """Load the model and allocate its cache: on a card, of what is left beside a step that takes most. Raises LoadError, one line."""
         torch.set_num_threads(threads)
         files = open_model(settings)
         config = files.config
@@ -74,32 +76,45 @@ class TorchStep:
         check_backend(settings.attention, device, dtype, settings.block_size, config.head_dim, fp8_cache)
         model = _load(settings, files, length, device, dtype, maker)
         cached = torch.uint8 if fp8_cache else dtype
-        shape = _cache_shape(settings, config, length, device, cached)
-        cache = new_cache(shape, device, cached)
-        geometry = Geometry(
-            block_size=shape.block_size,
-            blocks=shape.blocks,
-            host_blocks=settings.num_cpu_blocks,
-            slots=settings.max_num_seqs,
-            max_model_len=length,
-            max_step_tokens=settings.step_tokens(cpu=device.type == "cpu"),
-            vocab_size=config.vocab_size,
-        )
         fp8 = Fp8Cache(dtype, _kv_scales(files, device, dtype)) if fp8_cache else None
-        attention = make_backend(settings.attention, cache, shape, config.heads, config.layer_scoring(), fp8)
+
+        def step_with(blocks: int) -> TorchStep:
+            shape = CacheShape(config.layers, blocks, config.kv_heads, settings.block_size, config.head_dim)
+            geometry = Geometry(
+                block_size=shape.block_size,
+                blocks=blocks,
+                host_blocks=settings.num_cpu_blocks,
+                slots=settings.max_num_seqs,
+                max_model_len=length,
+                max_step_tokens=settings.step_tokens(cpu=device.type == "cpu"),
+                vocab_size=config.vocab_size,
+            )
+            cache = new_cache(shape, device, cached)
+            attention = make_backend(settings.attention, cache, shape, config.heads, config.layer_scoring(), fp8)
+            return TorchStep(model, attention, cache, geometry, threads, begun)
+
+        block = CacheShape(config.layers, 1, config.kv_heads, settings.block_size, config.head_dim).elements_per_block * cached.itemsize
+        needed = -(-length // settings.block_size)
+        if device.type == "cuda":
+            trial = step_with(1)
+            usage = measure(lambda: trial.run(worst_step(trial.geometry, long=True)))
+            del trial
+            blocks = blocks_that_fit(usage, settings.gpu_memory_utilization, block, needed, settings.num_gpu_blocks)
+        else:
+            blocks = _blocks_on_cpu(settings, block, needed, length)
+        step = step_with(blocks)
         dtype_name = str(dtype).removeprefix("torch.")
         description = Description(
             model=files.name,
             fingerprint=fingerprint(files, dtype_name, packed, "fp8" if fp8_cache else dtype_name, _fp8_linears(model)),
-            geometry=geometry,
-            attention=attention.name,
+            geometry=step.geometry,
+            attention=step.attention,
             eos=files.generation.eos,
             bos=files.generation.bos,
             defaults=files.generation.defaults,
             tokenizer=bundle_hash(files.bundle),
             bundle=files.bundle,
         )
-        step = TorchStep(model, attention, cache, geometry, threads, begun)
         give_back_freed()
         return step, description
 
@@ -225,22 +240,15 @@ def _kv_scales(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> l
     return kv_scales(files.tensors(device, dtype), files.config.layers)
 
 
-def _cache_shape(settings: WorkerSettings, config: DecoderSizes, length: int, device: torch.device, dtype: torch.dtype) -> CacheShape:
-    """As many blocks as asked for, or as the memory allows. Raises LoadError if one sequence of full length has no room."""
-    one = CacheShape(config.layers, 1, config.kv_heads, settings.block_size, config.head_dim)
-    block_bytes = one.elements_per_block * dtype.itemsize
-    blocks = settings.num_gpu_blocks
-    if not blocks:
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info()
-            budget = free - int((1 - settings.gpu_memory_utilization) * total)
-        else:
-            budget = min(_CACHE_BYTES, int(_CACHE_SHARE * psutil.virtual_memory().available))
-        blocks = budget // block_bytes - 1
-    needed = -(-length // settings.block_size)
+def _blocks_on_cpu(settings: WorkerSettings, block: int, needed: int, length: int) -> int:
+    """As many blocks as asked for, or as the memory allows. Raises LoadError if one sequence of full length has no room.
+
+    block: bytes of one. needed: blocks of a sequence of `length` tokens.
+    """
+    blocks = settings.num_gpu_blocks or min(_CACHE_BYTES, int(_CACHE_SHARE * psutil.virtual_memory().available)) // block - 1
     if blocks < needed:
         raise LoadError(
             f"{max(blocks, 0)} blocks of {settings.block_size} tokens hold no sequence of {length} tokens, which needs {needed}: "
-            f"lower --max-model-len or raise --num-gpu-blocks ({block_bytes * needed / 2**20:.0f} MiB)"
+            f"lower --max-model-len or raise --num-gpu-blocks ({block * needed / 2**20:.0f} MiB)"
         )
-    return CacheShape(config.layers, blocks, config.kv_heads, settings.block_size, config.head_dim)
+    return blocks

@@ -17,13 +17,15 @@ from gpu_worker.cuda.filter import FilterKernel
 from gpu_worker.cuda.forward import Forward, Layers
 from gpu_worker.cuda.general import Beside, General, report
 from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, likely_shapes, mixed_bucket
-from gpu_worker.cuda.memory import Options, blocks_that_fit
+from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import ModelWeights
 from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.logprobs import PromptScores
 from gpu_worker.runner import Outcome, Step
+from gpu_worker.sampling_memory import GRAPHS
+from gpu_worker.worst_case import blocks_that_fit, measure, worst_step
 from protocol.messages import Geometry
 
 
@@ -49,6 +51,7 @@ class Engine:
     def __init__(self, config: ModelConfig, weights: ModelWeights, options: Options, kv_scales: torch.Tensor | None = None) -> None:
         """kv_scales: fp32 [layers, 4], units of keys and values, the rest unused (16 bytes a layer); with them the cache is fp8.
 
+        The cache is made last, of what is left under `options.utilization` beside the step that takes most, which is run for that.
         Raises LoadError if the card has no room for a single sequence of max_model_len.
         """
         self.config, self.options = config, options
@@ -58,12 +61,9 @@ class Engine:
         tile_rows = 32 if dtype == torch.float32 else 128
         properties = torch.cuda.get_device_properties(self.device)
         spread = max(4, properties.multi_processor_count * 2 // config.kv_heads)  # items that fill the card, measured
-        cached = dtype if kv_scales is None else torch.uint8
-        free = torch.cuda.mem_get_info(self.device)
-        blocks = options.num_blocks or blocks_that_fit(config, options, dtype.itemsize, cached.itemsize, *free)
-        self.geometry = Geometry(
+        geometry = Geometry(
             block_size=options.block_size,
-            blocks=blocks,
+            blocks=1,
             host_blocks=options.host_blocks,
             slots=options.max_num_seqs,
             max_model_len=options.max_model_len,
@@ -71,25 +71,24 @@ class Engine:
             vocab_size=config.vocab_size,
         )
         pack = max(1, 16 // (config.heads // config.kv_heads)) if options.pack_prefixes else 1
-        self.state = DeviceState(self.geometry, self.device, spread, max(1, tile_rows // repeat), pack=pack)
-        shape = (config.layers, blocks + 1, 2, config.kv_heads, options.block_size, config.head_dim)
-        cache = torch.zeros(shape, dtype=cached, device=self.device)
+        self.state = DeviceState(geometry, self.device, spread, max(1, tile_rows // repeat), pack=pack)
+        block = (2, config.kv_heads, options.block_size, config.head_dim)
+        cached = dtype if kv_scales is None else torch.uint8
         # mapped: kernels copy to and from it
-        self._host_cache = torch.zeros((config.layers, options.host_blocks, *shape[2:]), dtype=cached, pin_memory=options.host_blocks > 0)
+        self._host_cache = torch.zeros((config.layers, options.host_blocks, *block), dtype=cached, pin_memory=options.host_blocks > 0)
         self.forward = Forward(
             config,
             weights,
             self.state,
-            cache,
+            torch.zeros((config.layers, geometry.blocks + 1, *block), dtype=cached, device=self.device),
             angles(config, options.max_model_len, self.device),
             pdl=options.pdl,
             few=options.few,
             few_attention=options.few_attention,
             kv_scales=kv_scales,
         )
-        self._copy_places = (cache, cache), (cache, self._host_cache), (self._host_cache, cache)
         self.graphs = Graphs(self._body, self.forward.layers, options.graphs, self.forward.one_of_each)
-        self._likely = likely_shapes(self.geometry) if options.capture_idle else []
+        self._likely = likely_shapes(geometry) if options.capture_idle else []
         self.general = General(self.state, self.forward, FilterKernel(self.forward.arch) if options.filter_kernel else None)
         self._pending: deque[_Running] = deque()
         # Pinned memory given back while the other thread captures would have its event captured; what is dropped here is long over.
@@ -97,7 +96,31 @@ class Engine:
         self._room_in_results = threading.Semaphore(self.state.results - 2)
         self._next_result = 0
         self._last_end = 0
+        self._hold(self._blocks_that_fit())
         torch.cuda.synchronize(self.device)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes it serves."""
+        return self.state.geometry
+
+    def _blocks_that_fit(self) -> int:
+        """Blocks that there is room for beside the step that takes most; to be asked before there is any other."""
+        usage = measure(self._run_worst_step)
+        o, block, needed = self.options, self.forward.cache[:, 0].nbytes, self.geometry.table_width
+        return blocks_that_fit(usage, o.utilization, block, needed, o.num_blocks, GRAPHS if o.graphs else 0)
+
+    def _run_worst_step(self) -> None:
+        self.start(worst_step(self.geometry))
+        self.finish()
+        self._kept.clear()
+        self._last_end = 0
+
+    def _hold(self, blocks: int) -> None:
+        """Serve from an empty cache of so many blocks. Nothing may be in flight, and no graph captured."""
+        layers, _, *block = self.forward.cache.shape
+        self.forward.cache = torch.zeros((layers, blocks + 1, *block), dtype=self.forward.cache.dtype, device=self.device)
+        self.state.hold(blocks)
 
     def start(self, step: Step) -> None:
         """Enqueue a step."""
@@ -212,7 +235,8 @@ class Engine:
     def _copy(self, step: Step) -> None:
         """The plan's block copies, behind `prepare`."""
         first = 0
-        for (source, _), places in zip(block_copies(step.plan), self._copy_places, strict=True):
+        card, host = self.forward.cache, self._host_cache
+        for (source, _), places in zip(block_copies(step.plan), ((card, card), (card, host), (host, card)), strict=True):
             count = len(source) // 4
             if count:
                 self.forward.copy(self.stream.cuda_stream, first, count, *places)

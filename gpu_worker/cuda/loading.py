@@ -26,7 +26,7 @@ OTHERWISE = "; --attention torch needs none of our kernels"
 
 
 def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
-    """Load the model onto the card and allocate its cache. Raises LoadError, one line."""
+    """Load the model onto the card and make its cache. Raises LoadError, one line."""
     if not torch.cuda.is_available():
         raise LoadError("torch finds no usable GPU or driver (a CPU build of torch finds none); --device cpu serves without one")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -79,7 +79,7 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
         )
         engine = Engine(config, weights, options, fp8_cache)
     except torch.OutOfMemoryError as error:
-        raise LoadError(f"the card's memory does not hold the model: {str(error).splitlines()[0]}") from error
+        raise LoadError(f"the card's memory does not hold the model with its largest step: {str(error).splitlines()[0]}") from error
     dtype_name = str(dtype).removeprefix("torch.")
     description = Description(
         model=files.name,

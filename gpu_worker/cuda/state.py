@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from gpu_worker.runner import Record, Step
 from protocol.columns import Int32, unpack
@@ -78,7 +79,7 @@ class DeviceState:
         def words(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.table = torch.full((g.slots + 1, g.table_width), g.blocks, dtype=torch.int32, device=device)
+        self.table = words(g.slots + 1, g.table_width)
         self.parameters = words(g.slots + 1, PARAMETERS)
         self.last_token, self.dead = words(g.slots + 1), words(g.slots + 1)
         self.rows, self.outputs = words(g.slots, 8), words(g.slots, 4)
@@ -94,6 +95,23 @@ class DeviceState:
         self.step = words(8)
 
         self.entries, self.results = entries, results
+        self.result_words = 4 + 2 * g.slots
+        self._mapped = device.type == "cuda"  # pinned memory is mapped: kernels use the host's address
+        self.result_ring = torch.zeros((results, self.result_words), dtype=torch.int32, pin_memory=self._mapped)
+        self._results: Int32 = self.result_ring.numpy()
+        self.position = 0  # entries written
+        self.guards: list[torch.cuda.Event | None] = [None] * entries
+
+        self.slots_arguments = (*(t.data_ptr() for t in (self.table, self.parameters, self.last_token, self.dead)), g.slots, g.table_width)
+        self.inputs_arguments = tuple(
+            t.data_ptr()
+            for t in (self.rows, self.outputs, self.tokens, self.positions, self.places, self.tiles, self.logit_rows, self.items, self.step)
+        )
+        self.hold(g.blocks)
+
+    def hold(self, blocks: int) -> None:
+        """Name that many blocks from now on, the one behind them being the dummy block; forgets all slots. Nothing may be in flight."""
+        g = self.geometry = structs.replace(self.geometry, blocks=blocks)
         self.max_copies = g.blocks + g.host_blocks  # of one step: no two have one target
         self.entry_words = (
             (
@@ -108,20 +126,9 @@ class DeviceState:
             // 4
             * 4
         )
-        self.result_words = 4 + 2 * g.slots
-        mapped = device.type == "cuda"  # pinned memory is mapped: kernels use the host's address
-        self.ring = torch.zeros((entries, self.entry_words), dtype=torch.int32, pin_memory=mapped)
-        self.result_ring = torch.zeros((results, self.result_words), dtype=torch.int32, pin_memory=mapped)
+        self.ring = torch.zeros((self.entries, self.entry_words), dtype=torch.int32, pin_memory=self._mapped)
         self._ring: Int32 = self.ring.numpy()
-        self._results: Int32 = self.result_ring.numpy()
-        self.position = 0  # entries written
-        self.guards: list[torch.cuda.Event | None] = [None] * entries
-
-        self.slots_arguments = (*(t.data_ptr() for t in (self.table, self.parameters, self.last_token, self.dead)), g.slots, g.table_width)
-        self.inputs_arguments = tuple(
-            t.data_ptr()
-            for t in (self.rows, self.outputs, self.tokens, self.positions, self.places, self.tiles, self.logit_rows, self.items, self.step)
-        )
+        self.reset()
 
     def items_launched(self, bucket: int) -> int:
         """Programs (per KV head) of the decode attention for a bucket."""

@@ -96,7 +96,7 @@ def _print(sizes: Sizes, found: Room, by_context: dict[int, int], by_batch: dict
     rows = [
         ("model", f"{sizes.name} ({sizes.config.family}, {memory.parameters:,} parameters)"),
         ("weights", f"{_human(memory.weights)}  ({parts})"),
-        ("activations", f"{_human(memory.activations)}  (buffers of the largest step)"),
+        ("activations", f"{_human(memory.activations)}  (buffers and temporaries of the largest step)"),
         ("overhead", f"{_human(memory.overhead)}  (outside the allocator)"),
         ("KV per token", f"{_human(memory.kv_per_token)}  (a block: {_human(memory.kv_per_block)})"),
         ("memory to use", _human(found.limit)),

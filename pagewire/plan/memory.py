@@ -12,8 +12,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP8_GROUP = 128  # fp8 weights of a row that may share a scale
 FP8_MULTIPLE = 16  # of rows and columns that cuBLAS multiplies in fp8
 GROUP = 32  # 4-bit weights that share a scale and a zero
-CUDA_CONTEXT = 512 * MIB  # the driver's own, kernels and captured graphs: outside torch's allocator
-CUDA_RESERVE = 512 * MIB  # what a worker keeps back for cuBLAS, graphs and tables when it counts its blocks
+CUDA_CONTEXT = 512 * MIB  # the driver's own, and kernels: outside torch's allocator
 CUDA_WORKSPACE = 32 * MIB  # cuBLAS's, which torch allocates on a Hopper card
 CPU_PROCESS = 350 * MIB  # interpreter and libraries
 TRANSFORMERS = 110 * MIB  # transformers, and what of torch it imports
@@ -76,8 +75,8 @@ class Memory:
     weights: int
     kv_per_token: int
     kv_per_block: int
-    activations: int  # buffers of the largest step, logits, tables
-    overhead: int
+    activations: int  # buffers and temporaries of the largest step, logits, tables
+    overhead: int  # the process's, the driver's, and on a card what is kept for graphs
     parts: dict[str, int] = field(default_factory=dict)  # `weights`, by kind
 
     def total(self, blocks: int) -> int:
@@ -87,15 +86,18 @@ class Memory:
 
 def estimate_memory(model: str | Path | Sizes, setup: Setup | None = None) -> Memory:
     """What a worker with this model and setup takes. Raises PlanError for a model that no worker loads."""
+    from gpu_worker.sampling_memory import GRAPHS
+
     sizes = read_sizes(model) if isinstance(model, str | Path) else model
     setup = setup or Setup()
     config = sizes.config
     per_token = 2 * config.layers * config.kv_size * setup.cached
     if isinstance(sizes, TransformersSizes):
         parameters, parts, activations = sizes.config.parameters, _plain_weights(sizes, setup), _torch_buffers(sizes, setup)
-        process = CPU_PROCESS + TRANSFORMERS
+        overhead = CUDA_CONTEXT if setup.device == "cuda" else CPU_PROCESS + TRANSFORMERS
     else:
-        parameters, parts, process = _parameters(sizes), _weights(sizes, setup), CPU_PROCESS
+        parameters, parts = _parameters(sizes), _weights(sizes, setup)
+        overhead = CUDA_CONTEXT + GRAPHS if setup.device == "cuda" else CPU_PROCESS
         activations = _cuda_buffers(sizes, setup) if setup.device == "cuda" else _torch_buffers(sizes, setup)
     return Memory(
         parameters=parameters,
@@ -103,7 +105,7 @@ def estimate_memory(model: str | Path | Sizes, setup: Setup | None = None) -> Me
         kv_per_token=per_token,
         kv_per_block=per_token * setup.block_size,
         activations=activations,
-        overhead=CUDA_CONTEXT if setup.device == "cuda" else process,
+        overhead=overhead,
         parts=parts,
     )
 
@@ -228,8 +230,8 @@ def _kinds(sizes: ModelSizes, names: tuple[str, ...]) -> set[int]:
 
 
 def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
-    """Buffers of `gpu_worker/cuda`, allocated once for the largest step, and what filters take where all rows have some."""
-    from gpu_worker.filter_memory import filter_bytes
+    """Buffers of `gpu_worker/cuda`, allocated once for the largest step, and what sampling takes where all rows ask for everything."""
+    from gpu_worker.sampling_memory import sampling_bytes
 
     c, slots, tokens, length = sizes.config, setup.max_num_seqs, setup.step_tokens, length_limit(sizes, setup)
     step = tokens * (2 * c.hidden + 2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate)
@@ -238,7 +240,7 @@ def _cuda_buffers(sizes: ModelSizes, setup: Setup) -> int:
     tables = 4 * slots * -(-length // setup.block_size)
     widest = max((matrix.into for matrix in fp8_matrices(sizes, setup)), default=0)
     rounded = tokens * (widest + 4 * -(-widest // FP8_GROUP))  # activations before a product in fp8, and their scales
-    return (step + logits) * setup.element + filter_bytes(slots, c.vocab_size) + rounded + rotary + tables + CUDA_WORKSPACE
+    return (step + logits) * setup.element + sampling_bytes(slots, c.vocab_size) + rounded + rotary + tables + CUDA_WORKSPACE
 
 
 def _torch_buffers(sizes: Sizes, setup: Setup) -> int:

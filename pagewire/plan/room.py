@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pagewire.plan.memory import CUDA_RESERVE, Memory, Setup, estimate_memory, fp8_matrices, length_limit
+from pagewire.plan.memory import Memory, Setup, estimate_memory, fp8_matrices, length_limit
 from pagewire.plan.sizes import ModelSizes, PlanError, Sizes, read_sizes
 
 MOST_SEQUENCES = 1024  # slots of one worker
@@ -32,8 +32,7 @@ class Room:
 
 def blocks_under(memory: Memory, setup: Setup, total: int) -> int:
     """Blocks that a worker finds room for on a device of `total` bytes; 0 if there is none."""
-    reserve = CUDA_RESERVE if setup.device == "cuda" else 0
-    left = int(total * setup.gpu_memory_utilization) - memory.overhead - memory.weights - memory.activations - reserve
+    left = int(total * setup.gpu_memory_utilization) - memory.overhead - memory.weights - memory.activations
     return max(0, left // memory.kv_per_block - 1)
 
 

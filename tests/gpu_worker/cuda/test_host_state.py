@@ -11,6 +11,7 @@ from gpu_worker.core import WorkerCore
 from gpu_worker.cuda import state as states
 from gpu_worker.cuda.state import HEADER, MAX_STOP_IDS, DeviceState, is_decode
 from gpu_worker.runner import Description, Step
+from gpu_worker.worst_case import worst_step
 from protocol.columns import EMPTY, pack
 from protocol.messages import Admit, Geometry, Plan, SamplingParams
 
@@ -49,6 +50,18 @@ def prefill(core: WorkerCore, prompts: dict[int, np.ndarray], **more: bytes) -> 
     )
     plan.check(GEOMETRY)
     return core.apply(plan)
+
+
+def test_blocks_may_be_known_late(state: DeviceState, core: WorkerCore) -> None:
+    early = DeviceState(structs.replace(GEOMETRY, blocks=1), torch.device("cpu"), spread=33, tile_tokens=64, entries=4, results=4)
+    list(early.write(worst_step(early.geometry), 0))
+    early.hold(GEOMETRY.blocks)
+    assert early.geometry == state.geometry
+    assert early.max_copies == state.max_copies
+    assert early.ring.shape == state.ring.shape
+    assert (early.table == GEOMETRY.blocks).all()
+    (number,) = early.write(prefill(core, {1: np.arange(40, dtype=np.int32)}), 0)
+    assert number == int(early.step[0])
 
 
 def test_a_plan_may_copy_every_block_there_is() -> None:
