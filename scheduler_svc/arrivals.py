@@ -10,7 +10,7 @@ from protocol.counters import Counters
 from scheduler_svc.hits import found_tokens
 from scheduler_svc.ledger import Ledger
 from scheduler_svc.models import Model
-from scheduler_svc.prefix import Chain, Hasher
+from scheduler_svc.prefix import Hasher, Recent
 from scheduler_svc.requests import Choice, Request, State
 from scheduler_svc.routing import Router
 from scheduler_svc.settings import SchedulerSettings
@@ -34,8 +34,13 @@ class Arrivals:
         self.loading = loading
         self._router = Router(settings.routing)
         self.hasher: Hasher
+        self._recent: Recent
         self._entries: deque[tuple[Choice, int]] = deque()  # with their tokens
         self._tokens = 0
+
+    def begin(self, hasher: Hasher) -> None:
+        """Names are made with this key from here on."""
+        self.hasher, self._recent = hasher, Recent(hasher)
 
     def __bool__(self) -> bool:
         return bool(self._entries)
@@ -78,7 +83,7 @@ class Arrivals:
             if chain is None:
                 request, fresh = choice.request, not len(choice.tokens)
                 chain = request.chains.get(size) if fresh else None
-                chain = chain or Chain(self.hasher, size, request.prompt if fresh else choice.all_tokens, request.root)
+                chain = chain or self._recent.chain(size, request.prompt if fresh else choice.all_tokens, request.root)
                 choice.chains[size] = chain
                 if fresh:
                     request.chains[size] = chain

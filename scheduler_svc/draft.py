@@ -153,5 +153,5 @@ def _entries(parts: list[Entries]) -> tuple[bytes, bytes, bytes]:
     """Columns of slots, indices and blocks."""
     if not parts:
         return b"", b"", b""
-    first, second, third = ([np.asarray(part[i], dtype="<i4").tobytes() for part in parts] for i in range(3))
-    return b"".join(first), b"".join(second), b"".join(third)
+    first, second, third = (pack(np.concatenate([part[i] for part in parts])) for i in range(3))
+    return first, second, third

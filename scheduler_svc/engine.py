@@ -97,7 +97,8 @@ class Engine:
     def _start(self, now: float) -> None:
         if not self._started:
             self._started = True
-            self.intake.hasher = self.arrivals.hasher = Hasher(self.hash_key)
+            self.intake.hasher = Hasher(self.hash_key)
+            self.arrivals.begin(self.intake.hasher)
             times = self.settings.times
             self.intake.attach_hold_until = now + times.silence + times.resync + times.reconnect
             self.timers.at(self.intake.attach_hold_until, self.intake.release_attaches)
