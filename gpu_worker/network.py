@@ -240,7 +240,6 @@ class Network(threading.Thread):
                 self.inbox.put(PlanArrived(self.session, message))
                 if self._spans is not None:
                     self._spans.planned(message, time.monotonic())
-                time.sleep(0)  # lets go of the interpreter: the main thread begins the step while this one acknowledges
             case Drained():
                 self._service.log.info("drained")
                 self._service.request_stop()

@@ -15,6 +15,7 @@ import zmq
 from protocol.counters import Counters
 from protocol.flight import FlightRecorder
 from protocol.keys import ClientKeys
+from protocol.poller import Poller, Source
 from protocol.service import CannotRun
 from protocol.sockets import RETRY_REFUSED, Context, Socket, dealer, monitor, news, received, send
 from protocol.tap import Tap
@@ -46,11 +47,10 @@ class Wire:
         self._told: set[int] = set()  # endpoints whose refusal stands in the log
         self._tap = tap
         self._flight = flight
-        self._poller = zmq.Poller()
+        self._poller = Poller()
         self._sockets: dict[tuple[int, int], tuple[Socket, Socket]] = {}  # (endpoint, channel) → socket and its monitor
-        self._ready: dict[Socket | int, int] = {}
-        for fd in watched:
-            self._poller.register(fd, zmq.POLLIN)
+        self._ready: set[Source] = set()
+        self._poller.register(*watched)
         for endpoint, name in enumerate(endpoints):
             try:
                 for channel in range(CHANNELS):
@@ -63,7 +63,7 @@ class Wire:
         """Block until something is readable, or that long; not at all if it is not positive."""
         if self._retries:
             seconds = min(seconds, min(self._retries.values()) - time.monotonic())
-        self._ready = dict(self._poller.poll(int(seconds * 1000) + 1 if seconds > 0 else 0))
+        self._ready = self._poller.wait(seconds)
         for (endpoint, channel), at in list(self._retries.items()):
             if time.monotonic() >= at:
                 self.renew(endpoint, channel)
@@ -96,7 +96,9 @@ class Wire:
     def send(self, endpoint: int, channel: int, frames: list[bytes]) -> bool:
         """Send without waiting; False if there is no connection, or no room."""
         self._show("out", endpoint, frames)
-        return send(self._sockets[endpoint, channel][0], frames)
+        socket = self._sockets[endpoint, channel][0]
+        self._poller.used(socket)
+        return send(socket, frames)
 
     def renew(self, endpoint: int, channel: int) -> None:
         """Close a socket, with what lies in it, and connect a new one."""
@@ -108,6 +110,7 @@ class Wire:
         for endpoint, channel in list(self._sockets):
             self._sockets[endpoint, channel][0].setsockopt(zmq.LINGER, FAREWELL)
             self._disconnect(endpoint, channel)
+        self._poller.close()
 
     def _refused(self, endpoint: int, channel: int, times: int) -> None:
         """ZeroMQ gives a refused socket up; the key may be let in later, so another one tries, slowly."""
@@ -125,8 +128,7 @@ class Wire:
         socket = dealer(self._context, self._endpoints[endpoint], self._keys)
         watch = monitor(socket)
         self._sockets[endpoint, channel] = (socket, watch)
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(watch, zmq.POLLIN)
+        self._poller.register(socket, watch)
 
     def _disconnect(self, endpoint: int, channel: int) -> None:
         socket, watch = self._sockets.pop((endpoint, channel))

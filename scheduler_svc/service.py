@@ -7,7 +7,6 @@ import secrets
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import psutil
 import zmq
@@ -17,6 +16,7 @@ from protocol.endpoints import check_endpoint
 from protocol.keys import AllowList, Authenticator, ServerKeys, read_pair
 from protocol.listener import FRONTENDS, ROLES, WORKERS, Route
 from protocol.locks import Guard
+from protocol.poller import Poller, Source
 from protocol.service import CannotRun, Service
 from protocol.sockets import Context, Socket, monitor, news, received, router, send
 from protocol.tap import Tap
@@ -107,19 +107,17 @@ class _Loop:
             standby=settings.standby,
         )
         self._monitors = [monitor(socket) for socket in sockets.values()]
-        self._poller = zmq.Poller()
-        for socket in (*sockets.values(), *self._monitors, service.stop_fd):
-            self._poller.register(socket, zmq.POLLIN)
+        self._poller = Poller()
+        self._poller.register(*sockets.values(), *self._monitors, service.stop_fd)
         if authenticator is not None:
-            self._poller.register(authenticator.socket, zmq.POLLIN)
+            self._poller.register(authenticator.socket)
         self._published = -math.inf
 
     def run(self) -> None:
         """Until the service is asked to stop."""
         collector.begin()
         while not self._service.stopping.is_set():
-            wait = min(self.core.next_time(), self._published + TELEMETRY_LATEST) - time.monotonic()
-            self._turn(dict(self._poller.poll(max(0, int(wait * 1000) + 1) if wait > 0 else 0)))
+            self._turn(self._poller.wait(min(self.core.next_time(), self._published + TELEMETRY_LATEST) - time.monotonic()))
             self._say_state()
         self._service.state("stopping")
         self._export(TRACED)
@@ -127,11 +125,12 @@ class _Loop:
 
     def close(self) -> None:
         """Close the monitors, without which the context would wait for ever."""
+        self._poller.close()
         for socket, watch in zip(self._sockets.values(), self._monitors, strict=True):
             socket.disable_monitor()
             watch.close()
 
-    def _turn(self, ready: dict[Any, int]) -> None:
+    def _turn(self, ready: set[Source]) -> None:
         """One round: results first, so that plans go out before anything else is looked at."""
         if self._sockets[WORKERS] in ready:
             begun = time.monotonic()
@@ -192,8 +191,10 @@ class _Loop:
             self._send(route, frames)
 
     def _send(self, route: Route, frames: list[bytes]) -> None:
+        socket = self._sockets[route[0]]
+        self._poller.used(socket)
         try:
-            if not send(self._sockets[route[0]], [route[1], *frames]):
+            if not send(socket, [route[1], *frames]):
                 self.core.counters.add("socket_full")
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
