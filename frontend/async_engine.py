@@ -125,6 +125,8 @@ class AsyncLLMEngine:
                     if entry.error is not None:
                         raise RequestFailed(from_failed(entry.error).message)
                     yield i, output_of(entry, asked[i], texts[i], eos)
+                    if entry.ended:
+                        self.client.finish(entry)
                 if ended:
                     return
                 await self._news(stream)

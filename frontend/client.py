@@ -185,6 +185,24 @@ class Client:
         self._pump()
         return stream
 
+    def finish(self, entry: Entry) -> None:
+        """Everything of an entry has been taken, or nobody waits for it: forget it. Its stream does so in the end; to be told at the
+        next turn of the link will do."""
+        if entry.finished:
+            return
+        entry.finished = True
+        now = time.monotonic()
+        self.totals.ended(entry, now)
+        entry.measures.ended(entry, now)
+        log_end(entry, now)
+        if self.spans is not None and entry.span is not None:
+            self.spans.end(entry, now)
+        self.journal.done(entry, now)
+        if self.link.trace.on:
+            self.link.trace.note("requests", "request", entry.submitted, now, entry.request.hex())
+            if entry.first_token > 0:
+                self.link.trace.note("requests", "first token", entry.first_token, entry.first_token, entry.request.hex())
+
     def quiet_streams(self, seconds: float) -> None:
         """Wake, with `quiet`, every stream that nothing has happened on for so long."""
         now = self._loop.time()
@@ -234,18 +252,8 @@ class Client:
         if stream not in self._streams:
             return
         self._streams.discard(stream)
-        now = time.monotonic()
         for entry in stream.entries:
-            self.totals.ended(entry, now)
-            entry.measures.ended(entry, now)
-            log_end(entry, now)
-            if self.spans is not None and entry.span is not None:
-                self.spans.end(entry, now)
-            self.journal.done(entry, now)
-            if self.link.trace.on:
-                self.link.trace.note("requests", "request", entry.submitted, now, entry.request.hex())
-                if entry.first_token > 0:
-                    self.link.trace.note("requests", "first token", entry.first_token, entry.first_token, entry.request.hex())
+            self.finish(entry)
         self._pump()
 
     def _pump(self) -> None:

@@ -180,6 +180,7 @@ class Entry:
         self.cached = -1  # prompt tokens found in the prefix cache at the first admission; −1: not yet admitted
         self.error: Failed | None = None
         self.moved = False  # another frontend answers it now
+        self.finished = False  # the client has everything, or has gone
         self.attaching: Attach | None = None  # asked for with this, not yet answered
         self.listener: object = None  # the shell's: whom to wake
         self.span: object = None  # the shell's: the span of a request that it traces

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, RequestFailed, SamplingParams, ServiceDied
+from frontend.offline import prepare
 from gpu_worker.oracle import expected_prompt_logprobs
 from tests.e2e.stack import eventually, oracle_texts, stack
 
@@ -96,6 +97,23 @@ def test_one_prompt_that_cannot_be_asked_takes_back_those_before_it(llm):
         llm.generate([[104]] * 40 + [[999]], SamplingParams(max_tokens=2000, ignore_eos=True))
     assert client.journal.entries() == []
     assert len(llm.generate([[104]] * 40, SamplingParams(max_tokens=3, ignore_eos=True))) == 40
+
+
+def test_an_output_that_has_ended_is_forgotten_while_others_go_on(llm):
+    engine = llm._background.engine
+    lengths, kept = (3, 300), []
+
+    async def follow():
+        def make(i):
+            return prepare(engine.model(), [104], SamplingParams(max_tokens=lengths[i], ignore_eos=True), False)
+
+        async for _, output in engine.outputs(engine.prepared(make, 2)):
+            assert output.finished
+            kept.append(len(engine.client.journal.entries()))
+
+    llm._background.run(follow())
+    assert kept == [2, 1]
+    assert engine.client.journal.entries() == []
 
 
 def test_an_output_names_its_prompts_ids_as_they_were(llm):
