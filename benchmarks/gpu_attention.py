@@ -4,7 +4,7 @@
 
 bf16, 8 KV heads of 128 (under 16 query heads, or 32 for llama-3.1-8b), pages of 16 in random order; a call also normalises
 and rotates q and k and writes K and V of the new token, which the peers' kernels do elsewhere. Each case is checked against
-float64 first.
+float64 first. Prefill is `gpu_prefill.py`'s.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.gpu_prefill import prefill_rows
 from benchmarks.gpu_results import add_rows
-from benchmarks.gpu_timing import event_times, graph_time
+from benchmarks.gpu_timing import graph_time
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
-from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.state import least_tiles
 from gpu_worker.cuda.triton_kernel import TritonKernel
 
@@ -115,71 +114,6 @@ def measure(case: Case, kernel: TritonKernel, least: int, spread: int, stream: t
     return us, error
 
 
-PREFILL = (
-    (128, 64, 3, 8),
-    (128, 64, 2, 8),
-    (128, 128, 2, 8),
-    (64, 64, 2, 4),
-    (64, 64, 3, 4),
-    (128, 64, 2, 4),
-    (128, 32, 3, 8),
-)  # rows, tile, stages, warps
-
-
-def prefill(
-    count: int, length: int, repeat: int, stream: torch.cuda.Stream, configs: tuple[tuple[int, int, int, int], ...]
-) -> list[tuple[float, str]]:
-    """Causal prefill of `count` prompts: microseconds per call and configuration, best first. Checked against torch's SDPA."""
-    heads, pages = KV_HEADS * repeat, length // PAGE
-    qkv = torch.randn(count * length, (heads + 2 * KV_HEADS) * D, device="cuda").bfloat16()
-    q, k, v = (x.view(count, length, -1, D) for x in qkv.split((heads * D, KV_HEADS * D, KV_HEADS * D), 1))
-    cache = torch.empty(count * pages, 2, KV_HEADS, PAGE, D, device="cuda", dtype=torch.bfloat16)
-    for i, x in enumerate((k, v)):
-        cache[:, i] = x.reshape(count * pages, PAGE, KV_HEADS, D).transpose(1, 2)
-    table = torch.arange(count * pages, dtype=torch.int32, device="cuda").view(count, pages).contiguous()
-    rows = torch.tensor([[i, 0, length, 0, i * length, 0, 0, 0] for i in range(count)], dtype=torch.int32, device="cuda")
-    out = torch.empty(count * length, heads * D, device="cuda", dtype=torch.bfloat16)
-    want = torch.nn.functional.scaled_dot_product_attention(*(x[:1].transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
-    want = want.transpose(1, 2).reshape(length, -1)
-    flops = 2 * count * heads * D * length * length
-    results = []
-    for tile_rows, tile, stages, warps in configs:
-        tokens = tile_rows // repeat
-        tiles = torch.tensor([[i, t] for i in range(count) for t in range(0, length, tokens)], dtype=torch.int32, device="cuda")
-        b, i32 = torch.bfloat16, torch.int32
-        kernel = TritonKernel(
-            prefill_attention, [b, b, i32, i32, i32, b, 1.0], warps=warps, pdl=False, WIDTH=pages, KV_HEADS=KV_HEADS, R=repeat, RP=repeat,
-            D=D, DP=D, PAGE=PAGE, ROWS=tile_rows, TILE=tile, STAGES=stages, WINDOW=0, SOFTCAP=0, kv_scales=None,
-        )  # fmt: skip
-        pointers = [t.data_ptr() for t in (qkv, cache, table, tiles, rows, out)]
-
-        def calls() -> None:
-            for _ in range(4):
-                kernel(stream.cuda_stream, (KV_HEADS, len(tiles)), *pointers, D**-0.5 * math.log2(math.e))  # noqa: B023
-
-        with torch.cuda.stream(stream):
-            us = statistics.median(event_times(calls, 5)[1:]) * 250
-        error = float((out[:length].double() - want.double()).norm() / want.double().norm())
-        spills = f" SPILLS {kernel.local_bytes}" if kernel.local_bytes else ""
-        results.append(
-            (us, f"{(tile_rows, tile, stages, warps)} {flops / us / 1e6:.0f} TF/s [{kernel.registers}{spills}] error {error:.1e}")
-        )
-    return sorted(results)
-
-
-def prefill_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream) -> dict[str, float]:
-    """Print every prefill case; microseconds of each."""
-    rows = {}
-    for count, length in ((4, 2048), (32, 256), (4, 8192)):
-        for repeat in repeats:
-            results = prefill(count, length, repeat, stream, PREFILL if tune else PREFILL[:1])
-            rows[f"attention_prefill_{count}x{length}_us"] = results[0][0]
-            print(
-                f"prefill {count} x {length} heads {8 * repeat}: " + " | ".join(f"{us:.0f} us {what}" for us, what in results), flush=True
-            )
-    return rows
-
-
 def decode_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream) -> dict[str, float]:
     """Print every decode case; microseconds of each."""
     rows = {}
@@ -206,7 +140,7 @@ def decode_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(REPEATS), help="one model's query heads; without it those of all are printed")
-    parser.add_argument("--tune", action="store_true", help="work lists of several granularities")
+    parser.add_argument("--tune", action="store_true", help="work lists and kernels of several shapes")
     parser.add_argument("--only", choices=("decode", "prefill"))
     parser.add_argument("--json", type=Path, help="needs --shape")
     args = parser.parse_args()

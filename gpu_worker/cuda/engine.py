@@ -85,6 +85,7 @@ class Engine:
             pdl=options.pdl,
             few=options.few,
             few_attention=options.few_attention,
+            prefill_hopper=options.prefill_hopper,
             kv_scales=kv_scales,
         )
         self.graphs = Graphs(self._body, self.forward.layers, options.graphs, self.forward.one_of_each)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from gpu_worker.cuda.driver import Kernel, Module
+from gpu_worker.cuda.driver import Kernel, Module, tensor_map
 from gpu_worker.cuda.fp8 import Fp8Products
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
@@ -43,11 +43,12 @@ class Forward:
         pdl: bool = True,
         few: bool = True,
         few_attention: int = 8,
+        prefill_hopper: bool = False,
         kv_scales: torch.Tensor | None = None,
     ) -> None:
-        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few: whether PDL and linear.cu are used. few_attention: up to
-        so many rows decode attention is `decode_few.cu`'s. kv_scales: with an fp8 cache,
-        fp32 [layers, 4]: units of keys and of values, then two words unused, since kernels want 16 bytes."""
+        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few, prefill_hopper: whether PDL, linear.cu and
+        prefill_hopper.py are used, where they can be. few_attention: up to so many rows decode attention is `decode_few.cu`'s.
+        kv_scales: with an fp8 cache, fp32 [layers, 4]: units of keys and of values, then two words unused, since kernels want 16 bytes."""
         self.config, self.weights, self.state, self.cache = config, weights, state, cache
         self.cosines, self.sines = angles
         self.kv_scales = kv_scales
@@ -84,6 +85,7 @@ class Forward:
         self.fp8 = Fp8Products([m for m in matrices if isinstance(m, Fp8)], dtype, tokens, device)
         self._compile(arch, DTYPES[dtype], few and hopper and dtype == torch.bfloat16)
         self._compile_attention(dtype)
+        self.k_prefill_hopper = self._prefill_hopper(dtype) if prefill_hopper and hopper else None
 
     def _compile(self, arch: str, dtype: int, few: bool) -> None:
         """Load all CUDA kernels, compiling in parallel what the disk cache lacks."""
@@ -176,6 +178,32 @@ class Forward:
                 **kind,
             )
             for tile in (32, 32 if wide or large else 64)
+        )
+
+    def _prefill_hopper(self, dtype: torch.dtype) -> TritonKernel | None:
+        """None where the kernel does not know the type, the window or the heads."""
+        c, page = self.config, self.state.geometry.block_size
+        window = 0 < c.sliding_window < self.state.geometry.max_model_len
+        if dtype == torch.float32 or self.kv_scales is not None or window or page % 8 or c.head_dim not in (64, 128):
+            return None
+        if self.repeat != self.padded_repeat:
+            return None
+        from gpu_worker.cuda.kernels import prefill_hopper as kernel
+
+        self.prefill_box = kernel.box(page, kernel.TILE)
+        ints = torch.int32
+        return TritonKernel(
+            kernel.prefill_attention_hopper,
+            [kernel.pages(self.cache[0], kernel.TILE), dtype, ints, ints, ints, dtype, self.scale],
+            warps=4,
+            pdl=False,
+            WIDTH=self.state.geometry.table_width,
+            KV_HEADS=c.kv_heads,
+            R=self.repeat,
+            D=c.head_dim,
+            PAGE=page,
+            TILE=kernel.TILE,
+            STAGES=kernel.STAGES,
         )
 
     # ------------------------------------------------------------ the step's parts
@@ -357,20 +385,15 @@ class Forward:
         )
 
     def _prefill_attention(self, stream: int, index: int, tiles: int, long: bool) -> None:
-        s = self.state
+        s, cache, dim = self.state, self.cache[index], self.config.head_dim
+        grid = (self.config.kv_heads, tiles)
+        step = (s.table.data_ptr(), s.tiles.data_ptr(), s.rows.data_ptr(), self.attended.data_ptr(), self.scale)
+        if self.k_prefill_hopper is not None:
+            pages = tensor_map(cache.data_ptr(), cache.numel() // dim, dim, self.prefill_box)
+            self.k_prefill_hopper(stream, grid, *pages, self.qkv.data_ptr(), *step)
+            return
         kernel = self.k_prefill_long if long else self.k_prefill_attention
-        kernel(
-            stream,
-            (self.config.kv_heads, tiles),
-            self.qkv.data_ptr(),
-            self.cache[index].data_ptr(),
-            s.table.data_ptr(),
-            s.tiles.data_ptr(),
-            s.rows.data_ptr(),
-            self.attended.data_ptr(),
-            self.scale,
-            *self._scales_of(index),
-        )
+        kernel(stream, grid, self.qkv.data_ptr(), cache.data_ptr(), *step, *self._scales_of(index))
 
     def _scales_of(self, layer: int) -> tuple[int, ...]:
         """What kernels that know of an fp8 cache are given in addition."""

@@ -1,11 +1,13 @@
-"""Triton kernels launched through `driver.py`."""
+"""Triton and Gluon kernels launched through `driver.py`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 
-from gpu_worker.cuda.driver import Kernel, Module
+from gpu_worker.cuda.driver import DESCRIPTOR, Kernel, Module
 
 
 class TritonKernel:
@@ -15,19 +17,20 @@ class TritonKernel:
     between two steps.
 
     `arguments` are given to the compiler as they will be to the kernel: a dtype for a pointer to it (16-byte aligned), a
-    float for a float. Everything else is a constant.
+    float for a float, a descriptor (the first one only) for what `driver.tensor_map` makes. Everything else is a constant.
     """
 
     def __init__(
-        self, function: triton.JITFunction, arguments: list[torch.dtype | float], *, warps: int, pdl: bool, **constants: float | None
+        self, function: triton.JITFunction, arguments: Sequence[object], *, warps: int, pdl: bool, **constants: float | None
     ) -> None:
+        """warps: those that begin; a kernel that has others for other work gets them in addition."""
         compiled = function.warmup(*arguments, grid=(1,), num_warps=warps, launch_pdl=pdl, **constants)
-        signature = "".join("f" if isinstance(a, float) else "P" for a in arguments) + "PP"  # Triton adds two scratch pointers, unused here
-        self._kernel = Kernel(
-            Module(compiled.asm["cubin"]), compiled.metadata.name, signature, 32 * warps, 1, compiled.metadata.shared, pdl
-        )
+        formats = {float: "f", torch.dtype: "P"}
+        signature = "".join(formats.get(type(a), DESCRIPTOR) for a in arguments) + "PP"  # Triton adds two scratch pointers, unused here
+        told = compiled.metadata
+        self._kernel = Kernel(Module(compiled.asm["cubin"]), told.name, signature, 32 * told.num_warps, 1, told.shared, pdl)
         self.registers, self.local_bytes = self._kernel.registers, self._kernel.local_bytes
 
-    def __call__(self, stream: int, grid: tuple[int, int], *args: float) -> None:
+    def __call__(self, stream: int, grid: tuple[int, int], *args: float | bytes) -> None:
         """Launch on `stream`; pointers as integers. Raises CudaError."""
         self._kernel(stream, grid, *args, 0, 0)

@@ -18,8 +18,10 @@ COMPILE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.experimental.gluon._runtime import GluonASTSource
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
+from gpu_worker.cuda.kernels.prefill_hopper import pages, prefill_attention_hopper
 from gpu_worker.cuda.kernels.round_fp8 import round_groups, round_rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -31,7 +33,8 @@ def ptx(function, types, warps, **constants):
     assert len(given) == len(types), (given, types)
     kinds = dict(zip(given, types)) | dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in given if kinds[n].startswith("*")}
-    source = ASTSource(function, {n: kinds[n] for n in names}, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    kind = GluonASTSource if function.is_gluon() else ASTSource
+    source = kind(function, {n: kinds[n] for n in names}, {(names.index(n),): v for n, v in constants.items()}, aligned)
     return compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
 
 
@@ -50,6 +53,12 @@ for dim, repeat in ((128, 2), (64, 3)):
             ptx(prefill_attention, [b, cache, i, i, i, b, "fp32", *scales], 8, ROWS=128, TILE=32, STAGES=3, **sizes, **off),
         ):
             assert ("e4m3" in text) == (cache == e), (dim, cache)
+for dim, repeat, page, tile in ((128, 2, 16, 64), (64, 4, 32, 128)):
+    layout = pages(torch.empty(1, 2, 1, page, dim, dtype=torch.bfloat16), tile)
+    cache = f"tensordesc<bf16{list(layout.block_shape)},{layout.layout!r}>"
+    sizes = {"WIDTH": 256, "KV_HEADS": 8, "R": repeat, "D": dim, "PAGE": page, "TILE": tile, "STAGES": 2}
+    text = ptx(prefill_attention_hopper, [cache, b, i, i, i, b, "fp32"], 4, **sizes)
+    assert "cp.async.bulk.tensor" in text and "wgmma.mma_async" in text
 assert "e4m3x2" in ptx(round_rows, [b, e, f], 8, WIDTH=14336, BLOCK=2048, input_scale=None)
 assert "e4m3x2" in ptx(round_rows, [b, e, f, f], 8, WIDTH=4096, BLOCK=2048)
 assert "e4m3x2" in ptx(round_groups, [b, e, f], 4, WIDTH=14336, SPAN=8)

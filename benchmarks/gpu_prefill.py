@@ -1,0 +1,145 @@
+"""Prefill attention alone: chunks of prompts, some over a cached prefix, in a CUDA graph; a part of `gpu_attention.py`.
+
+16-bit, 8 KV heads of 128, pages of 16 in random order, so that a kernel reads as in a step. Each kernel is checked first against
+torch's attention, on the last row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.gpu_timing import graph_time
+from gpu_worker.cuda.driver import tensor_map
+from gpu_worker.cuda.kernels import prefill_hopper
+from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
+from gpu_worker.cuda.triton_kernel import TritonKernel
+
+KV_HEADS, D, PAGE, WIDTH = 8, 128, 16, 513
+SCALE = D**-0.5 * math.log2(math.e)
+CASES = {  # (prefix, tokens) of each row
+    "4x2048": [(0, 2048)] * 4,
+    "32x256": [(0, 256)] * 32,
+    "4x8192": [(0, 8192)] * 4,
+    "8x1024": [(0, 1024)] * 8,
+    "8192_of_3584": [(1024, 2560), (0, 3584), (0, 2048)],
+    "2048_after_4096": [(4096, 2048)],
+}
+SHORT = ("4x2048", "32x256", "4x8192")  # without --tune
+Launch = Callable[[int, "Case"], None]
+
+
+@dataclass(frozen=True)
+class Paged:
+    """prefill_attention.py in one shape."""
+
+    rows: int = 128
+    tile: int = 64
+    stages: int = 3
+    warps: int = 8
+
+    def build(self, repeat: int) -> tuple[TritonKernel, Launch]:
+        b, i = torch.bfloat16, torch.int32
+        kernel = TritonKernel(
+            prefill_attention, [b, b, i, i, i, b, 1.0], warps=self.warps, pdl=False, WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, RP=repeat,
+            D=D, DP=D, PAGE=PAGE, ROWS=self.rows, TILE=self.tile, STAGES=self.stages, WINDOW=0, SOFTCAP=0, kv_scales=None,
+        )  # fmt: skip
+
+        def launch(stream: int, case: Case) -> None:
+            kernel(stream, (KV_HEADS, len(case.tiles)), case.qkv.data_ptr(), case.cache.data_ptr(), *case.pointers, SCALE)
+
+        return kernel, launch
+
+
+@dataclass(frozen=True)
+class Hopper:
+    """prefill_hopper.py in one shape."""
+
+    tile: int = prefill_hopper.TILE
+    stages: int = prefill_hopper.STAGES
+    rows: int = prefill_hopper.ROWS
+
+    def build(self, repeat: int) -> tuple[TritonKernel, Launch]:
+        b, i = torch.bfloat16, torch.int32
+        example = torch.empty(1, 2, KV_HEADS, PAGE, D, device="cuda", dtype=b)
+        kernel = TritonKernel(
+            prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(example, self.tile), b, i, i, i, b, 1.0], warps=4, pdl=False,
+            WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, D=D, PAGE=PAGE, TILE=self.tile, STAGES=self.stages,
+        )  # fmt: skip
+        box = prefill_hopper.box(PAGE, self.tile)
+
+        def launch(stream: int, case: Case) -> None:
+            cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // D, D, box)
+            kernel(stream, (KV_HEADS, len(case.tiles)), *cache, case.qkv.data_ptr(), *case.pointers, SCALE)
+
+        return kernel, launch
+
+
+VARIANTS = (Paged(), Paged(tile=32), Hopper(64, 4), Hopper(64, 2), Hopper(128, 2))
+
+
+class Case:
+    """One step's rows: tensors as the kernels take them."""
+
+    def __init__(self, rows: list[tuple[int, int]], repeat: int, tile_rows: int) -> None:
+        self.rows, self.repeat, self.heads = rows, repeat, KV_HEADS * repeat
+        lengths = [prefix + tokens for prefix, tokens in rows]
+        offsets = list(itertools.accumulate((tokens for _, tokens in rows), initial=0))
+        pages = [-(-n // PAGE) for n in lengths]
+        order = torch.randperm(sum(pages), device="cuda", dtype=torch.int32)
+        self.table = torch.zeros(len(rows), WIDTH, dtype=torch.int32, device="cuda")
+        for row, mine in zip(self.table, order.split(pages), strict=True):
+            row[: len(mine)] = mine
+        self.cache = torch.randn(sum(pages), 2, KV_HEADS, PAGE, D, device="cuda").bfloat16()
+        self.qkv = torch.randn(offsets[-1], (self.heads + 2 * KV_HEADS) * D, device="cuda").bfloat16()
+        self.out = torch.empty(offsets[-1], self.heads * D, device="cuda", dtype=torch.bfloat16)
+        about = [[i, prefix, tokens, 0, offsets[i], 0, 0, 0] for i, (prefix, tokens) in enumerate(rows)]
+        tiles = [[i, t] for i, (_, tokens) in enumerate(rows) for t in range(0, tokens, tile_rows // repeat)]
+        self.about, self.tiles = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (about, tiles))
+        self.pointers = [t.data_ptr() for t in (self.table, self.tiles, self.about, self.out)]
+        self.flops = sum(4 * self.heads * D * (tokens * prefix + tokens * (tokens + 1) / 2) for prefix, tokens in rows)
+
+        self.want = self._want()
+
+    def _want(self) -> torch.Tensor:
+        """Torch's output of the last row."""
+        prefix, tokens = self.rows[-1]
+        length = prefix + tokens
+        kv = self.cache[self.table[len(self.rows) - 1, : -(-length // PAGE)].long()]
+        k, v = kv.permute(1, 2, 0, 3, 4).reshape(2, KV_HEADS, -1, D)[:, None, :, :length]
+        q = self.qkv[-tokens:, : self.heads * D].view(1, tokens, self.heads, D).transpose(1, 2)
+        seen = torch.ones(tokens, length, dtype=torch.bool, device="cuda").tril(prefix)
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return want[0].transpose(0, 1).reshape(tokens, -1).double()
+
+    def error(self) -> float:
+        return float((self.out[-len(self.want) :].double() - self.want).norm() / self.want.norm())
+
+
+def prefill_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream) -> dict[str, float]:
+    """Print every case, of all variants with `tune`, best first; microseconds of the best."""
+    found = {}
+    for repeat in repeats:
+        built = {variant: variant.build(repeat) for variant in (VARIANTS if tune else (Paged(), Hopper()))}
+        for name in CASES if tune else SHORT:
+            results = []
+            cases = {rows: Case(CASES[name], repeat, rows) for rows in {variant.rows for variant in built}}
+            for variant, (kernel, launch) in built.items():
+                case = cases[variant.rows]
+                case.out.fill_(math.nan)
+                torch.cuda.synchronize()
+                launch(stream.cuda_stream, case)
+                torch.cuda.synchronize()
+                error = case.error()
+                us = graph_time(lambda _: launch(stream.cuda_stream, case), 8, stream, 7)  # noqa: B023
+                spills = f" SPILLS {kernel.local_bytes}" if kernel.local_bytes else ""
+                what = f"{variant} {case.flops / us / 1e6:.0f} TF/s [{kernel.registers}{spills}] error {error:.1e}"
+                results.append((us, what))
+            results.sort()
+            found[f"attention_prefill_{name}_us"] = results[0][0]
+            print(f"prefill {name} heads {8 * repeat}:", *(f"\n    {us:.0f} us {what}" for us, what in results), flush=True)
+    return found

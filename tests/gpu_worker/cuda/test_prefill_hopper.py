@@ -1,0 +1,62 @@
+"""The prefill attention for Hopper against float64, on a card, in 16 bits; and in the whole step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu_player import Player
+from tests.gpu_worker.cuda.prefill_case import KV_HEADS, PrefillCase
+from tests.gpu_worker.cuda.reference import error
+from tests.gpu_worker.cuda.test_engine import CONFIGS, make, prompts, teacher
+
+if torch.cuda.is_available():
+    from gpu_worker.cuda.driver import tensor_map
+    from gpu_worker.cuda.kernels import prefill_hopper
+    from gpu_worker.cuda.triton_kernel import TritonKernel
+
+
+@pytest.fixture(autouse=True)
+def _hopper() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper card")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dim", "repeat", "page", "tile", "stages"),
+    [(128, 2, 16, 64, 4), (128, 4, 16, 128, 2), (64, 1, 16, 64, 2), (64, 8, 8, 128, 2), (128, 2, 256, 64, 3), (128, 16, 64, 64, 2)],
+)
+def test_chunks_over_prefixes_match_float64(dim: int, repeat: int, page: int, tile: int, stages: int, dtype: torch.dtype) -> None:
+    case = PrefillCase(dim, repeat, page, prefill_hopper.ROWS, dtype, "cuda")
+    i32 = torch.int32
+    kernel = TritonKernel(
+        prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(case.cache, tile), dtype, i32, i32, i32, dtype, case.scale],
+        warps=4, pdl=False,
+        WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, D=dim, PAGE=page, TILE=tile, STAGES=stages,
+    )  # fmt: skip
+    cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // dim, dim, prefill_hopper.box(page, tile))
+    pointers = [t.data_ptr() for t in (case.qkv, case.table, case.tiles, case.rows, case.out)]
+    stream = torch.cuda.current_stream()
+    outs = []
+    for _ in range(20):  # a race would not show each time
+        case.out.fill_(float("nan"))
+        kernel(stream.cuda_stream, (KV_HEADS, len(case.tiles)), *cache, *pointers, case.scale)
+        outs.append(case.out.clone())
+    assert case.error() < (6e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert all(torch.equal(out, case.out) for out in outs)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen2"])
+def test_prompts_in_chunks_match_float64(name: str) -> None:
+    config = CONFIGS[name]
+    engine, source = make(config, torch.bfloat16, prefill_hopper=True)
+    assert engine.forward.k_prefill_hopper is not None
+    player = Player(engine, depth=1)
+    texts = prompts([1, 15, 16, 17, 63, 64, 65, 129, 700, 1025], config.vocab_size)
+    new = [player.add(p, 40) for p in texts]
+    for some, chunk in ((new[:8], 1024), (new[8:9], 100), (new[9:], 333)):
+        player.prefill(some, chunk=chunk)
+        player.settle()
+        want, bound = teacher(config, source, torch.bfloat16, [s.prompt for s, _ in some], -1)
+        assert error(engine.forward.logits[: len(some)], want) < 2 * bound
