@@ -1,4 +1,8 @@
-"""CUDA C++ to machine code through NVRTC, which comes with torch: no nvcc on the user's machine, results cached on disk."""
+"""CUDA C++ to machine code through NVRTC, which comes with torch: no nvcc on the user's machine, results cached on disk.
+
+Kernels are compiled side by side, in threads, while whoever asked for them goes on: NVRTC runs without the GIL, and so do Triton's passes
+and its assembler.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,45 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from gpu_worker.errors import LoadError
 
 KERNELS = Path(__file__).parent / "kernels"
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 class CompileError(Exception):
     """NVRTC refused a kernel; the message is its log. Always our own bug."""
+
+
+class Compilers:
+    """Threads that compile."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(thread_name_prefix="compiler")
+        self._running: list[Future[object]] = []
+
+    def submit(self, work: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Future[Made]:
+        """Begin to compile something."""
+        future = self._pool.submit(work, *args, **kwargs)
+        self._running.append(future)  # type: ignore[arg-type]
+        return future
+
+    def wait(self) -> None:
+        """Wait until all that has been begun is compiled. Raises what failed."""
+        while self._running:
+            self._running.pop().result()
+
+
+@functools.cache
+def compilers() -> Compilers:
+    """This process's."""
+    return Compilers()
 
 
 def _candidates() -> list[str]:
@@ -80,7 +113,7 @@ def _compile(lib: ctypes.CDLL, text: str, headers: Mapping[str, str], source: st
     _check(lib, lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), len(headers), texts, names))
     try:
         args = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-        if lib.nvrtcCompileProgram(program, len(options), args):  # ctypes drops the GIL: kernels compile in parallel threads
+        if lib.nvrtcCompileProgram(program, len(options), args):  # ctypes drops the GIL
             size = ctypes.c_size_t()
             lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)

@@ -10,9 +10,9 @@ import ctypes
 import functools
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from gpu_worker.cuda.compiler import compile_cubin
+from gpu_worker.cuda.compiler import compile_cubin, compilers
 
 _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
@@ -82,17 +82,13 @@ def tensor_map(address: int, rows: int, columns: int, box: tuple[int, int]) -> t
 
 
 class Kernel:
-    """A kernel ready to be launched: block and cluster size fixed, grid, arguments and stream given at each call.
+    """A kernel: block and cluster size fixed, grid, arguments and stream given at each call. It is loaded by its first launch.
 
     `signature` is a `struct` format of the arguments: P pointer, i int32, f float, q int64, DESCRIPTOR.
     """
 
     def __init__(self, module: Module, name: str, signature: str, block: int, cluster: int = 1, shared: int = 0, pdl: bool = True) -> None:
-        self.function = ctypes.c_void_p()
-        _check(_cuda().cuModuleGetFunction(ctypes.byref(self.function), module.handle, name.encode()))
-        if shared > 48 * 1024:
-            _check(_cuda().cuFuncSetAttribute(self.function, _MAX_DYNAMIC_SHARED, shared))
-        self.module = module  # keeps it loaded
+        self.module, self.name = module, name
         self.block, self.shared, self.cluster = block, shared, cluster
         self._pack = struct.Struct("@" + signature)
         self._places = _places(signature) if DESCRIPTOR in signature else []
@@ -122,6 +118,15 @@ class Kernel:
         extra = (ctypes.c_void_p * 5)(_BUFFER_POINTER, address, _BUFFER_SIZE, ctypes.addressof(self._size), _END)
         _check(_cuda().cuLaunchKernelEx(ctypes.byref(config), self.function, None, extra))
 
+    @functools.cached_property
+    def function(self) -> ctypes.c_void_p:
+        """Its handle in the module, which is loaded for it if need be. Raises CudaError."""
+        function = ctypes.c_void_p()
+        _check(_cuda().cuModuleGetFunction(ctypes.byref(function), self.module.handle, self.name.encode()))
+        if self.shared > 48 * 1024:
+            _check(_cuda().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, self.shared))
+        return function
+
     @property
     def registers(self) -> int:
         """Registers per thread."""
@@ -145,13 +150,20 @@ def _places(signature: str) -> list[int]:
 
 
 class Module:
-    """Machine code loaded into the current context (torch's)."""
+    """Machine code, which may still be compiled, loaded into the current context (torch's) once it is needed."""
 
-    def __init__(self, cubin: bytes) -> None:
-        self.handle = ctypes.c_void_p()
-        _check(_cuda().cuModuleLoadData(ctypes.byref(self.handle), cubin))
+    def __init__(self, cubin: Callable[[], bytes]) -> None:
+        """cubin: waits for the machine code."""
+        self._cubin = cubin
+
+    @functools.cached_property
+    def handle(self) -> ctypes.c_void_p:
+        """Its handle; the module stays loaded. Raises CompileError, CudaError."""
+        handle = ctypes.c_void_p()
+        _check(_cuda().cuModuleLoadData(ctypes.byref(handle), self._cubin()))
+        return handle
 
     @classmethod
     def of(cls, source: str, arch: str, macros: Mapping[str, int | str] | None = None) -> Module:
-        """A file of `kernels/`, compiled with these macros."""
-        return cls(compile_cubin(source, arch, macros or {}))
+        """A file of `kernels/` with these macros, whose compilation begins."""
+        return cls(compilers().submit(compile_cubin, source, arch, macros or {}).result)

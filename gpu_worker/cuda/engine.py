@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.filter import FilterKernel
 from gpu_worker.cuda.forward import Forward, Layers
 from gpu_worker.cuda.general import Beside, General, report
@@ -27,6 +29,8 @@ from gpu_worker.runner import Outcome, Step
 from gpu_worker.sampling_memory import GRAPHS
 from gpu_worker.worst_case import blocks_that_fit, measure, worst_step
 from protocol.messages import Geometry
+
+log = logging.getLogger("worker")
 
 
 @dataclass(slots=True)
@@ -107,7 +111,11 @@ class Engine:
 
     def _blocks_that_fit(self) -> int:
         """Blocks that there is room for beside the step that takes most; to be asked before there is any other."""
+        log.debug("start: buffers made")
         usage = measure(self._run_worst_step)
+        log.debug("start: largest step run")  # which waits for the kernels that it launches
+        compilers().wait()
+        log.debug("start: all kernels compiled")
         o, block, needed = self.options, self.forward.cache[:, 0].nbytes, self.geometry.table_width
         return blocks_that_fit(usage, o.utilization, block, needed, o.num_blocks, GRAPHS if o.graphs else 0)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -88,28 +87,20 @@ class Forward:
         self.k_prefill_hopper = self._prefill_hopper(dtype) if prefill_hopper and hopper else None
 
     def _compile(self, arch: str, dtype: int, few: bool) -> None:
-        """Load all CUDA kernels, compiling in parallel what the disk cache lacks."""
+        """Begin all CUDA kernels, of which is compiled what the disk cache lacks."""
         c = self.config
 
-        device = self.cache.device
-
-        def linear(job: tuple[str, int, int, dict[str, bool]]) -> LinearKernel:
-            torch.cuda.set_device(device)
-            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # makes torch's context current in this thread
-            _, n, k, roles = job
+        def linear(n: int, k: int, **roles: bool) -> LinearKernel:
             cut = best_cut(n, k, bool(roles.get("norm")), self.sms) if few else None
             return LinearKernel(cut, best_mid_cut(n, k) if few else None, arch, c.norm_eps, **roles)
 
-        qkv = c.q_size + 2 * c.kv_size
-        jobs: list[tuple[str, int, int, dict[str, bool]]] = [
-            ("qkv", qkv, c.hidden, {"norm": True, "bias": c.qkv_bias}),
-            ("o", c.hidden, c.q_size, {"residual": True, "bias": c.o_bias}),
-            ("gate_up", 2 * c.intermediate, c.hidden, {"norm": True, "silu": True}),
-            ("down", c.hidden, c.intermediate, {"residual": True}),
-            ("head", c.vocab_size, c.hidden, {}),
-        ]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            self.linears = dict(zip((job[0] for job in jobs), pool.map(linear, jobs), strict=True))
+        self.linears = {
+            "qkv": linear(c.q_size + 2 * c.kv_size, c.hidden, norm=True, bias=c.qkv_bias),
+            "o": linear(c.hidden, c.q_size, residual=True, bias=c.o_bias),
+            "gate_up": linear(2 * c.intermediate, c.hidden, norm=True, silu=True),
+            "down": linear(c.hidden, c.intermediate, residual=True),
+            "head": linear(c.vocab_size, c.hidden),
+        }
         fp8 = self.kv_scales is not None
         plan = Module.of("plan.cu", arch)
         elementwise = Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))

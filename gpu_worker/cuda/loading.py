@@ -6,8 +6,10 @@ import logging
 
 import torch
 
+from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
+from gpu_worker.cuda.triton_kernel import begin_triton
 from gpu_worker.cuda.weights import load_weights
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
@@ -30,6 +32,8 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     if not torch.cuda.is_available():
         raise LoadError("torch finds no usable GPU or driver (a CPU build of torch finds none); --device cpu serves without one")
     device = torch.device("cuda", torch.cuda.current_device())
+    compilers().submit(begin_triton)
+    log.debug("start: context open")
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise LoadError(f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need{OTHERWISE}")
     files = open_model(settings)
@@ -60,6 +64,8 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
     try:
         source = files.tensors(device, dtype)
         weights = load_weights(source, config, device, dtype, Shard())
+        torch.cuda.synchronize(device)
+        log.debug("start: weights loaded")
         if config.quantization is not None and not weights.fp8_linears:
             log.warning("torch multiplies no such fp8 weights on this card with --dtype %s: they are kept in 16 or 32 bits", settings.dtype)
         fp8_cache = None

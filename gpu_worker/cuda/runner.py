@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,8 @@ from gpu_worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from gpu_worker.cuda.engine import Engine
 
+log = logging.getLogger("worker")
+
 
 def has_card() -> bool:
     """Whether the driver is there and names a device. Costs no import of torch."""
@@ -22,6 +26,13 @@ def has_card() -> bool:
         return False
     count = ctypes.c_int()
     return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _open_context() -> None:
+    """Make the first device's primary context, which torch will find."""
+    cuda, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+    if cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # if this fails, torch says why
 
 
 class CudaRunner:
@@ -35,10 +46,12 @@ class CudaRunner:
     def load(self) -> Description:
         if not has_card():
             raise LoadError("no NVIDIA driver with a device is found (libcuda.so.1); --device cpu serves without one")
+        threading.Thread(target=_open_context, name="context", daemon=True).start()  # while torch is imported
         try:
             from gpu_worker.cuda.loading import load_engine
         except ImportError as error:
             raise LoadError(f"a GPU needs torch with CUDA and triton, which come with the extra pagewire[worker]: {error}") from error
+        log.debug("start: torch imported")
         self._engine, description = load_engine(self._settings)
         return description
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
+from triton.runtime.cache import triton_key
 
+from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.driver import DESCRIPTOR, Kernel, Module
+
+_FIRST = threading.Lock()
 
 
 class TritonKernel:
-    """A Triton kernel compiled ahead of its first launch and launched like any other.
+    """A Triton kernel whose compilation begins ahead of its first launch, and which is launched like any other.
 
     That takes a fraction of the Python time of Triton's own launcher (25 µs), needs no C compiler, and never compiles
     between two steps.
@@ -21,16 +28,51 @@ class TritonKernel:
     """
 
     def __init__(
-        self, function: triton.JITFunction, arguments: Sequence[object], *, warps: int, pdl: bool, **constants: float | None
+        self,
+        function: triton.JITFunction,
+        arguments: Sequence[object],
+        *,
+        warps: int,
+        pdl: bool,
+        **constants: float | None,
     ) -> None:
         """warps: those that begin; a kernel that has others for other work gets them in addition."""
-        compiled = function.warmup(*arguments, grid=(1,), num_warps=warps, launch_pdl=pdl, **constants)
         formats = {float: "f", torch.dtype: "P"}
-        signature = "".join(formats.get(type(a), DESCRIPTOR) for a in arguments) + "PP"  # Triton adds two scratch pointers, unused here
+        # Triton adds two scratch pointers, unused here
+        self._signature = "".join(formats.get(type(a), DESCRIPTOR) for a in arguments) + "PP"
+        self._pdl = pdl
+        self._compiled = compilers().submit(_compile, function, arguments, num_warps=warps, launch_pdl=pdl, **constants)
+
+    @functools.cached_property
+    def _kernel(self) -> Kernel:
+        compiled = self._compiled.result()
         told = compiled.metadata
-        self._kernel = Kernel(Module(compiled.asm["cubin"]), told.name, signature, 32 * told.num_warps, 1, told.shared, pdl)
-        self.registers, self.local_bytes = self._kernel.registers, self._kernel.local_bytes
+        cubin: bytes = compiled.asm["cubin"]
+        return Kernel(Module(lambda: cubin), told.name, self._signature, 32 * told.num_warps, 1, told.shared, self._pdl)
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread."""
+        return self._kernel.registers
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes per thread in local memory; more than 0 means spills."""
+        return self._kernel.local_bytes
 
     def __call__(self, stream: int, grid: tuple[int, int], *args: float | bytes) -> None:
         """Launch on `stream`; pointers as integers. Raises CudaError."""
         self._kernel(stream, grid, *args, 0, 0)
+
+
+def begin_triton() -> None:
+    """What Triton does before it finds or compiles its first kernel: it looks for the card, and takes a hash of its own 400 MB."""
+    with _FIRST:
+        triton.runtime.driver.active.get_current_target()
+        triton_key()
+
+
+def _compile(function: triton.JITFunction, arguments: Sequence[object], **options: float | None) -> Any:
+    """A Triton kernel's machine code and what is to be known about it; in any thread."""
+    begin_triton()
+    return function.warmup(*arguments, grid=(1,), **options)
