@@ -51,6 +51,40 @@ def test_a_unit_runs_its_service_as_a_user_of_its_own_and_restarts_what_may_be_m
     assert service["NoNewPrivileges"] == "yes"
 
 
+@pytest.mark.parametrize("path", [path for path in UNITS if "@" in path.name], ids=lambda path: path.stem)
+def test_an_instance_of_a_template_may_have_settings_of_its_own_which_go_first(path: Path) -> None:
+    role = path.stem.removeprefix("pagewire-").removesuffix("@")
+    files = re.findall(r"^EnvironmentFile=(.+)$", path.read_text(), re.M)
+    assert files == [f"-/etc/pagewire/{role}.env", f"-/etc/pagewire/{role}-%i.env"], "of two that set a variable the later one counts"
+    assert f"--name {role}-%i" in unit(path)["Service"]["ExecStart"]
+
+
+def test_a_frontend_may_have_more_clients_than_the_soft_limit_of_open_files_that_systemd_sets() -> None:
+    service = unit(DEPLOY / "systemd" / "pagewire-frontend@.service")["Service"]
+    assert int(service["LimitNOFILE"]) > 1024
+
+
+def test_a_worker_compiles_to_a_folder_that_it_may_write() -> None:
+    service = (DEPLOY / "systemd" / "pagewire-worker@.service").read_text()
+    assert "\nCacheDirectory=pagewire\n" in service
+    folders = dict(re.findall(r"(PAGEWIRE_CACHE|TRITON_CACHE_DIR)=(\S+)", service))
+    assert folders == {"PAGEWIRE_CACHE": "/var/cache/pagewire", "TRITON_CACHE_DIR": "/var/cache/pagewire/triton"}
+    assert dict(re.findall(r"(PAGEWIRE_CACHE|TRITON_CACHE_DIR)=(\S+)", CONTAINERFILE)) == folders
+    owned = re.search(r"install -d -o pagewire -g pagewire -m 0700 (.+)$", CONTAINERFILE, re.M)
+    volumes = re.search(r"^VOLUME (.+)$", CONTAINERFILE, re.M)
+    assert owned is not None
+    assert volumes is not None
+    assert owned[1].split() == volumes[1].split() == ["/run/pagewire", "/var/cache/pagewire"]
+
+
+def test_the_manual_names_the_command_of_the_units_by_its_path() -> None:
+    """sudo looks only into the system's own folders."""
+    manual = (ROOT / "docs" / "operating.md").read_text()
+    commands = re.findall(r"sudo (?:-u \w+ )?(\S*pagewire) ", manual)
+    assert commands
+    assert set(commands) == {PROGRAM}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 def test_systemd_accepts_the_units_and_calls_them_well_confined(tmp_path: Path) -> None:
@@ -94,7 +128,10 @@ def test_the_image_has_the_pinned_torch_and_runs_as_nobody_special() -> None:
     assert pinned is not None
     assert f"ARG TORCH={pinned[1]}\n" in CONTAINERFILE
     last_stage = CONTAINERFILE.split("\nFROM ")[-1]
-    assert re.search(r"^USER pagewire$", last_stage, re.M)
+    user = re.search(r"^USER (\d+):(\d+)$", last_stage, re.M)
+    assert user is not None, "a name could be root's"
+    assert user[1] != "0"
+    assert f"useradd --uid {user[1]} " in last_stage
     assert 'ENTRYPOINT ["pagewire"]' in last_stage
     extras = re.search(r"^ARG EXTRAS=(\S+)$", CONTAINERFILE, re.M)
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
