@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -69,12 +70,18 @@ class RequestOutput:
     """A request and all its outputs so far."""
 
     request_id: str
-    prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
     cached_tokens: int = 0
     prompt: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, None of the first; None until complete
+    packed_prompt: bytes = field(default=b"", repr=False)  # its ids, as int32
+
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's ids, made into a list when they are asked for."""
+        ids: list[int] = unpack(self.packed_prompt).tolist()
+        return ids
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,6 @@ class Prepared:
 
     new: NewRequest
     params: SamplingParams
-    ids: list[int]  # of the prompt
     prompt: str | None = None  # its text, where it was one
 
 
@@ -99,7 +105,7 @@ def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bo
             check_text(model.info, model.tokenizer, prompt, "prompt")
             [ids] = model.tokenizer.encode_batch([prompt])
         else:
-            ids = list(prompt)
+            ids = prompt if isinstance(prompt, list) else list(prompt)
         if not ids:
             raise ApiError(400, "prompt: is empty", "prompt")
         max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
@@ -107,7 +113,7 @@ def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bo
         new = completions.new_request(model, body, ids, max_tokens, logprobs, "", True, body.best_of)
     except ApiError as error:
         raise ValueError(error.message) from None
-    return Prepared(new, params, ids, prompt if isinstance(prompt, str) else None)
+    return Prepared(new, params, prompt if isinstance(prompt, str) else None)
 
 
 def prepare_chat(model: Model, messages: list[dict[str, Any]], params: SamplingParams, options: dict[str, Any]) -> Prepared:
@@ -124,7 +130,7 @@ def prepare_chat(model: Model, messages: list[dict[str, Any]], params: SamplingP
         new = chat.prepare(model, body, "")
     except ApiError as error:
         raise ValueError(error.message) from None
-    return Prepared(new, params, unpack(new.prompt).tolist())
+    return Prepared(new, params)
 
 
 def output_of(entry: Entry, prepared: Prepared, texts: dict[int, str], eos: frozenset[int]) -> RequestOutput:
@@ -138,12 +144,12 @@ def output_of(entry: Entry, prepared: Prepared, texts: dict[int, str], eos: froz
     shown = ranked(entry, params.n) if entry.ended and params.best_of is not None else entry.choices
     return RequestOutput(
         request_id=entry.request.hex(),
-        prompt_token_ids=prepared.ids,
         outputs=[_output(i, choice, texts[choice.index], params.logprobs is not None, eos) for i, choice in enumerate(shown)],
         finished=entry.ended,
         cached_tokens=max(entry.cached, 0),
         prompt=prepared.prompt,
         prompt_logprobs=None if params.prompt_logprobs is None or entry.unscored else [None, *entry.scores],
+        packed_prompt=entry.new.prompt,
     )
 
 
