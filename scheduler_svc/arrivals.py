@@ -16,7 +16,7 @@ from scheduler_svc.routing import Router
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.worker import Worker
 
-HASHED_BLOCKS = 256  # named between two plans: 0.2 ms
+HASHED_BLOCKS = 512  # named between two plans: 0.2 ms
 ARRIVALS = 64  # choices routed between two plans
 
 
