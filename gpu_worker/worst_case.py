@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gpu_worker.errors import LoadError
+from gpu_worker.prompt_scores import SLICE
 from gpu_worker.runner import Record, Step
 from protocol.columns import EMPTY, pack, pack_floats
 from protocol.messages import Geometry, Plan, SamplingParams
@@ -69,6 +70,8 @@ def worst_step(geometry: Geometry, long: bool = False) -> Step:
         Record(slot, np.zeros(end, np.int32), EMPTY, slot, params, g.max_model_len)
         for slot, end in zip(slots.tolist(), ends.tolist(), strict=True)
     ]
+    scored = counts - 1  # what predicts a row's first token is not computed
+    reporting = (scored > 0) & (np.cumsum(scored) - scored < SLICE)  # more take time, not memory
     blocks = -(-ends // g.block_size)
     indices = np.concatenate([np.arange(n, dtype=np.int32) for n in blocks.tolist()])
     plan = Plan(
@@ -92,7 +95,7 @@ def worst_step(geometry: Geometry, long: bool = False) -> Step:
         fork_records=[],
         bind_slots=slots,
         bind_records=records,
-        scores=np.where(counts > 1, starts + 1, 0).astype(np.int32),  # what predicts a row's first token is not computed
+        scores=np.where(reporting, starts + 1, 0).astype(np.int32),
     )
 
 

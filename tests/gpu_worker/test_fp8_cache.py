@@ -13,12 +13,9 @@ from gpu_worker.attention.interface import CacheShape, Rows, new_cache
 from gpu_worker.attention.stores import Fp8Cache, Fp8Store
 from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.errors import LoadError
-from gpu_worker.loading.config import from_json
-from gpu_worker.settings import WorkerSettings
-from gpu_worker.torch_step import _cache_shape
 from protocol.messages import SamplingParams
 from tests.gpu_worker.fp8_checkpoints import FORMATS, write
-from tests.gpu_worker.model_driver import TINY, generate, greedy, load, load_packaged, load_tiny, wander
+from tests.gpu_worker.model_driver import generate, greedy, load, load_packaged, load_tiny, wander
 from tests.gpu_worker.test_attention_torch import Sequences, _tables
 from tests.gpu_worker.test_prompt_scores import score
 from tests.gpu_worker.worker_plans import draw_sequences
@@ -168,10 +165,8 @@ def test_blocks_of_another_type_are_never_taken_for_these(tmp_path: Path) -> Non
 
 def test_a_block_takes_a_byte_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpu_worker.torch_step._CACHE_BYTES", 3 << 20)
-    config = from_json(TINY)
-    settings = WorkerSettings(run_dir=tmp_path)
-    blocks = {dtype: _cache_shape(settings, config, 64, CPU, dtype).blocks for dtype in (torch.float32, torch.uint8)}
-    assert blocks == {torch.float32: (3 << 20) // (3 * 2 * 2 * 16 * 32 * 4) - 1, torch.uint8: (3 << 20) // (3 * 2 * 2 * 16 * 32) - 1}
+    plain, fp8 = (load_tiny(tmp_path, num_gpu_blocks=0, kv_cache_dtype=kind).description.geometry.blocks for kind in ("auto", "fp8"))
+    assert (plain, fp8) == ((3 << 20) // (3 * 2 * 2 * 16 * 32 * 4) - 1, (3 << 20) // (3 * 2 * 2 * 16 * 32) - 1)
 
 
 def test_flash_attn_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

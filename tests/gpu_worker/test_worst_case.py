@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gpu_worker.errors import LoadError
+from gpu_worker.prompt_scores import SLICE
 from gpu_worker.worst_case import Usage, blocks_that_fit, measure, worst_step
 from protocol.columns import unpack
 from protocol.messages import Geometry
@@ -45,7 +46,8 @@ def test_a_real_model_computes_it_with_a_single_block(tmp_path: Path, sizes: dic
     outcome = loaded.runner.finish(step)
     assert len(outcome.tokens) == len(step.slots)
     assert len(outcome.lp_counts) == len(step.slots)
-    assert sum(len(score.ranks) for score in outcome.scores) == np.maximum(step.counts - 1, 0).sum()
+    scored = np.maximum(step.counts - 1, 0)
+    assert min(SLICE, scored.sum()) <= sum(len(score.ranks) for score in outcome.scores) < SLICE + max(1, scored.max())
 
 
 def test_the_cache_fills_what_the_largest_step_and_what_comes_later_leave() -> None:

@@ -76,4 +76,4 @@ def test_the_planner_counts_what_sampling_takes_at_most(rows: int, vocab_size: i
         general.bind(step)
         report(step, forward)  # type: ignore[arg-type]
         general.sample(step, 0)
-    assert 0.55 < (live.peak - own) / sampling_bytes(rows, vocab_size) < 1
+    assert 0.5 < (live.peak - own) / sampling_bytes(rows, vocab_size) < 1
