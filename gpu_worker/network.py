@@ -231,13 +231,16 @@ class Network(threading.Thread):
     def _take(self, message: Message) -> None:
         match message:
             case Plan():
-                if self._planned == self._answered:
+                device_waits = self._planned == self._answered
+                if device_waits:
                     self._progress_at = time.monotonic() + self._settings.times.heartbeat
                 self._planned = message.step
                 if self.trace.on:
                     now = time.monotonic()
                     self.trace.note("network", "receive", now, now, f"{self.session}:{message.step}")
                 self.inbox.put(PlanArrived(self.session, message))
+                if device_waits:
+                    time.sleep(0)  # lets go of the interpreter: the main thread begins the step while this one acknowledges
                 if self._spans is not None:
                     self._spans.planned(message, time.monotonic())
             case Drained():
