@@ -61,25 +61,33 @@ class Hopper:
 
     tile: int = prefill_hopper.TILE
     stages: int = prefill_hopper.STAGES
+    turns: int = prefill_hopper.TURNS
+    stays: bool = True  # as many blocks as there are SMs, or one an item
     rows: int = prefill_hopper.ROWS
 
     def build(self, repeat: int) -> tuple[TritonKernel, Launch]:
         b, i = torch.bfloat16, torch.int32
         example = torch.empty(1, 2, KV_HEADS, PAGE, D, device="cuda", dtype=b)
         kernel = TritonKernel(
-            prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(example, self.tile), b, i, i, i, b, 1.0], warps=4, pdl=False,
-            WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, D=D, PAGE=PAGE, TILE=self.tile, STAGES=self.stages,
+            prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(example, self.tile), b, i, i, i, b, 1.0, 0], warps=4, pdl=False,
+            WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, D=D, PAGE=PAGE, TILE=self.tile, STAGES=self.stages, TURNS=self.turns,
         )  # fmt: skip
         box = prefill_hopper.box(PAGE, self.tile)
+        most = torch.cuda.get_device_properties("cuda").multi_processor_count if self.stays else 1 << 20
 
         def launch(stream: int, case: Case) -> None:
             cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // D, D, box)
-            kernel(stream, (KV_HEADS, len(case.tiles)), *cache, case.qkv.data_ptr(), *case.pointers, SCALE)
+            number = len(case.tiles)
+            kernel(stream, (min(most, KV_HEADS * number), 1), *cache, case.qkv.data_ptr(), *case.pointers, SCALE, number)
 
         return kernel, launch
 
 
-VARIANTS = (Paged(), Paged(tile=32), Hopper(64, 4), Hopper(64, 2), Hopper(128, 2))
+VARIANTS = (
+    Paged(),
+    Paged(tile=32),
+    *(Hopper(*kind) for kind in ((64, 4, 1), (64, 4, 0), (64, 2, 1), (128, 2, 1), (128, 2, 0), (64, 4, 1, False))),
+)
 
 
 class Case:
@@ -99,6 +107,7 @@ class Case:
         self.out = torch.empty(offsets[-1], self.heads * D, device="cuda", dtype=torch.bfloat16)
         about = [[i, prefix, tokens, 0, offsets[i], 0, 0, 0] for i, (prefix, tokens) in enumerate(rows)]
         tiles = [[i, t] for i, (_, tokens) in enumerate(rows) for t in range(0, tokens, tile_rows // repeat)]
+        tiles.sort(key=lambda tile: -(rows[tile[0]][0] + tile[1]))  # longest first, as `DeviceState` has them
         self.about, self.tiles = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (about, tiles))
         self.pointers = [t.data_ptr() for t in (self.table, self.tiles, self.about, self.out)]
         self.flops = sum(4 * self.heads * D * (tokens * prefix + tokens * (tokens + 1) / 2) for prefix, tokens in rows)

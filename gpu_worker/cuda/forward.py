@@ -185,7 +185,7 @@ class Forward:
         ints = torch.int32
         return TritonKernel(
             kernel.prefill_attention_hopper,
-            [kernel.pages(self.cache[0], kernel.TILE), dtype, ints, ints, ints, dtype, self.scale],
+            [kernel.pages(self.cache[0], kernel.TILE), dtype, ints, ints, ints, dtype, self.scale, 0],
             warps=4,
             pdl=False,
             WIDTH=self.state.geometry.table_width,
@@ -195,6 +195,7 @@ class Forward:
             PAGE=page,
             TILE=kernel.TILE,
             STAGES=kernel.STAGES,
+            TURNS=kernel.TURNS,
         )
 
     # ------------------------------------------------------------ the step's parts
@@ -377,14 +378,13 @@ class Forward:
 
     def _prefill_attention(self, stream: int, index: int, tiles: int, long: bool) -> None:
         s, cache, dim = self.state, self.cache[index], self.config.head_dim
-        grid = (self.config.kv_heads, tiles)
         step = (s.table.data_ptr(), s.tiles.data_ptr(), s.rows.data_ptr(), self.attended.data_ptr(), self.scale)
         if self.k_prefill_hopper is not None:
             pages = tensor_map(cache.data_ptr(), cache.numel() // dim, dim, self.prefill_box)
-            self.k_prefill_hopper(stream, grid, *pages, self.qkv.data_ptr(), *step)
+            self.k_prefill_hopper(stream, (min(self.sms, tiles * self.config.kv_heads), 1), *pages, self.qkv.data_ptr(), *step, tiles)
             return
         kernel = self.k_prefill_long if long else self.k_prefill_attention
-        kernel(stream, grid, self.qkv.data_ptr(), cache.data_ptr(), *step, *self._scales_of(index))
+        kernel(stream, (self.config.kv_heads, tiles), self.qkv.data_ptr(), cache.data_ptr(), *step, *self._scales_of(index))
 
     def _scales_of(self, layer: int) -> tuple[int, ...]:
         """What kernels that know of an fp8 cache are given in addition."""

@@ -219,7 +219,7 @@ class DeviceState:
             put(2, 12, outputs, len(outputs))
             put(13, 13, step.prefill, at)
             put(8, 15, (ends[sampled] - 1).astype(np.int32), len(sampled))
-            tiles = self._tiles(step.counts)
+            tiles = self._tiles(step.starts, step.counts)
             put(7, 14, tiles, len(tiles))
             copies = np.concatenate([np.stack((unpack(a), unpack(b)), axis=1) for a, b in block_copies(step.plan)])
             if len(copies) > self.max_copies:
@@ -228,12 +228,13 @@ class DeviceState:
         entry[:HEADER] = header
         return number
 
-    def _tiles(self, counts: Int32) -> Int32:
-        """Tiles of the prefill attention, shape [tiles, 2]: row, first token in the row."""
+    def _tiles(self, starts: Int32, counts: Int32) -> Int32:
+        """Tiles of the prefill attention, shape [tiles, 2]: row, first token in the row; those with most keys first."""
         per_row = -(-counts // self.tile_tokens)
         row = np.repeat(np.arange(len(counts), dtype=np.int32), per_row)
         first = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-        return np.stack((row, first * self.tile_tokens), axis=1).astype(np.int32)
+        tiles = np.stack((row, first * self.tile_tokens), axis=1).astype(np.int32)
+        return tiles[np.argsort(-(starts[row] + tiles[:, 1]), kind="stable")]
 
     def read(self, result: int, outputs: int) -> tuple[Int32, Int32, int, int]:
         """Tokens and flags (shapes [outputs]) of a finished step, its start and end in nanoseconds of the card's clock."""

@@ -24,7 +24,8 @@ class TritonKernel:
     between two steps.
 
     `arguments` are given to the compiler as they will be to the kernel: a dtype for a pointer to it (16-byte aligned), a
-    float for a float, a descriptor (the first one only) for what `driver.tensor_map` makes. Everything else is a constant.
+    float for a float, an int for an int32, a descriptor (the first one only) for what `driver.tensor_map` makes. Everything
+    else is a constant.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class TritonKernel:
         **constants: float | None,
     ) -> None:
         """warps: those that begin; a kernel that has others for other work gets them in addition."""
-        formats = {float: "f", torch.dtype: "P"}
+        formats = {float: "f", int: "i", torch.dtype: "P"}
         # Triton adds two scratch pointers, unused here
         self._signature = "".join(formats.get(type(a), DESCRIPTOR) for a in arguments) + "PP"
         self._pdl = pdl

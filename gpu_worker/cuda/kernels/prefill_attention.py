@@ -19,7 +19,7 @@ def prefill_attention(
     qkv,  # [tokens, (HEADS + 2 KV_HEADS) * D], q normalised and rotated
     cache,  # one layer's [blocks, 2, KV_HEADS, PAGE, D], the step's tokens in it
     table,  # [slots + 1, width] int32
-    tiles,  # [n, 2] int32: row, first token of the tile in the row
+    tiles,  # [n, 2] int32: row, first token of the tile in the row; longest first
     rows,  # [rows, 8] int32: slot, first position, count, -, offset among the step's tokens, …
     out,  # [tokens, HEADS * D]
     scale,  # softmax's, times log2(e)
@@ -38,7 +38,7 @@ def prefill_attention(
     SOFTCAP: tl.constexpr,  # of the scores (Gemma 2); 0: none
 ):
     h = tl.program_id(0)
-    n = tl.num_programs(1) - 1 - tl.program_id(1)  # later tiles of a row are longer: first
+    n = tl.program_id(1)
     row = tl.load(tiles + 2 * n)
     at = tl.load(tiles + 2 * n + 1)
     if row < 0:  # launched for nothing

@@ -1,9 +1,10 @@
 """Attention of prefill chunks on Hopper: what `prefill_attention.py` computes, with the tensor cores busy during the softmax.
 
-A block takes one tile, 128 rows, in three groups of warps (FlashAttention-3: Shah et al. 2024). One fetches: the pages of K and V,
-as boxes of TMA, into a ring of tiles each. Two compute, 64 rows each: while the weights of one tile are multiplied with its values,
-the softmax of the next tile is taken, and the other group's products fill what is left. Gluon, the layer below Triton's language, is
-what can say that. Tiles begin at multiples of TILE, so that results do not depend on where a prompt is cut into chunks.
+A block stays and takes one tile of rows after another, 128 rows at a time, in three groups of warps (FlashAttention-3: Shah et al. 2024).
+One fetches: the pages of K and V, as boxes of TMA, into a ring of tiles each, those of the next item while this one is computed. Two
+compute, 64 rows each: while the weights of one tile are multiplied with its values, the softmax of the next tile is taken, and the
+other group's products fill what is left. Gluon, the layer below Triton's language, is what can say that. Tiles of keys begin at
+multiples of TILE, so that results do not depend on where a prompt is cut into chunks.
 """
 
 # mypy: ignore-errors
@@ -17,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = 128  # of a tile: tokens times query heads of a KV head
-TILE, STAGES = 64, 4  # keys of a tile, tiles in a ring
+TILE, STAGES, TURNS = 64, 4, 1  # keys of a tile, tiles in a ring, whether the groups take turns with the tensor cores
 BOX = 64  # columns of a box: what one swizzled row of shared memory holds
 _ROWS, _BOX = gl.constexpr(ROWS), gl.constexpr(BOX)
 _LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -34,15 +35,16 @@ def pages(cache: torch.Tensor, tile: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(lines, list(box(cache.shape[3], tile)), _LAYOUT.value)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["number"])
 def prefill_attention_hopper(
     cache,  # descriptor of one layer's [blocks * 2 * KV_HEADS * PAGE, D], the step's tokens in it, by boxes
     qkv,  # [tokens, (HEADS + 2 KV_HEADS) * D], 16 bits, q normalised and rotated
     table,  # [slots + 1, width] int32
-    tiles,  # [n, 2] int32: row, first token of the tile in the row
+    tiles,  # [number, 2] int32: row (−1: none), first token of the tile in the row; longest first
     rows,  # [rows, 8] int32: slot, first position, count, -, offset among the step's tokens, …
     out,  # [tokens, HEADS * D]
     scale,  # softmax's, times log2(e)
+    number,
     WIDTH: gl.constexpr,  # of the table
     KV_HEADS: gl.constexpr,
     R: gl.constexpr,  # query heads of a KV head, a power of two
@@ -50,42 +52,56 @@ def prefill_attention_hopper(
     PAGE: gl.constexpr,  # a multiple of 8
     TILE: gl.constexpr,
     STAGES: gl.constexpr,  # tiles in a ring, at least 2
+    TURNS: gl.constexpr,
 ):
-    h = gl.program_id(0)
-    n = gl.num_programs(1) - 1 - gl.program_id(1)  # later tiles of a row are longer: first
-    row = gl.load(tiles + 2 * n)
-    at = gl.load(tiles + 2 * n + 1)
-    if row < 0:  # launched for nothing
-        return
-    slot = gl.load(rows + row * 8)
-    first = gl.load(rows + row * 8 + 1)
-    count = gl.load(rows + row * 8 + 2)
-    offset = gl.load(rows + row * 8 + 4)
-    known = first + count
-    number = (first + gl.minimum(at + _ROWS // R, count) + TILE - 1) // TILE  # tiles of keys, of which the first `plain` need no mask
-    plain = (first + at) // TILE
     SPAN: gl.constexpr = PAGE if PAGE < TILE else TILE
     BOXES: gl.constexpr = STAGES * (TILE // SPAN) * (D // _BOX)
     keys = gl.allocate_shared_memory(qkv.dtype.element_ty, [BOXES, SPAN, _BOX], _LAYOUT)
     values = gl.allocate_shared_memory(qkv.dtype.element_ty, [BOXES, SPAN, _BOX], _LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())  # of keys, then of values
     empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2 * STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)  # both groups that compute
-    tile = (at, first, count, offset, number, plain)
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
     ring = (keys, values, full, empty)
+    work = (tiles, rows, number)
+    rounds = (number * KV_HEADS + gl.num_programs(0) - 1) // gl.num_programs(0)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_attend, (qkv, out, ring, tile, h, scale, FIRST, KV_HEADS, R, D, TILE, STAGES)),
-            (_attend, (qkv, out, ring, tile, h, scale, SECOND, KV_HEADS, R, D, TILE, STAGES)),
-            (_fetch, (cache, table + slot * WIDTH, ring, number, (known - 1) // PAGE, h, KV_HEADS, PAGE, SPAN, D, TILE, STAGES)),
+            (_attend, (qkv, out, ring, turn, work, rounds, scale, FIRST, KV_HEADS, R, D, TILE, STAGES, TURNS)),
+            (_attend, (qkv, out, ring, turn, work, rounds, scale, SECOND, KV_HEADS, R, D, TILE, STAGES, TURNS)),
+            (_fetch, (cache, table, ring, work, rounds, WIDTH, KV_HEADS, R, PAGE, SPAN, D, TILE, STAGES)),
         ],
         [4, 1],
         [240, 24],  # registers of the second group and of the fetching warp; the first keeps what is left, as many as the second
     )
+
+
+@gluon.jit
+def _item(k, work, KV_HEADS: gl.constexpr):
+    """Item k of this program, a tile of a KV head: the head, its first token in the row, and slot, first position, count and offset
+    of the row; the count is 0 where there is none. Every other round goes backwards, so that programs get as much as one another."""
+    tiles, rows, number = work
+    p = gl.program_id(0)
+    place = k * gl.num_programs(0) + p + k % 2 * (gl.num_programs(0) - 1 - 2 * p)
+    tile = gl.minimum(place // KV_HEADS, number - 1)
+    row = gl.load(tiles + 2 * tile)
+    at = gl.load(tiles + 2 * tile + 1)
+    there = (place < number * KV_HEADS) & (row >= 0)  # row −1: launched for nothing
+    row = gl.maximum(row, 0) * 8
+    count = gl.where(there, gl.load(rows + row + 2), 0)
+    return place % KV_HEADS, at, gl.load(rows + row), gl.load(rows + row + 1), count, gl.load(rows + row + 4)
+
+
+@gluon.jit
+def _key_tiles(at, first, count, R: gl.constexpr, TILE: gl.constexpr):
+    """Tiles of keys that an item needs."""
+    return gl.where(count > 0, (first + gl.minimum(at + _ROWS // R, count) + TILE - 1) // TILE, 0)
 
 
 @gluon.jit
@@ -113,23 +129,30 @@ def _fetch_tile(
 
 @gluon.jit
 def _fetch(
-    cache, slot_table, ring, number, last, h,
-    KV_HEADS: gl.constexpr, PAGE: gl.constexpr, SPAN: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    cache, table, ring, work, rounds,
+    WIDTH: gl.constexpr, KV_HEADS: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, SPAN: gl.constexpr,
+    D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the rings full."""
     keys, values, full, empty = ring
     SPANS: gl.constexpr = TILE // SPAN
-    next_ids = _page_ids(slot_table, 0, last, PAGE, SPAN, SPANS)
-    for j in range(number):
-        ids = next_ids
-        next_ids = _page_ids(slot_table, (j + 1) * TILE, last, PAGE, SPAN, SPANS)  # long before it is needed
-        slot = j % STAGES
-        box = slot * SPANS * (D // _BOX)
-        phase = (j // STAGES + 1) & 1
-        mbarrier.wait(empty.index(slot), phase)
-        _fetch_tile(cache, ids, j * TILE, h, keys, box, full.index(slot), KV_HEADS, PAGE, SPAN, SPANS, D)
-        mbarrier.wait(empty.index(STAGES + slot), phase)
-        _fetch_tile(cache, ids, j * TILE, KV_HEADS + h, values, box, full.index(STAGES + slot), KV_HEADS, PAGE, SPAN, SPANS, D)
+    i = 0  # tiles fetched so far
+    for k in range(rounds):
+        h, at, slot, first, count, _ = _item(k, work, KV_HEADS)
+        slot_table = table + slot * WIDTH
+        last = gl.maximum(first + count - 1, 0) // PAGE
+        next_ids = _page_ids(slot_table, 0, last, PAGE, SPAN, SPANS)
+        for j in range(_key_tiles(at, first, count, R, TILE)):
+            ids = next_ids
+            next_ids = _page_ids(slot_table, (j + 1) * TILE, last, PAGE, SPAN, SPANS)  # long before it is needed
+            to = i % STAGES
+            box = to * SPANS * (D // _BOX)
+            phase = (i // STAGES + 1) & 1
+            mbarrier.wait(empty.index(to), phase)
+            _fetch_tile(cache, ids, j * TILE, h, keys, box, full.index(to), KV_HEADS, PAGE, SPAN, SPANS, D)
+            mbarrier.wait(empty.index(STAGES + to), phase)
+            _fetch_tile(cache, ids, j * TILE, KV_HEADS + h, values, box, full.index(STAGES + to), KV_HEADS, PAGE, SPAN, SPANS, D)
+            i += 1
 
 
 @gluon.jit
@@ -149,24 +172,42 @@ def _seen(score, j, position):
 
 
 @gluon.jit
-def _advance(q, p, m, total, acc, k, v, full, empty, j, number, position, scale, MASKED: gl.constexpr, STAGES: gl.constexpr):
+def _queries(qkv, item, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, R: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """A group's rows of an item's queries."""
+    h, at, _, _, count, offset = item
+    i = 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    token = at + i // R
+    line = (offset + token).to(gl.int64) * ((R + 2) * KV_HEADS * D) + (h * R + i % R) * D
+    return gl.load(qkv + line[:, None] + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], mask=(token < count)[:, None], other=0.0)
+
+
+@gluon.jit
+def _advance(
+    q, p, m, total, acc, k, v, full, empty, turn, a, i, j, number, position, scale,
+    MASKED: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
     """Tile j's weights into `p` and those that were there, of the tile before, into `acc`; tile j's keys are there already.
 
-    The wait for the next keys stands where it does so that the softmax is not moved behind the wait for `acc`.
+    a, i: advances and tiles before this one, of all items. The wait for the next keys stands where it does so that the softmax is not
+    moved behind the wait for `acc`.
     """
-    at = j % STAGES
-    before = (j + (STAGES - 1)) % STAGES
+    at = i % STAGES
+    before = (i + (STAGES - 1)) % STAGES
     zero = gl.full([64, k.shape[1]], 0.0, gl.float32, q.type.layout.parent)
+    mbarrier.wait(full.index(STAGES + before), ((i - 1) // STAGES) & 1)
+    if TURNS:
+        mbarrier.wait(turn.index(GROUP), (a & 1) ^ (1 - GROUP))
     score = warpgroup_mma(q, k.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(full.index(STAGES + before), ((j - 1) // STAGES) & 1)
     acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
+    if TURNS:
+        mbarrier.arrive(turn.index(1 - GROUP), count=1)
     score = warpgroup_mma_wait(1, deps=[score])
     mbarrier.arrive(empty.index(at), count=1)
     if MASKED:
         score = _seen(score, j, position)
     weights, shrink, m, total = _soften(score, m, total, scale)
     weights = gl.convert_layout(weights.to(q.dtype), p.type.layout)
-    mbarrier.wait(full.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1, pred=j + 1 < number)
+    mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=j + 1 < number)
     acc, p, weights = warpgroup_mma_wait(0, deps=[acc, p, weights])
     mbarrier.arrive(empty.index(STAGES + before), count=1)
     return weights, m, total, acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -174,52 +215,101 @@ def _advance(q, p, m, total, acc, k, v, full, empty, j, number, position, scale,
 
 @gluon.jit
 def _attend(
-    qkv, out, ring, tile, h, scale,
-    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, R: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    qkv, out, ring, turn, work, rounds, scale,
+    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, R: gl.constexpr, D: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Rows 64 GROUP … 64 GROUP + 63 of a tile, by four warps."""
+    """Rows 64 GROUP … 64 GROUP + 63 of each item, by four warps."""
     SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     QUERY: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SCORE, k_width=2)
     WEIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    HEADS: gl.constexpr = KV_HEADS * R
     keys, values, full, empty = ring
-    at, first, count, offset, number, plain = tile
     k = keys._reinterpret(keys.dtype, [STAGES, TILE, D], _LAYOUT)
     v = values._reinterpret(values.dtype, [STAGES, TILE, D], _LAYOUT)
-    i = 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, QUERY))
-    token = at + i // R
-    q_at = (offset + token).to(gl.int64)[:, None] * ((HEADS + 2 * KV_HEADS) * D) + (h * R + i % R)[:, None] * D
-    q_at = q_at + gl.arange(0, D, gl.SliceLayout(0, QUERY))[None, :]
-    q = gl.load(qkv + q_at, mask=(token < count)[:, None], other=0.0)
-    position = first + at + (64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, SCORE))) // R
-
-    mbarrier.wait(full.index(0), 0)
-    score = warpgroup_mma(q, k.index(0).permute((1, 0)), gl.full([64, TILE], 0.0, gl.float32, SCORE), use_acc=False, is_async=True)
-    score = warpgroup_mma_wait(0, deps=[score])
-    mbarrier.arrive(empty.index(0), count=1)
-    m = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, SCORE))
-    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, SCORE))
-    p, _, m, total = _soften(_seen(score, 0, position), m, total, scale)
-    p = gl.convert_layout(p.to(q.dtype), WEIGHT)
-    acc = gl.full([64, D], 0.0, gl.float32, SUM)
-    mbarrier.wait(full.index(1), 0, pred=number > 1)
-    for j in range(1, plain):
-        p, m, total, acc = _advance(q, p, m, total, acc, k, v, full, empty, j, number, position, scale, False, STAGES)
-    for j in range(gl.maximum(plain, 1), number):
-        p, m, total, acc = _advance(q, p, m, total, acc, k, v, full, empty, j, number, position, scale, True, STAGES)
-    last = (number - 1) % STAGES
-    mbarrier.wait(full.index(STAGES + last), ((number - 1) // STAGES) & 1)
-    if number * TILE > first + count:  # nobody wrote what lies behind the row's end: it may be NaN, which a weight of 0 does not hide
-        PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        written = (number - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, PLAIN)) < first + count
-        v.index(last).store(gl.where(written[:, None], v.index(last).load(PLAIN), 0.0))  # both groups write the same
-        fence_async_shared()
-        gl.thread_barrier()
-    acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v.index(last), acc, is_async=True)])
-
-    i = 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, SUM))
-    to = (offset + at + i // R).to(gl.int64)[:, None] * (HEADS * D) + (h * R + i % R)[:, None] * D
-    to = to + gl.arange(0, D, gl.SliceLayout(0, SUM))[None, :]
-    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, SUM))[:, None]
-    gl.store(out + to, acc.to(out.dtype.element_ty), mask=(at + i // R < count)[:, None])
+    i = 0  # tiles of keys so far
+    following = _item(0, work, KV_HEADS)
+    q = _queries(qkv, following, GROUP, KV_HEADS, R, D, QUERY)
+    for number_of_item in range(rounds):
+        h, at, _, first, count, offset = following
+        following = _item(number_of_item + 1, work, KV_HEADS)
+        number = _key_tiles(at, first, count, R, TILE)
+        if number > 0:
+            plain = (first + at) // TILE  # the tiles before it need no mask
+            position = first + at + (64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, SCORE))) // R
+            zero = gl.full([64, TILE], 0.0, gl.float32, SCORE)
+            mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
+            score = warpgroup_mma(q, k.index(i % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(0, deps=[score])
+            mbarrier.arrive(empty.index(i % STAGES), count=1)
+            m = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, SCORE))
+            total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, SCORE))
+            p, _shrink, m, total = _soften(_seen(score, 0, position), m, total, scale)
+            p = gl.convert_layout(p.to(q.dtype), WEIGHT)
+            acc = gl.full([64, D], 0.0, gl.float32, SUM)
+            mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=number > 1)
+            for j in range(1, plain):
+                p, m, total, acc = _advance(
+                    q,
+                    p,
+                    m,
+                    total,
+                    acc,
+                    k,
+                    v,
+                    full,
+                    empty,
+                    turn,
+                    i + j - number_of_item - 1,
+                    i + j,
+                    j,
+                    number,
+                    position,
+                    scale,
+                    False,
+                    GROUP,
+                    STAGES,
+                    TURNS,
+                )
+            for j in range(gl.maximum(plain, 1), number):
+                p, m, total, acc = _advance(
+                    q,
+                    p,
+                    m,
+                    total,
+                    acc,
+                    k,
+                    v,
+                    full,
+                    empty,
+                    turn,
+                    i + j - number_of_item - 1,
+                    i + j,
+                    j,
+                    number,
+                    position,
+                    scale,
+                    True,
+                    GROUP,
+                    STAGES,
+                    TURNS,
+                )
+            i += number
+            last = (i - 1) % STAGES
+            mbarrier.wait(full.index(STAGES + last), ((i - 1) // STAGES) & 1)
+            if number * TILE > first + count:  # nobody wrote what lies behind the row's end: NaN may be there, and no weight hides it
+                PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+                written = (number - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, PLAIN)) < first + count
+                v.index(last).store(gl.where(written[:, None], v.index(last).load(PLAIN), 0.0))  # both groups write the same
+                fence_async_shared()
+                gl.thread_barrier()
+            acc = warpgroup_mma(p, v.index(last), acc, is_async=True)
+            q = _queries(qkv, following, GROUP, KV_HEADS, R, D, QUERY)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(STAGES + last), count=1)
+            acc = acc / gl.convert_layout(total, gl.SliceLayout(1, SUM))[:, None]
+            rows_here = 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, SUM))
+            token = at + rows_here // R
+            line = (offset + token).to(gl.int64) * (KV_HEADS * R * D) + (h * R + rows_here % R) * D
+            to = out + line[:, None] + gl.arange(0, D, gl.SliceLayout(0, SUM))[None, :]
+            gl.store(to, acc.to(out.dtype.element_ty), mask=(token < count)[:, None])

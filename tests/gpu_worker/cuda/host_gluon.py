@@ -192,9 +192,17 @@ def _layout(*_: object, **__: object) -> Any:
     return layout
 
 
+def _jit(function: Callable[..., None] | None = None, **_: object) -> Any:
+    return function or (lambda function: function)
+
+
 def _either(ours: Callable[..., Any], torchs: Callable[..., Any]) -> Callable[..., Any]:
     """An operation on numbers and on tensors."""
     return lambda a, b: torchs(a, torch.as_tensor(b)) if isinstance(a, torch.Tensor) else ours(a, b)
+
+
+def _where(there: Any, a: Any, b: Any) -> Any:
+    return torch.where(there, a, b) if isinstance(there, torch.Tensor) else a if there else b
 
 
 def load_kernel(path: Path) -> ModuleType:
@@ -206,7 +214,7 @@ def load_kernel(path: Path) -> ModuleType:
         load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_specialise, thread_barrier=lambda: None,
         arange=lambda a, b, _: torch.arange(a, b).as_subclass(Block),
         full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype).as_subclass(Block),
-        minimum=_either(min, torch.minimum), maximum=_either(max, torch.maximum), where=torch.where, exp2=torch.exp2,
+        minimum=_either(min, torch.minimum), maximum=_either(max, torch.maximum), where=_where, exp2=torch.exp2,
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
     )  # fmt: skip
     barriers = SimpleNamespace(
@@ -226,7 +234,7 @@ def load_kernel(path: Path) -> ModuleType:
     root = "triton.experimental.gluon"
     fakes = {
         "triton": SimpleNamespace(),
-        "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=lambda function: function, language=language)),
+        "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=_jit, language=language)),
     }
     fakes |= {root: fakes["triton.experimental"].gluon, root + ".language": language, root + ".language.nvidia.hopper": hopper}
     fakes[root + ".nvidia.hopper"] = SimpleNamespace(TensorDescriptor=Descriptor)

@@ -14,16 +14,23 @@ KERNEL = load_kernel(Path(__file__).parents[3] / "gpu_worker" / "cuda" / "kernel
 
 
 @pytest.mark.parametrize(
-    ("dim", "repeat", "page", "tile", "stages"),
-    [(128, 2, 16, 64, 4), (128, 4, 16, 128, 2), (64, 1, 16, 64, 2), (64, 8, 8, 128, 2), (128, 2, 256, 64, 3), (128, 16, 64, 64, 2)],
+    ("dim", "repeat", "page", "tile", "stages", "turns", "programs"),
+    [
+        (128, 2, 16, 64, 4, 0, 5),
+        (128, 4, 16, 128, 2, 1, 5),
+        (64, 1, 16, 64, 2, 1, 1),
+        (64, 8, 8, 128, 2, 0, 7),
+        (128, 2, 256, 64, 3, 1, 100),
+        (128, 16, 64, 64, 2, 1, 3),
+    ],
 )
-def test_chunks_over_prefixes_match_float64(dim: int, repeat: int, page: int, tile: int, stages: int) -> None:
+def test_chunks_over_prefixes_match_float64(dim: int, repeat: int, page: int, tile: int, stages: int, turns: int, programs: int) -> None:
     case = PrefillCase(dim, repeat, page, KERNEL.ROWS, torch.float32)
     cache = Descriptor(case.cache.view(-1, dim), KERNEL.box(page, tile))
     launch(
         KERNEL.prefill_attention_hopper,
-        (KV_HEADS, len(case.tiles)),
-        [cache, case.qkv, case.table, case.tiles, case.rows, case.out, case.scale],
-        WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, D=dim, PAGE=page, TILE=tile, STAGES=stages,
+        (programs, 1),
+        [cache, case.qkv, case.table, case.tiles, case.rows, case.out, case.scale, len(case.tiles)],
+        WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, D=dim, PAGE=page, TILE=tile, STAGES=stages, TURNS=turns,
     )  # fmt: skip
     assert case.error() < 2e-6

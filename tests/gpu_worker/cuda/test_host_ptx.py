@@ -56,8 +56,8 @@ for dim, repeat in ((128, 2), (64, 3)):
 for dim, repeat, page, tile in ((128, 2, 16, 64), (64, 4, 32, 128)):
     layout = pages(torch.empty(1, 2, 1, page, dim, dtype=torch.bfloat16), tile)
     cache = f"tensordesc<bf16{list(layout.block_shape)},{layout.layout!r}>"
-    sizes = {"WIDTH": 256, "KV_HEADS": 8, "R": repeat, "D": dim, "PAGE": page, "TILE": tile, "STAGES": 2}
-    text = ptx(prefill_attention_hopper, [cache, b, i, i, i, b, "fp32"], 4, **sizes)
+    sizes = {"WIDTH": 256, "KV_HEADS": 8, "R": repeat, "D": dim, "PAGE": page, "TILE": tile, "STAGES": 2, "TURNS": 1}
+    text = ptx(prefill_attention_hopper, [cache, b, i, i, i, b, "fp32", "i32"], 4, **sizes)
     assert "cp.async.bulk.tensor" in text and "wgmma.mma_async" in text
 assert "e4m3x2" in ptx(round_rows, [b, e, f], 8, WIDTH=14336, BLOCK=2048, input_scale=None)
 assert "e4m3x2" in ptx(round_rows, [b, e, f, f], 8, WIDTH=4096, BLOCK=2048)

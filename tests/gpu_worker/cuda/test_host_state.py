@@ -94,7 +94,7 @@ def test_a_prefill_step_is_laid_out_as_the_kernels_read_it(state: DeviceState, c
     assert entry[header[12] :][:8].tolist() == [0, 2, 70, 0, 1, 5, 17, 0]
     assert entry[header[13] :][:87].tolist() == [*range(70), *range(100, 117)]
     assert header[7] == 3
-    assert entry[header[14] :][:6].tolist() == [0, 0, 0, 64, 1, 0]
+    assert entry[header[14] :][:6].tolist() == [0, 64, 0, 0, 1, 0], "those with most keys come first"
     assert entry[header[15] :][:2].tolist() == [69, 86]
     assert entry[header[9] :][:4].tolist() == [400, 401, 20, 3]
 

@@ -24,16 +24,25 @@ def _hopper() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("dim", "repeat", "page", "tile", "stages"),
-    [(128, 2, 16, 64, 4), (128, 4, 16, 128, 2), (64, 1, 16, 64, 2), (64, 8, 8, 128, 2), (128, 2, 256, 64, 3), (128, 16, 64, 64, 2)],
+    ("dim", "repeat", "page", "tile", "stages", "turns", "programs"),
+    [
+        (128, 2, 16, 64, 4, 0, 5),
+        (128, 4, 16, 128, 2, 1, 5),
+        (64, 1, 16, 64, 2, 1, 1),
+        (64, 8, 8, 128, 2, 0, 7),
+        (128, 2, 256, 64, 3, 1, 100),
+        (128, 16, 64, 64, 2, 1, 3),
+    ],
 )
-def test_chunks_over_prefixes_match_float64(dim: int, repeat: int, page: int, tile: int, stages: int, dtype: torch.dtype) -> None:
+def test_chunks_over_prefixes_match_float64(
+    dim: int, repeat: int, page: int, tile: int, stages: int, turns: int, programs: int, dtype: torch.dtype
+) -> None:
     case = PrefillCase(dim, repeat, page, prefill_hopper.ROWS, dtype, "cuda")
     i32 = torch.int32
     kernel = TritonKernel(
-        prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(case.cache, tile), dtype, i32, i32, i32, dtype, case.scale],
+        prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(case.cache, tile), dtype, i32, i32, i32, dtype, case.scale, 0],
         warps=4, pdl=False,
-        WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, D=dim, PAGE=page, TILE=tile, STAGES=stages,
+        WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, D=dim, PAGE=page, TILE=tile, STAGES=stages, TURNS=turns,
     )  # fmt: skip
     cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // dim, dim, prefill_hopper.box(page, tile))
     pointers = [t.data_ptr() for t in (case.qkv, case.table, case.tiles, case.rows, case.out)]
@@ -41,7 +50,7 @@ def test_chunks_over_prefixes_match_float64(dim: int, repeat: int, page: int, ti
     outs = []
     for _ in range(20):  # a race would not show each time
         case.out.fill_(float("nan"))
-        kernel(stream.cuda_stream, (KV_HEADS, len(case.tiles)), *cache, *pointers, case.scale)
+        kernel(stream.cuda_stream, (programs, 1), *cache, *pointers, case.scale, len(case.tiles))
         outs.append(case.out.clone())
     assert case.error() < (6e-3 if dtype == torch.bfloat16 else 1e-3)
     assert all(torch.equal(out, case.out) for out in outs)
