@@ -116,11 +116,15 @@ def blocks_that_fit(usage: Usage, share: float, block: int, needed: int, asked: 
     """Blocks for a cache under `share` of the card, or as many as are asked for (0: as many as fit).
 
     block: bytes of one. needed: blocks of one sequence of max_model_len. kept: bytes for what comes later.
-    Raises LoadError, one line, if a sequence has no room, or the card none for what is asked.
+    Raises LoadError, one line, if a sequence has no room, or the card none for what is asked for.
     """
     left = usage.left(share) - kept
     fit = max(0, left // block)
     if asked:
+        if asked < needed:
+            raise LoadError(
+                f"{asked} blocks hold no sequence of max_model_len, which needs {needed}: lower --max-model-len or raise --num-gpu-blocks"
+            )
         if asked * block > usage.left():
             raise LoadError(
                 f"not enough memory on the card: {asked} blocks of {block >> 10} KiB are asked for, beside weights and the largest step "
