@@ -74,7 +74,7 @@ def test_blocks_that_are_asked_for_need_memory_and_are_warned_of_beyond_the_shar
     assert caplog.messages == ["23040 blocks are more than the 20992 that fit under --gpu-memory-utilization 0.9"]
     with pytest.raises(LoadError, match=r"25089 blocks of 2048 KiB are asked for, .* 25088 fit; lower --num-gpu-blocks"):
         blocks_that_fit(USAGE, 0.9, 2 * MIB, needed=256, asked=49 * 512 + 1)
-    with pytest.raises(LoadError, match="255 blocks hold no sequence of max_model_len, which needs 256: .* raise --num-gpu-blocks"):
+    with pytest.raises(LoadError, match=r"255 blocks hold no sequence of max_model_len, which needs 256: .* raise --num-gpu-blocks"):
         blocks_that_fit(USAGE, 0.9, 2 * MIB, needed=256, asked=255)
 
 
