@@ -132,12 +132,13 @@ class Case:
 def prefill_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream) -> dict[str, float]:
     """Print every case, of all variants with `tune`, best first; microseconds of the best."""
     found = {}
-    for repeat in repeats:
-        built = {variant: variant.build(repeat) for variant in (VARIANTS if tune else (Paged(), Hopper()))}
+    variants = VARIANTS if tune else (Paged(), Hopper())
+    all_built = {repeat: [(variant, *variant.build(repeat)) for variant in variants] for repeat in repeats}  # compiled side by side
+    for repeat, built in all_built.items():
         for name in CASES if tune else SHORT:
             results = []
-            cases = {rows: Case(CASES[name], repeat, rows) for rows in {variant.rows for variant in built}}
-            for variant, (kernel, launch) in built.items():
+            cases = {rows: Case(CASES[name], repeat, rows) for rows in {variant.rows for variant in variants}}
+            for variant, kernel, launch in built:
                 case = cases[variant.rows]
                 case.out.fill_(math.nan)
                 torch.cuda.synchronize()
