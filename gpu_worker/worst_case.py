@@ -34,9 +34,14 @@ class Usage:
     reserved: int  # by torch's allocator
     peak: int  # most that it had reserved meanwhile
 
+    @property
+    def outside(self) -> int:
+        """In use beside the allocator: the context, kernels, other processes."""
+        return self.total - self.free - self.reserved
+
     def left(self, share: float = 1.0) -> int:
-        """What `share` of the card holds beside such a step, and beside what lies outside the allocator, of other processes too."""
-        return int(share * self.total) - (self.total - self.free - self.reserved) - self.peak
+        """What `share` of the card holds beside such a step and what lies outside the allocator."""
+        return int(share * self.total) - self.outside - self.peak
 
 
 def worst_step(geometry: Geometry, long: bool = False) -> Step:
@@ -120,6 +125,8 @@ def blocks_that_fit(usage: Usage, share: float, block: int, needed: int, asked: 
     """
     left = usage.left(share) - kept
     fit = max(0, left // block)
+    told = usage.peak >> 20, usage.outside >> 20, left >> 20, share
+    log.info("weights and the largest step take %d MiB, %d MiB lie outside the allocator, %d MiB are left under a share of %g", *told)
     if asked:
         if asked < needed:
             raise LoadError(
