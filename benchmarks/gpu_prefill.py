@@ -1,7 +1,7 @@
 """Prefill attention alone: chunks of prompts, some over a cached prefix, in a CUDA graph; a part of `gpu_attention.py`.
 
-16-bit, 8 KV heads of 128, pages of 16 in random order, so that a kernel reads as in a step. Each kernel is checked first against
-torch's attention, on the last row.
+bf16, 8 KV heads of 128, pages of 16 (for comparison 64) in random order, so that a kernel reads as in a step. Each kernel is checked
+first against torch's attention, on the last row.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Paged:
     tile: int = 64
     stages: int = 3
     warps: int = 8
+    page: int = PAGE
 
     def build(self, repeat: int) -> tuple[TritonKernel, Launch]:
         b, i = torch.bfloat16, torch.int32
         kernel = TritonKernel(
             prefill_attention, [b, b, i, i, i, b, 1.0], warps=self.warps, pdl=False, WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, RP=repeat,
-            D=D, DP=D, PAGE=PAGE, ROWS=self.rows, TILE=self.tile, STAGES=self.stages, WINDOW=0, SOFTCAP=0, kv_scales=None,
+            D=D, DP=D, PAGE=self.page, ROWS=self.rows, TILE=self.tile, STAGES=self.stages, WINDOW=0, SOFTCAP=0, kv_scales=None,
         )  # fmt: skip
 
         def launch(stream: int, case: Case) -> None:
@@ -63,16 +64,17 @@ class Hopper:
     stages: int = prefill_hopper.STAGES
     turns: int = prefill_hopper.TURNS
     stays: bool = True  # as many blocks as there are SMs, or one an item
+    page: int = PAGE
     rows: int = prefill_hopper.ROWS
 
     def build(self, repeat: int) -> tuple[TritonKernel, Launch]:
         b, i = torch.bfloat16, torch.int32
-        example = torch.empty(1, 2, KV_HEADS, PAGE, D, device="cuda", dtype=b)
+        example = torch.empty(1, 2, KV_HEADS, self.page, D, device="cuda", dtype=b)
         kernel = TritonKernel(
             prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(example, self.tile), b, i, i, i, b, 1.0, 0], warps=4, pdl=False,
-            WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, D=D, PAGE=PAGE, TILE=self.tile, STAGES=self.stages, TURNS=self.turns,
+            WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, D=D, PAGE=self.page, TILE=self.tile, STAGES=self.stages, TURNS=self.turns,
         )  # fmt: skip
-        box = prefill_hopper.box(PAGE, self.tile)
+        box = prefill_hopper.box(self.page, self.tile)
         most = torch.cuda.get_device_properties("cuda").multi_processor_count if self.stays else 1 << 20
 
         def launch(stream: int, case: Case) -> None:
@@ -86,23 +88,29 @@ class Hopper:
 VARIANTS = (
     Paged(),
     Paged(tile=32),
-    *(Hopper(*kind) for kind in ((64, 4, 1), (64, 4, 0), (64, 2, 1), (128, 2, 1), (128, 2, 0), (64, 4, 1, False))),
+    Hopper(64, 4, turns=1),
+    Hopper(64, 4, turns=0),
+    Hopper(64, 2, turns=1),
+    Hopper(128, 2, turns=1),
+    Hopper(128, 2, turns=0),
+    Hopper(64, 4, turns=1, stays=False),
+    Hopper(64, 4, turns=1, page=64),
 )
 
 
 class Case:
     """One step's rows: tensors as the kernels take them."""
 
-    def __init__(self, rows: list[tuple[int, int]], repeat: int, tile_rows: int) -> None:
-        self.rows, self.repeat, self.heads = rows, repeat, KV_HEADS * repeat
+    def __init__(self, rows: list[tuple[int, int]], repeat: int, tile_rows: int, page: int) -> None:
+        self.rows, self.repeat, self.heads, self.page = rows, repeat, KV_HEADS * repeat, page
         lengths = [prefix + tokens for prefix, tokens in rows]
         offsets = list(itertools.accumulate((tokens for _, tokens in rows), initial=0))
-        pages = [-(-n // PAGE) for n in lengths]
+        pages = [-(-n // page) for n in lengths]
         order = torch.randperm(sum(pages), device="cuda", dtype=torch.int32)
         self.table = torch.zeros(len(rows), WIDTH, dtype=torch.int32, device="cuda")
         for row, mine in zip(self.table, order.split(pages), strict=True):
             row[: len(mine)] = mine
-        self.cache = torch.randn(sum(pages), 2, KV_HEADS, PAGE, D, device="cuda").bfloat16()
+        self.cache = torch.randn(sum(pages), 2, KV_HEADS, page, D, device="cuda").bfloat16()
         self.qkv = torch.randn(offsets[-1], (self.heads + 2 * KV_HEADS) * D, device="cuda").bfloat16()
         self.out = torch.empty(offsets[-1], self.heads * D, device="cuda", dtype=torch.bfloat16)
         about = [[i, prefix, tokens, 0, offsets[i], 0, 0, 0] for i, (prefix, tokens) in enumerate(rows)]
@@ -118,7 +126,7 @@ class Case:
         """Torch's output of the last row."""
         prefix, tokens = self.rows[-1]
         length = prefix + tokens
-        kv = self.cache[self.table[len(self.rows) - 1, : -(-length // PAGE)].long()]
+        kv = self.cache[self.table[len(self.rows) - 1, : -(-length // self.page)].long()]
         k, v = kv.permute(1, 2, 0, 3, 4).reshape(2, KV_HEADS, -1, D)[:, None, :, :length]
         q = self.qkv[-tokens:, : self.heads * D].view(1, tokens, self.heads, D).transpose(1, 2)
         seen = torch.ones(tokens, length, dtype=torch.bool, device="cuda").tril(prefix)
@@ -137,9 +145,9 @@ def prefill_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream
     for repeat, built in all_built.items():
         for name in CASES if tune else SHORT:
             results = []
-            cases = {rows: Case(CASES[name], repeat, rows) for rows in {variant.rows for variant in variants}}
+            cases = {kind: Case(CASES[name], repeat, *kind) for kind in {(variant.rows, variant.page) for variant in variants}}
             for variant, kernel, launch in built:
-                case = cases[variant.rows]
+                case = cases[variant.rows, variant.page]
                 case.out.fill_(math.nan)
                 torch.cuda.synchronize()
                 launch(stream.cuda_stream, case)
