@@ -1,0 +1,116 @@
+"""A whole engine on a card that is played: every kernel compiles for Hopper, and all that is enqueued is enqueued. No card is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.cuda.compiler import compile_cubin
+from gpu_worker.errors import LoadError
+
+pytest.importorskip("triton")
+
+KERNELS = """
+import torch
+from tests.gpu_worker.cuda.played_card import Card
+Card()
+
+from gpu_worker.cuda.compiler import compilers
+from gpu_worker.cuda.driver import Kernel
+from gpu_worker.cuda.forward import Forward
+from gpu_worker.cuda.state import DeviceState
+from gpu_worker.cuda.weights import LayerWeights, ModelWeights
+from gpu_worker.loading.config import ModelConfig
+from protocol.messages import Geometry
+
+config = ModelConfig(
+    family="qwen3", vocab_size=151936, hidden=1024, intermediate=3072, layers=1, heads=16, kv_heads=8, head_dim=128, max_length=4096,
+    norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tied_embeddings=True,
+)
+meta = torch.device("meta")
+
+def bf16(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device=meta)
+
+norm = bf16(1024)
+layer = LayerWeights(norm, bf16(4096, 1024), None, bf16(128), bf16(128), bf16(1024, 2048), None, norm, bf16(6144, 1024), bf16(1024, 3072))
+table = bf16(151936, 1024)
+state = DeviceState(Geometry(16, 1, 0, 256, 4096, 8192, 151936), meta, 33, 64, pack=8)
+forward = Forward(config, ModelWeights(table, table, norm, [layer]), state, bf16(1, 2, 2, 8, 16, 128), (bf16(4096, 64), bf16(4096, 64)))
+compilers().wait()
+kernels = [kernel for kernel in vars(forward).values() if isinstance(kernel, Kernel)]
+kernels += [kernel for linear in forward.linears.values() for _, kernel, _ in linear.kernels]
+kernels += forward.k_decode_few.values()
+kernels += [kernel._kernel for kernel in (forward.k_decode_attention, forward.k_prefill_attention, forward.k_prefill_long)]
+assert all(kernel.module._cubin().startswith(bytes([127]) + b"ELF") for kernel in kernels)
+print(len(kernels))
+"""
+
+ENGINE = """
+import numpy as np
+import torch
+from tests.gpu_worker.cuda.played_card import Card
+card = Card()
+
+from benchmarks.gpu_player import Player
+from gpu_worker.cuda.engine import Engine
+from gpu_worker.cuda.memory import Options
+from gpu_worker.cuda.weights import load_weights
+from gpu_worker.loading.config import ModelConfig
+from gpu_worker.loading.dummy import DummyTensors
+from gpu_worker.loading.source import Shard
+
+config = ModelConfig(
+    family="qwen3", vocab_size=2048, hidden=512, intermediate=768, layers=2, heads=8, kv_heads=4, head_dim=128, max_length=1024,
+    norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tied_embeddings=True,
+)
+cpu, dtype = torch.device("cpu"), torch.bfloat16
+weights = load_weights(DummyTensors(config, 1, cpu, dtype), config, cpu, dtype, Shard())
+engine = Engine(config, weights, Options(max_num_seqs=32, max_num_batched_tokens=1024, max_model_len=1024, num_blocks=BLOCKS))
+assert engine.forward.cache.shape[1] == engine.geometry.blocks + 1
+assert card.calls["cuLaunchKernelEx"], "the largest step"
+player = Player(engine)
+params = {"temperature": 1.0, "top_p": 0.9}
+new = [player.add(np.arange(20, dtype=np.int32), 9, **(params if i % 2 else {})) for i in range(12)]
+player.prefill(new)
+player.decode([sequence for sequence, _ in new], 6)
+player.settle()
+while engine.idle(lambda: False):
+    pass
+assert set(engine.graphs.captured) >= set(engine._likely)
+print(engine.geometry.blocks)
+"""
+
+
+def printed(program: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a program prints."""
+    monkeypatch.setenv("PAGEWIRE_CACHE", str(cache))
+    try:
+        compile_cubin("plan.cu", "sm_90a", {})
+    except LoadError:
+        pytest.skip("needs nvidia-cuda-nvrtc")
+    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environ |= {"PYTHONPATH": str(Path(__file__).parents[3]), "TRITON_CACHE_DIR": str(cache)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_all_kernels_of_a_forward_pass_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed(KERNELS, tmp_path, monkeypatch) == "34\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1200])
+def test_an_engine_runs_its_largest_step_with_one_block_and_loads_nothing_within_a_capture(
+    asked: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path_factory.getbasetemp() / "kernels"
+    blocks = int(printed(ENGINE.replace("BLOCKS", str(asked)), cache, monkeypatch))
+    block, left = 2 * 2 * 4 * 16 * 128 * 2, (int(0.9 * 4 * 2**30) - 2**30 - 2**29 - (256 << 20))
+    assert blocks == (asked or left // block)
