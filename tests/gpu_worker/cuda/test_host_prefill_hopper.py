@@ -16,12 +16,12 @@ KERNEL = load_kernel(Path(__file__).parents[3] / "gpu_worker" / "cuda" / "kernel
 @pytest.mark.parametrize(
     ("dim", "repeat", "page", "tile", "stages", "turns", "programs"),
     [
-        (128, 2, 16, 64, 4, 0, 5),
         (128, 4, 16, 128, 2, 1, 5),
-        (64, 1, 16, 64, 2, 1, 1),
-        (64, 8, 8, 128, 2, 0, 7),
-        (128, 2, 256, 64, 3, 1, 100),
-        (128, 16, 64, 64, 2, 1, 3),
+        pytest.param(128, 2, 16, 64, 4, 0, 5, marks=pytest.mark.slow),
+        pytest.param(64, 1, 16, 64, 2, 1, 1, marks=pytest.mark.slow),
+        pytest.param(64, 8, 8, 128, 2, 0, 7, marks=pytest.mark.slow),
+        pytest.param(128, 2, 256, 64, 3, 1, 100, marks=pytest.mark.slow),
+        pytest.param(128, 16, 64, 64, 2, 1, 3, marks=pytest.mark.slow),
     ],
 )
 def test_chunks_over_prefixes_match_float64(dim: int, repeat: int, page: int, tile: int, stages: int, turns: int, programs: int) -> None:
