@@ -90,7 +90,7 @@ VARIANTS = (
     Paged(tile=32),
     Hopper(64, 4, turns=1),
     Hopper(64, 4, turns=0),
-    Hopper(64, 2, turns=1),
+    Hopper(128, 3, turns=1),
     Hopper(128, 2, turns=1),
     Hopper(128, 2, turns=0),
     Hopper(64, 4, turns=1, stays=False),
