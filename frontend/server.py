@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -54,7 +55,14 @@ def run(settings: FrontendSettings) -> None:
         "frontend", settings.name, settings.run_dir, settings.log_level, limit, drains=True, log_format=settings.log_format
     ) as process:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        raise_file_limit()
         uvloop.run(_serve(settings, process))
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system lets this process have: each connection is one, and shells and containers begin with 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def make_app(client: Client) -> Starlette:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -19,6 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from frontend.server import raise_file_limit
 from protocol.messages import Abort, Done
 from protocol.rundir import RunDir
 from tests.frontend.fakes import Engine, scheduler_thread, text
@@ -164,6 +166,16 @@ def test_a_socket_handed_over_is_served(run_dir, scheduled):
 
 
 @pytest.mark.slow
+def test_it_may_open_as_many_files_as_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_what_is_no_http_is_refused_in_json(run_dir):
     frontend = Frontend(run_dir)
     try:
