@@ -5,7 +5,8 @@
 The packaged SmolLM2 in fp32. First the CPU worker says what the texts are; then, for the triton backend with and without
 CUDA graphs and for the torch backend, each fault strikes while streams flow, and every text is compared with the undisturbed
 ones; those without sampling with the CPU's as well. Each question is asked greedily and, with other seeds, `--copies` times
-sampled, all at once, so that a fast card has enough to do when a fault strikes. `--device cpu` plays it through without a card. Exit code 1 if a text differs.
+sampled, all at once, so that a fast card has enough to do when a fault strikes. `--device cpu` plays it through without a
+card. Exit code 1 if a text differs.
 """
 
 from __future__ import annotations
