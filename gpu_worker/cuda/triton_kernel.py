@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import triton_key
 
 from gpu_worker.cuda.compiler import compilers
@@ -66,10 +67,22 @@ class TritonKernel:
         self._kernel(stream, grid, *args, 0, 0)
 
 
+class _Compiling:
+    """What Triton asks its driver while it compiles. Its own, which would launch kernels too, is built by a C compiler at first."""
+
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+    @staticmethod
+    def get_current_target() -> GPUTarget:
+        """The card to compile for."""
+        major, minor = torch.cuda.get_device_capability()
+        return GPUTarget("cuda", 10 * major + minor, 32)
+
+
 def begin_triton() -> None:
-    """What Triton does before it finds or compiles its first kernel: it looks for the card, and takes a hash of its own 400 MB."""
+    """What must be done before Triton finds or compiles its first kernel; it takes a hash of its own 400 MB."""
     with _FIRST:
-        triton.runtime.driver.active.get_current_target()
+        triton.runtime.driver.set_active(_Compiling())
         triton_key()
 
 

@@ -12,8 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from gpu_worker.cuda import driver
 
@@ -27,10 +25,6 @@ class Card:
         self.calls: Counter[str] = Counter()
         self.capturing = False
         card = self
-
-        class Triton:
-            get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-            get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
         class Event:
             def __init__(self, **_: object) -> None: ...
@@ -46,7 +40,6 @@ class Card:
 
             def replay(self) -> None: ...
 
-        triton.runtime.driver.set_active(Triton())
         driver._cuda = lambda: card
         stream = SimpleNamespace(cuda_stream=0)
         replaced = {
@@ -55,6 +48,7 @@ class Card:
             "Stream": lambda device: stream,
             "current_stream": lambda device=None: stream,
             "empty_cache": lambda: None,
+            "get_device_capability": lambda: (9, 0),
             "get_device_properties": lambda device: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
             "graph_pool_handle": lambda: 0,
             "max_memory_reserved": lambda: GIB,
