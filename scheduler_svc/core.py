@@ -1,7 +1,7 @@
 """A scheduler without its sockets: sessions, epoch and engine in one. No I/O, no clock.
 
 The owner feeds it frames and the time, calls `turn` after each batch of them and at `next_time()` at the latest, and
-transmits what stands in `out`.
+transmits what stands in `out`: after `turn`, and whenever it is called back meanwhile.
 """
 
 from __future__ import annotations
@@ -91,8 +91,17 @@ class Core:
         """Send a frame on every route, so that those which are gone show."""
         self.listener.probe(now)
 
-    def turn(self, now: float) -> None:
-        """Timers, then plans, then whatever the engine has to say."""
+    def turn(self, now: float, transmit: Callable[[], None] = lambda: None) -> None:
+        """Timers, then plans, then whatever the engine has to say. `transmit` is called behind each plan: the first one of an
+        empty pipeline need not wait for those that follow it."""
+
+        def made_one() -> None:
+            session, plan, _ = self.engine.out.pop()
+            if self.done is not None:
+                self._note_plan(self.done, session, plan)
+            self.listener.send(session, plan, now)
+            transmit()
+
         state = self.epochs.state
         self.epochs.tick(now)
         if state is not State.ACTIVE and self.epochs.state is State.ACTIVE:
@@ -104,22 +113,14 @@ class Core:
         if now >= self._admit_at:
             self._awaited.clear()
         if not self._awaited:
-            self.engine.schedule(now)
+            self.engine.schedule(now, made_one)
         self.flush(now)
 
     def flush(self, now: float) -> None:
-        """Hand the engine's messages to their links, plans first, and end the sessions it wants ended."""
+        """Hand the engine's messages to their links, and end the sessions it wants ended."""
         while self.engine.out or self.engine.fence:
-            later = []
             while self.engine.out:
                 session, message, weight = self.engine.out.popleft()
-                if isinstance(message, Plan):  # a worker must not wait while tokens are encoded
-                    if self.done is not None:
-                        self._note_plan(self.done, session, message)
-                    self.listener.send(session, message, now)
-                else:
-                    later.append((session, message, weight))
-            for session, message, weight in later:
                 self.listener.send(session, message, now, weight)
             while self.engine.fence:
                 session, reason = self.engine.fence.pop()
@@ -196,11 +197,10 @@ class Core:
         if isinstance(message, Ready):
             self._awaited.discard(peer.hello.incarnation)
 
-    def _note_plan(self, done: list[Did], session: int, plan: Plan) -> None:
+    def _note_plan(self, done: list[Did], session: int, plan: Message) -> None:
         """A plan has been made; those that it runs for the first time have been waiting since their arrival."""
-        worker = self.engine.workers.get(session)
-        if worker is None:
-            return
+        worker = self.engine.workers[session]
+        assert isinstance(plan, Plan)
         done.append(Did("plan", f"plans for {worker.name}", f"{session}:{plan.step}"))
         for slot in unpack(plan.bind_slots).tolist():
             choice = worker.slots.choice[slot]

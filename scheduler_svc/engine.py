@@ -211,8 +211,11 @@ class Engine:
 
     # ------------------------------------------------------------ plans
 
-    def schedule(self, now: float) -> bool:
-        """Make plans for every ready worker that has something to do and room in its pipeline. Whether any was made."""
+    def schedule(self, now: float, made_one: Callable[[], None] = lambda: None) -> bool:
+        """Make plans for every ready worker that has something to do and room in its pipeline. Whether any was made.
+
+        `made_one` is called behind each, which stands last in `out`: it may be sent before the next one is made.
+        """
         self.arrivals.advance(now)
         queued: dict[int, int] = {}
         for session, _, weight in self.out:
@@ -225,6 +228,7 @@ class Engine:
                 self._drain(worker, now)
             while worker.ready and not worker.fenced and len(worker.in_flight) < worker.depth.plans and self._plan(worker, now):
                 made = True
+                made_one()
         if made:
             self._integrity.stirred = True
         elif self.settings.check_when_idle:

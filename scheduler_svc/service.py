@@ -112,6 +112,7 @@ class _Loop:
         if authenticator is not None:
             self._poller.register(authenticator.socket)
         self._published = -math.inf
+        self._gone: list[Route] = []  # connections that a frame could not be routed to
 
     def run(self) -> None:
         """Until the service is asked to stop."""
@@ -142,13 +143,11 @@ class _Loop:
         if any(watch in ready for watch in self._monitors):
             self._look_at_connections(now)
         if self._sockets[WORKERS] in ready or self._sockets[FRONTENDS] not in ready:
-            self.core.turn(now)
-            self._transmit_turn(now)
+            self._plan(now)
         if self._sockets[FRONTENDS] in ready:
             self._take(FRONTENDS, now + ARRIVALS)
             now = time.monotonic()
-            self.core.turn(now)
-            self._transmit_turn(now)
+            self._plan(now)
         self._export(EXPORTED)
         if now >= self._published + TELEMETRY:
             self._published = now
@@ -163,14 +162,24 @@ class _Loop:
             if now >= until:
                 return
 
-    def _transmit_turn(self, begun: float) -> None:
-        """Transmit what a turn that began then has made."""
-        did = self._trace(begun)
-        begun = time.monotonic()
-        self._transmit()
-        for name, lane, key, _ in did:
-            if name == "plan":
-                self._publisher.trace.note(lane, "send", begun, time.monotonic(), key)
+    def _plan(self, now: float) -> None:
+        """Let the core have its turn, and transmit each plan while the next one is made."""
+        begun = now
+
+        def transmit() -> None:
+            nonlocal begun
+            did = self._trace(begun)
+            begun = time.monotonic()
+            self._transmit()
+            ended = time.monotonic()
+            for name, lane, key, _ in did:
+                if name == "plan":
+                    self._publisher.trace.note(lane, "send", begun, ended, key)
+            begun = ended
+
+        self.core.turn(now, transmit)
+        transmit()
+        self._tell_gone()
 
     def _trace(self, begun: float) -> list[Did]:
         """Note for the timeline what the core has done since `begun`; returns it."""
@@ -190,6 +199,12 @@ class _Loop:
             self._tap.mirror("out", frames)
             self._send(route, frames)
 
+    def _tell_gone(self) -> None:
+        """Tell the core which connections have gone; not while it plans for them."""
+        while self._gone:
+            self.core.disconnected(self._gone.pop(), time.monotonic())
+            self._transmit()
+
     def _send(self, route: Route, frames: list[bytes]) -> None:
         socket = self._sockets[route[0]]
         self._poller.used(socket)
@@ -200,7 +215,7 @@ class _Loop:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             self.core.counters.add("route_gone")
-            self.core.disconnected(route, time.monotonic())
+            self._gone.append(route)
 
     def _look_at_connections(self, now: float) -> None:
         changes = [news(watch) for watch in self._monitors]
@@ -210,6 +225,7 @@ class _Loop:
             # ROUTER does not say whose connection has gone: a frame for each tells.
             self.core.probe(now)
             self._transmit()
+            self._tell_gone()
 
     def _keep_key(self, key: bytes) -> None:
         if self._key_file is None:
