@@ -20,7 +20,7 @@ from benchmarks.gpu_results import add_rows
 from benchmarks.gpu_runner import Bench
 from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
-from gpu_worker.cuda.weights import load_weights
+from gpu_worker.cuda.weights import UnreadWeights
 from gpu_worker.loading.config import from_json
 from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
@@ -89,8 +89,8 @@ def main() -> None:
     args = parser.parse_args()
     config = from_json(json.loads((args.shape / "config.json").read_text()))
     device = torch.device("cuda")
-    weights = load_weights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
-    bench = Bench(Engine(config, weights, Options()), {})
+    unread = UnreadWeights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
+    bench = Bench(Engine(config, unread, Options()), {})
     rows: dict[str, dict[str, float]] = {}
     for batch in (int(b) for b in args.batch.split(",")):
         player = bench.player

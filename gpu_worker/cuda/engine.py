@@ -16,12 +16,12 @@ import torch
 
 from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.filter import FilterKernel
-from gpu_worker.cuda.forward import Forward, Layers
+from gpu_worker.cuda.forward import Forward, Layers, arch_of
 from gpu_worker.cuda.general import Beside, General, report
 from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, likely_shapes, mixed_bucket
 from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
-from gpu_worker.cuda.weights import ModelWeights
+from gpu_worker.cuda.weights import UnreadWeights
 from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.logprobs import PromptScores
@@ -52,14 +52,14 @@ def angles(config: ModelConfig, length: int, device: torch.device) -> tuple[torc
 class Engine:
     """The step on the card. `start` is called on one thread, in plan order; `finish` on another, in the same order."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, options: Options, kv_scales: torch.Tensor | None = None) -> None:
+    def __init__(self, config: ModelConfig, unread: UnreadWeights, options: Options, kv_scales: torch.Tensor | None = None) -> None:
         """kv_scales: fp32 [layers, 4], units of keys and values, the rest unused (16 bytes a layer); with them the cache is fp8.
 
         The cache is made last, of what is left under `options.utilization` beside the step that takes most, which is run for that.
         Raises LoadError if the card has no room for a single sequence of max_model_len.
         """
         self.config, self.options = config, options
-        self.device, dtype = weights.embedding.device, weights.embedding.dtype
+        self.device, dtype = unread.device, unread.dtype
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         repeat = 1 << (config.heads // config.kv_heads - 1).bit_length()
         tile_rows = 32 if dtype == torch.float32 else 128
@@ -80,9 +80,10 @@ class Engine:
         cached = dtype if kv_scales is None else torch.uint8
         # mapped: kernels copy to and from it
         self._host_cache = torch.zeros((config.layers, options.host_blocks, *block), dtype=cached, pin_memory=options.host_blocks > 0)
+        filter_kernel = FilterKernel(arch_of(self.device)) if options.filter_kernel else None
         self.forward = Forward(
             config,
-            weights,
+            unread,
             self.state,
             torch.zeros((config.layers, geometry.blocks + 1, *block), dtype=cached, device=self.device),
             angles(config, options.max_model_len, self.device),
@@ -94,7 +95,7 @@ class Engine:
         )
         self.graphs = Graphs(self._body, self.forward.layers, options.graphs, self.forward.one_of_each)
         self._likely = likely_shapes(geometry) if options.capture_idle else []
-        self.general = General(self.state, self.forward, FilterKernel(self.forward.arch) if options.filter_kernel else None)
+        self.general = General(self.state, self.forward, filter_kernel)
         self._pending: deque[_Running] = deque()
         # Pinned memory given back while the other thread captures would have its event captured; what is dropped here is long over.
         self._kept: deque[_Running] = deque(maxlen=self.state.results)
@@ -111,7 +112,8 @@ class Engine:
 
     def _blocks_that_fit(self) -> int:
         """Blocks that there is room for beside the step that takes most; to be asked before there is any other."""
-        log.debug("start: buffers made")
+        torch.cuda.synchronize(self.device)
+        log.debug("start: weights read")
         usage = measure(self._run_worst_step)
         log.debug("start: largest step run")  # which waits for the kernels that it launches
         compilers().wait()

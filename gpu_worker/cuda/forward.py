@@ -17,7 +17,7 @@ from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
 from gpu_worker.cuda.state import INPUTS, MANY_ROWS, PREPARE, SLOTS, TILE, DeviceState
 from gpu_worker.cuda.triton_kernel import TritonKernel
-from gpu_worker.cuda.weights import LayerWeights, Matrix, ModelWeights
+from gpu_worker.cuda.weights import LayerWeights, Matrix, UnreadWeights
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.source import Fp8
 
@@ -28,13 +28,19 @@ LONG_ROWS = 2048  # tokens a row, on average, from which prefill attention gains
 SAMPLE_SPLITS = 64  # programs over the vocabulary for few outputs
 
 
+def arch_of(device: torch.device) -> str:
+    """What kernels for a card are compiled for, as NVRTC calls it."""
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}" + ("a" if properties.major == 9 else "")
+
+
 class Forward:
     """One model's kernels on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim], fp8 or of the model's type."""
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: ModelWeights,
+        unread: UnreadWeights,
         state: DeviceState,
         cache: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
@@ -45,19 +51,29 @@ class Forward:
         prefill_hopper: bool = False,
         kv_scales: torch.Tensor | None = None,
     ) -> None:
-        """angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few, prefill_hopper: whether PDL, linear.cu and
+        """Kernels are begun before the weights are read, and compile meanwhile.
+
+        angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few, prefill_hopper: whether PDL, linear.cu and
         prefill_hopper.py are used, where they can be. few_attention: up to so many rows decode attention is `decode_few.cu`'s.
         kv_scales: with an fp8 cache, fp32 [layers, 4]: units of keys and of values, then two words unused, since kernels want 16 bytes."""
-        self.config, self.weights, self.state, self.cache = config, weights, state, cache
+        self.config, self.state, self.cache = config, state, cache
         self.cosines, self.sines = angles
         self.kv_scales = kv_scales
-        self.layers = list(enumerate(weights.layers))
-        g, device, dtype = state.geometry, cache.device, weights.embedding.dtype
+        g, device, dtype = state.geometry, cache.device, unread.dtype
         properties = torch.cuda.get_device_properties(device)
         hopper = properties.major == 9  # clusters, wgmma; elsewhere cuBLAS and Triton do it
         self.pdl, self.few_attention = pdl and properties.major >= 9, few_attention if hopper else 0
         self.sms = properties.multi_processor_count
-        self.arch = arch = f"sm_{properties.major}{properties.minor}" + ("a" if hopper else "")
+        arch = self.arch = arch_of(device)
+        self.repeat = config.heads // config.kv_heads
+        self.padded_repeat = 1 << (self.repeat - 1).bit_length()
+        self.scale = config.head_dim**-0.5 * math.log2(math.e)
+        self._compile(arch, dtype, few and hopper and dtype == torch.bfloat16)
+        self._compile_attention(dtype)
+        self.k_prefill_hopper = self._prefill_hopper(dtype) if prefill_hopper and hopper else None
+
+        self.weights = weights = unread.read()
+        self.layers = list(enumerate(weights.layers))
         tokens, qkv = -(-state.max_tokens // 4) * 4, config.q_size + 2 * config.kv_size  # fp8 products go by four rows
 
         def buffer(rows: int, width: int) -> torch.Tensor:
@@ -69,24 +85,18 @@ class Forward:
         # rows of whole 16 bytes; what lies behind the vocabulary is never sampled
         self._logits = torch.full((g.slots, -(-config.vocab_size // 8) * 8), -math.inf, dtype=dtype, device=device)
         self.logits, self.logits_width = self._logits[:, : config.vocab_size], self._logits.shape[1]
-        self.repeat = config.heads // config.kv_heads
-        self.padded_repeat = 1 << (self.repeat - 1).bit_length()
         partials = state.max_partials
         self.partial = torch.zeros(partials, config.kv_heads, self.padded_repeat, config.head_dim, device=device)
         self.partial_ml = torch.zeros(partials, config.kv_heads, 2, self.padded_repeat, device=device)
         self.arrivals = torch.zeros(g.slots, config.kv_heads, dtype=torch.int32, device=device)
         self.best = torch.zeros(g.slots, SAMPLE_SPLITS, 4, dtype=torch.int32, device=device)
         self.sample_arrivals = torch.zeros(g.slots, dtype=torch.int32, device=device)
-        self.scale = config.head_dim**-0.5 * math.log2(math.e)
         matrices = [m for layer in weights.layers for m in layer.matrices]
         # layers that together launch every kernel there is: a checkpoint may leave some linears of some layers in 16 bits
         self.one_of_each = list({tuple(isinstance(m, Fp8) for m in layer.matrices): (i, layer) for i, layer in self.layers}.values())
         self.fp8 = Fp8Products([m for m in matrices if isinstance(m, Fp8)], dtype, tokens, device)
-        self._compile(arch, DTYPES[dtype], few and hopper and dtype == torch.bfloat16)
-        self._compile_attention(dtype)
-        self.k_prefill_hopper = self._prefill_hopper(dtype) if prefill_hopper and hopper else None
 
-    def _compile(self, arch: str, dtype: int, few: bool) -> None:
+    def _compile(self, arch: str, dtype: torch.dtype, few: bool) -> None:
         """Begin all CUDA kernels, of which is compiled what the disk cache lacks."""
         c = self.config
 
@@ -103,7 +113,7 @@ class Forward:
         }
         fp8 = self.kv_scales is not None
         plan = Module.of("plan.cu", arch)
-        elementwise = Module.of("elementwise.cu", arch, {"DTYPE": dtype, "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))
+        elementwise = Module.of("elementwise.cu", arch, {"DTYPE": DTYPES[dtype], "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))
         self.k_prepare = Kernel(plan, "prepare", PREPARE, 1024, pdl=False)
         self.k_prepare_packed = self.k_prepare
         if self.state.pack > 1:
@@ -113,13 +123,13 @@ class Forward:
         self.k_copy = Kernel(plan, "copy_blocks", INPUTS + "PiiPiPii", 256, pdl=False)
         self.k_mark = Kernel(plan, "mark", INPUTS + "Pi", 1, pdl=False)
         self.k_embed = Kernel(elementwise, "embed", "PPPi", 128, pdl=self.pdl)
-        vectors = c.hidden * self.h.element_size() // 16
+        vectors = c.hidden * dtype.itemsize // 16
         self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", min(256, -(-vectors // 32) * 32), pdl=self.pdl)
         self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiif" + "P" * fp8, 256, pdl=self.pdl)
         self.k_silu = Kernel(elementwise, "silu_mul", "PPq", 256, pdl=self.pdl)
         self.k_sample, self.k_sample_wide = (
-            Kernel(Module.of("sampler.cu", arch, {"DTYPE": of}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
-            for of in (dtype, DTYPES[torch.float32])
+            Kernel(Module.of("sampler.cu", arch, {"DTYPE": DTYPES[of]}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
+            for of in (dtype, torch.float32)
         )
 
     def _compile_attention(self, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.triton_kernel import begin_triton
-from gpu_worker.cuda.weights import load_weights
+from gpu_worker.cuda.weights import UnreadWeights
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.kv_scales import kv_scales
@@ -63,11 +63,6 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
         )
     try:
         source = files.tensors(device, dtype)
-        weights = load_weights(source, config, device, dtype, Shard())
-        torch.cuda.synchronize(device)
-        log.debug("start: weights loaded")
-        if config.quantization is not None and not weights.fp8_linears:
-            log.warning("torch multiplies no such fp8 weights on this card with --dtype %s: they are kept in 16 or 32 bits", settings.dtype)
         fp8_cache = None
         if settings.kv_cache_dtype == "fp8":
             fp8_cache = torch.tensor([(*units, 0.0, 0.0) for units in kv_scales(source, config.layers)], device=device)
@@ -83,13 +78,16 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
             filter_kernel=settings.filter_kernel,
             pack_prefixes=settings.pack_prefixes,
         )
-        engine = Engine(config, weights, options, fp8_cache)
+        engine = Engine(config, UnreadWeights(source, config, device, dtype, Shard()), options, fp8_cache)
     except torch.OutOfMemoryError as error:
         raise LoadError(f"the card's memory does not hold the model with its largest step: {str(error).splitlines()[0]}") from error
+    fp8_linears = engine.forward.weights.fp8_linears
+    if config.quantization is not None and not fp8_linears:
+        log.warning("torch multiplies no such fp8 weights on this card with --dtype %s: they are kept in 16 or 32 bits", settings.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     description = Description(
         model=files.name,
-        fingerprint=fingerprint(files, dtype_name, False, dtype_name if fp8_cache is None else "fp8", weights.fp8_linears),
+        fingerprint=fingerprint(files, dtype_name, False, dtype_name if fp8_cache is None else "fp8", fp8_linears),
         geometry=engine.geometry,
         attention="triton",
         eos=files.generation.eos,

@@ -55,6 +55,21 @@ class ModelWeights:
         return sum(isinstance(matrix, Fp8) for layer in self.layers for matrix in layer.matrices)
 
 
+@dataclass(frozen=True)
+class UnreadWeights:
+    """Weights that are still to be read: what is compiled for them needs their shapes and type only."""
+
+    source: TensorSource
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    shard: Shard
+
+    def read(self) -> ModelWeights:
+        """Read everything. Raises LoadError for a missing or wrongly sized tensor."""
+        return load_weights(self.source, self.config, self.device, self.dtype, self.shard)
+
+
 def load_weights(source: TensorSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, shard: Shard) -> ModelWeights:
     """Read everything. Raises LoadError for a missing or wrongly sized tensor."""
     embedding = stack_rows(source, (vocabulary_piece(config, "model.embed_tokens.weight"),), device, dtype)

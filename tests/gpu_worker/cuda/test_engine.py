@@ -21,7 +21,7 @@ if torch.cuda.is_available():
     from gpu_worker.cuda.engine import Engine
     from gpu_worker.cuda.graphs import likely_shapes
     from gpu_worker.cuda.memory import Options
-    from gpu_worker.cuda.weights import load_weights
+    from gpu_worker.cuda.weights import UnreadWeights
 
 QWEN3 = ModelConfig(
     family="qwen3", vocab_size=2048, hidden=512, intermediate=768, layers=3, heads=8, kv_heads=4, head_dim=128, max_length=4096,
@@ -50,9 +50,9 @@ class Noisy(DummyTensors):
 
 def make(config: ModelConfig, dtype: torch.dtype, **options: object) -> tuple[Engine, Noisy]:
     source = Noisy(config, 1, torch.device("cuda"), torch.float32)
-    weights = load_weights(source, config, torch.device("cuda"), dtype, Shard())
+    unread = UnreadWeights(source, config, torch.device("cuda"), dtype, Shard())
     sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 1024, "max_model_len": 1536, "num_blocks": 1200} | options
-    engine = Engine(config, weights, Options(**sizes))
+    engine = Engine(config, unread, Options(**sizes))
     engine.forward.cache.fill_(float("nan"))  # what nobody wrote must not be read
     return engine, source
 

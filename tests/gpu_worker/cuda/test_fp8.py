@@ -22,7 +22,7 @@ if torch.cuda.is_available():
     from gpu_worker.cuda.engine import Engine
     from gpu_worker.cuda.fp8 import Fp8Products
     from gpu_worker.cuda.memory import Options
-    from gpu_worker.cuda.weights import load_weights
+    from gpu_worker.cuda.weights import UnreadWeights
 
 UNITS = 0.5, 0.25  # of keys and values in the cache
 KINDS = ["rows", "static", "groups"]
@@ -82,10 +82,10 @@ def cached(kv: torch.Tensor) -> torch.Tensor:
 
 
 def engine_of(config: ModelConfig, source: RoundedToFp8 | Noisy, fp8_cache: bool, **options: object) -> Engine:
-    loaded = load_weights(source, config, torch.device("cuda"), torch.bfloat16, Shard())
+    unread = UnreadWeights(source, config, torch.device("cuda"), torch.bfloat16, Shard())
     sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 1024, "max_model_len": 1536, "num_blocks": 1200} | options
     units = torch.tensor([[*UNITS, 0.0, 0.0]] * config.layers, device="cuda") if fp8_cache else None
-    engine = Engine(config, loaded, Options(**sizes), units)
+    engine = Engine(config, unread, Options(**sizes), units)
     engine.forward.cache.view(torch.uint8).fill_(0x7F if fp8_cache else 0xFF)  # NaN: what nobody wrote must not be read
     return engine
 

@@ -23,7 +23,7 @@ from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.driver import Kernel
 from gpu_worker.cuda.forward import Forward
 from gpu_worker.cuda.state import DeviceState
-from gpu_worker.cuda.weights import LayerWeights, ModelWeights
+from gpu_worker.cuda.weights import LayerWeights, ModelWeights, UnreadWeights
 from gpu_worker.loading.config import ModelConfig
 from protocol.messages import Geometry
 
@@ -40,7 +40,12 @@ norm = bf16(1024)
 layer = LayerWeights(norm, bf16(4096, 1024), None, bf16(128), bf16(128), bf16(1024, 2048), None, norm, bf16(6144, 1024), bf16(1024, 3072))
 table = bf16(151936, 1024)
 state = DeviceState(Geometry(16, 1, 0, 256, 4096, 8192, 151936), meta, 33, 64, pack=8)
-forward = Forward(config, ModelWeights(table, table, norm, [layer]), state, bf16(1, 2, 2, 8, 16, 128), (bf16(4096, 64), bf16(4096, 64)))
+class Weights(UnreadWeights):
+    def read(self):
+        return ModelWeights(table, table, norm, [layer])
+
+unread = Weights(None, config, meta, torch.bfloat16, None)
+forward = Forward(config, unread, state, bf16(1, 2, 2, 8, 16, 128), (bf16(4096, 64), bf16(4096, 64)))
 compilers().wait()
 kernels = [kernel for kernel in vars(forward).values() if isinstance(kernel, Kernel)]
 kernels += [kernel for linear in forward.linears.values() for _, kernel, _ in linear.kernels]
@@ -59,7 +64,7 @@ card = Card()
 from benchmarks.gpu_player import Player
 from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
-from gpu_worker.cuda.weights import load_weights
+from gpu_worker.cuda.weights import UnreadWeights
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
@@ -69,8 +74,8 @@ config = ModelConfig(
     norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tied_embeddings=True,
 )
 cpu, dtype = torch.device("cpu"), torch.bfloat16
-weights = load_weights(DummyTensors(config, 1, cpu, dtype), config, cpu, dtype, Shard())
-engine = Engine(config, weights, Options(max_num_seqs=32, max_num_batched_tokens=1024, max_model_len=1024, num_blocks=BLOCKS))
+unread = UnreadWeights(DummyTensors(config, 1, cpu, dtype), config, cpu, dtype, Shard())
+engine = Engine(config, unread, Options(max_num_seqs=32, max_num_batched_tokens=1024, max_model_len=1024, num_blocks=BLOCKS))
 assert engine.forward.cache.shape[1] == engine.geometry.blocks + 1
 assert card.calls["cuLaunchKernelEx"], "the largest step"
 player = Player(engine)

@@ -20,7 +20,7 @@ from protocol.messages import Geometry
 if torch.cuda.is_available():
     from gpu_worker.cuda.engine import Engine
     from gpu_worker.cuda.memory import Options
-    from gpu_worker.cuda.weights import load_weights
+    from gpu_worker.cuda.weights import UnreadWeights
     from gpu_worker.torch_step import TorchStep
     from tests.gpu_worker.cuda.test_engine import QWEN3
 
@@ -31,8 +31,8 @@ def made(**options: object) -> Engine:
     """An engine with the vocabulary of a real model, of which sampling's memory is made."""
     config = replace(QWEN3, vocab_size=151936)
     device = torch.device("cuda")
-    weights = load_weights(DummyTensors(config, 1, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
-    return Engine(config, weights, Options(**{"max_model_len": 1024, **options}))  # type: ignore[arg-type]
+    unread = UnreadWeights(DummyTensors(config, 1, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
+    return Engine(config, unread, Options(**{"max_model_len": 1024, **options}))  # type: ignore[arg-type]
 
 
 def in_use() -> int:
