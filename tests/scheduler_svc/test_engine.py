@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from protocol.columns import pack, unpack
 from protocol.messages import Abort, Plan
+from scheduler_svc.planner import ADMITTED
 from tests.scheduler_svc.play import PROMPT, Stage
 
 
@@ -54,6 +55,17 @@ def test_chunks_of_a_long_prefill_run_beside_decodes() -> None:
     stage.run()
     frontend.verify()
     assert [sorted(unpack(plan.counts).tolist()) for plan in stage.plans[2:6]] == [[1, 7]] * 4
+
+
+def test_a_step_admits_some_of_a_burst_and_the_next_one_more() -> None:
+    stage = Stage()
+    stage.worker(slots=2 * ADMITTED, blocks=8 * ADMITTED, max_step_tokens=8 * ADMITTED)
+    frontend = stage.frontend()
+    for i in range(ADMITTED + 5):
+        frontend.submit([i], stage.now, max_tokens=4, stop=False)
+    stage.run()
+    frontend.verify()
+    assert [len(plan.bind_slots) // 4 for plan in stage.plans[:3]] == [ADMITTED, 5, 0]
 
 
 def test_a_prefill_threshold_bounds_a_chunk() -> None:
