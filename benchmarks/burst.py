@@ -20,11 +20,14 @@ import contextlib
 import dataclasses
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +159,29 @@ class Bench:
         return [t * 1e3 for t in times] + [len(steps), sum(step.tokens for step in steps)] + [c * 1e3 for c in cpu], shown
 
 
+@contextlib.contextmanager
+def service_of(command: list[str]) -> Iterator[int]:
+    """Run a service; yields its process id. This program ends with what the service said last, should it end before."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, "-m", *command], stderr=said)
+        wanted = True
+
+        def watch() -> None:
+            if process.wait() and wanted:
+                said.seek(0)
+                print(f"{command[0]} ended with code {process.returncode}:\n{said.read()[-2000:]}", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield process.pid
+        finally:
+            wanted = False
+            process.terminate()
+            watcher.join()
+
+
 def main() -> None:
     end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,10 +204,7 @@ def main() -> None:
             told += ["--shape", str(stack.enter_context(model_folder(args.shape)))]
         services = []
         for command in (["scheduler_svc", "--run-dir", run_dir], ["benchmarks.burst", *told]):
-            process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            services.append(process.pid)
+            services.append(stack.enter_context(service_of(command)))
         bench = Bench(stack.enter_context(LLM(run_dir=run_dir)), Path(run_dir), services)
         print(f"{'':8}" + "".join(f"{column:>13}" for column in COLUMNS), flush=True)
         for row in args.rows.split(","):
