@@ -11,11 +11,9 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import zmq
-
 from protocol.counters import Counters
 from protocol.keys import ClientKeys
-from protocol.sockets import RETRY_REFUSED, Context, Socket, dealer, monitor, news, received, send
+from protocol.sockets import RETRY_REFUSED, Context, Socket, dealer, monitor, news, readable, received, send
 
 log = logging.getLogger("frontend")
 
@@ -63,7 +61,7 @@ class Wire:
     def sent(self, endpoint: int) -> None:
         """Call after a batch of sends: a send may have swallowed the notice that something arrived."""
         connection = self._connections[endpoint]
-        if _has_input(connection.dealer):
+        if readable(connection.dealer):
             self._loop.call_soon(self._readable, endpoint, connection)
 
     def renew(self, endpoint: int) -> None:
@@ -130,10 +128,3 @@ class Wire:
                 self._take(endpoint, frames)
                 count += 1
         return count
-
-
-def _has_input(socket: Socket) -> bool:
-    """Whether a message can be read; also takes note of what the descriptor signalled."""
-    events = socket.getsockopt(zmq.EVENTS)
-    assert isinstance(events, int)
-    return bool(events & zmq.POLLIN)

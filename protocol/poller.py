@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import select
 
-import zmq
-
-from protocol.sockets import Socket
+from protocol.sockets import Socket, readable
 
 Source = Socket | int
 
@@ -47,10 +45,10 @@ class Poller:
 
     def wait(self, seconds: float) -> set[Source]:
         """Block until something is readable, or that long; not at all if it is not positive."""
-        ready: set[Source] = {socket for socket in self._used if _readable(socket)}
+        ready: set[Source] = {socket for socket in self._used if readable(socket)}
         for descriptor, _ in self._epoll.poll(0 if ready else max(seconds, 0)):
             source = self._sources[descriptor]
-            if isinstance(source, int) or _readable(source):
+            if isinstance(source, int) or readable(source):
                 ready.add(source)
         self._used = {source for source in ready if not isinstance(source, int)}
         return ready
@@ -62,8 +60,3 @@ class Poller:
 
 def _descriptor(source: Source) -> int:
     return source if isinstance(source, int) else source.fileno()
-
-
-def _readable(socket: Socket) -> bool:
-    """Whether a message can be read; takes note of what the descriptor tells."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

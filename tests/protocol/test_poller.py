@@ -10,7 +10,7 @@ import zmq
 
 from protocol import poller as module
 from protocol.poller import Poller
-from protocol.sockets import Context, Socket, received, send
+from protocol.sockets import Context, Socket, readable, received, send
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Socket]:
     """The sockets that were asked for their events."""
     sockets: list[Socket] = []
 
-    def readable(socket: Socket) -> bool:
+    def asks(socket: Socket) -> bool:
         sockets.append(socket)
-        return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return readable(socket)
 
-    monkeypatch.setattr(module, "_readable", readable)
+    monkeypatch.setattr(module, "readable", asks)
     return sockets
 
 
