@@ -6,6 +6,7 @@ import ctypes
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gpu_worker.errors import LoadError
@@ -29,10 +30,12 @@ def has_card() -> bool:
 
 
 def _open_context() -> None:
-    """Make the first device's primary context, which torch will find."""
-    cuda, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
-    if cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
-        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # if this fails, torch says why
+    """Make the first device's primary context, which torch will find; if that fails, torch says why."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    with suppress(OSError):
+        cuda = ctypes.CDLL("libcuda.so.1")
+        if cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 class CudaRunner:
