@@ -46,7 +46,7 @@ def share(extra: int) -> float:
     """The utilization that allows so many bytes more than are in use."""
     gc.collect()  # an engine refers to itself
     torch.cuda.empty_cache()
-    return (in_use() + extra) / torch.cuda.get_device_properties(0).total_memory
+    return (in_use() + extra) / torch.cuda.mem_get_info()[1]
 
 
 @pytest.mark.parametrize("filter_kernel", [False, True])
