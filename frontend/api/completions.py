@@ -36,6 +36,7 @@ from frontend.validation import (
 from protocol.columns import unpack
 
 COMPLETION_TOKENS = 16  # OpenAI's default
+MAX_READY = 1024  # token ids; 200 take 0.25 ms where nothing is cached, by way of a thread 0.45
 
 
 async def completions(request: Request) -> ASGIApp:
@@ -47,7 +48,10 @@ async def completions(request: Request) -> ASGIApp:
     check_completion(body)
     check_stream(body)
     model = client.model(body.model)
-    new, echoes = await client.offload(lambda: prepare(model, body, tenant_of(request)))
+    if is_ready(body):
+        new, echoes = prepare(model, body, tenant_of(request))
+    else:
+        new, echoes = await client.offload(lambda: prepare(model, body, tenant_of(request)))
     form = form_of(client, model, body, body.logprobs is not None, echoes)
     if body.best_of is not None:
         form = replace(form, best=body.n or 1)
@@ -87,8 +91,14 @@ async def generate(request: Request) -> Response:
         stream.close()
 
 
+def is_ready(body: CompletionBody) -> bool:
+    """Whether a body has nothing for the tokenizer, and little of the rest: not worth a thread."""
+    ids = body.prompt
+    return bool(isinstance(ids, list) and ids and isinstance(ids[0], int) and len(ids) <= MAX_READY and not (body.echo or body.bad_words))
+
+
 def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRequest], list[str]]:
-    """The requests of a body, one per prompt, and the text to echo of each. Runs in a thread. Raises ApiError."""
+    """The requests of a body, one per prompt, and the text to echo of each. Runs in a thread, unless `is_ready`. Raises ApiError."""
     prompts = encode(model, body)
     require(
         len(prompts) * (body.best_of or body.n or 1) <= MAX_CHOICES, "n", f"makes more than {MAX_CHOICES} choices of {len(prompts)} prompts"
