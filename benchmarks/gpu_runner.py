@@ -31,8 +31,7 @@ from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
 
 ROWS = ("step", "long", "prefill", "w1", "shared")
-SWITCHES = ("graphs", "pdl", "few", "filter_kernel", "pack_prefixes")  # of Options, all on
-TRIED = ("prefill_hopper",)  # and off
+SWITCHES = ("graphs", "pdl", "few", "filter_kernel", "pack_prefixes", "prefill_hopper")  # of Options, all on
 
 
 class Bench:
@@ -184,8 +183,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     for switch in SWITCHES:
         parser.add_argument(f"--no-{switch.replace('_', '-')}", dest=switch, action="store_false")
-    for switch in TRIED:
-        parser.add_argument(f"--{switch.replace('_', '-')}", dest=switch, action="store_true")
     parser.add_argument("--few-attention", type=int, default=Options.few_attention)
     parser.add_argument("--top-p", type=float, default=1.0, help="drawn at temperature 1 instead of greedy; rows of their own, …_top_p")
     args = parser.parse_args()
@@ -195,7 +192,7 @@ def main() -> None:
     config = from_json(SHAPES.get(str(args.shape)) or json.loads((args.shape / "config.json").read_text()))
     device = torch.device("cuda")
     unread = UnreadWeights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
-    switches = {name: getattr(args, name) for name in SWITCHES + TRIED}
+    switches = {name: getattr(args, name) for name in SWITCHES}
     engine = Engine(config, unread, Options(**switches, few_attention=args.few_attention))
     bench = Bench(engine, {"temperature": 1.0, "top_p": args.top_p} if args.top_p < 1 else {})
     print(
@@ -209,7 +206,6 @@ def main() -> None:
     if args.json:
         note = "the runner in process with hand-made plans, no links, scheduler, frontend or text; step rows are medians of 3"
         end = ("_top_p" if args.top_p < 1 else "") + "".join(f"_no_{name}" for name in SWITCHES if not switches[name])
-        end += "".join(f"_{name}" for name in TRIED if switches[name])
         rows_found = {f"runner_{name}{end}": round(figure, 4) for name, figure in bench.out.items()}
         add_rows(args.json, args.shape.name, rows_found, f"gpu_runner{end}", note)
 

@@ -41,6 +41,10 @@ class Compilers:
         self._running.append(future)  # type: ignore[arg-type]
         return future
 
+    def answer_for(self, future: Future[Made]) -> None:
+        """`wait` asks for it no longer, since somebody else does."""
+        self._running.remove(future)  # type: ignore[arg-type]
+
     def wait(self) -> None:
         """Wait until all that has been begun is compiled. Raises what failed."""
         while self._running:

@@ -10,13 +10,11 @@ from collections.abc import Iterable
 
 import torch
 
-from gpu_worker.cuda.driver import Kernel, Module, tensor_map
+from gpu_worker.cuda.attention import Attention
+from gpu_worker.cuda.driver import Kernel, Module
 from gpu_worker.cuda.fp8 import Fp8Products
-from gpu_worker.cuda.kernels.decode_attention import decode_attention
-from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
-from gpu_worker.cuda.state import INPUTS, MANY_ROWS, PREPARE, SLOTS, TILE, DeviceState
-from gpu_worker.cuda.triton_kernel import TritonKernel
+from gpu_worker.cuda.state import INPUTS, MANY_ROWS, PREPARE, SLOTS, DeviceState
 from gpu_worker.cuda.weights import LayerWeights, Matrix, UnreadWeights
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.loading.source import Fp8
@@ -24,7 +22,6 @@ from gpu_worker.loading.source import Fp8
 Layers = Iterable[tuple[int, LayerWeights]]
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # macro DTYPE
-LONG_ROWS = 2048  # tokens a row, on average, from which prefill attention gains by larger tiles
 SAMPLE_SPLITS = 64  # programs over the vocabulary for few outputs
 
 
@@ -48,7 +45,7 @@ class Forward:
         pdl: bool = True,
         few: bool = True,
         few_attention: int = 8,
-        prefill_hopper: bool = False,
+        prefill_hopper: bool = True,
         kv_scales: torch.Tensor | None = None,
     ) -> None:
         """Kernels are begun before the weights are read, and compile meanwhile.
@@ -62,17 +59,16 @@ class Forward:
         g, device, dtype = state.geometry, cache.device, unread.dtype
         properties = torch.cuda.get_device_properties(device)
         hopper = properties.major == 9  # clusters, wgmma; elsewhere cuBLAS and Triton do it
-        self.pdl, self.few_attention = pdl and properties.major >= 9, few_attention if hopper else 0
+        self.pdl = pdl and properties.major >= 9
         self.sms = properties.multi_processor_count
         arch = self.arch = arch_of(device)
-        self.repeat = config.heads // config.kv_heads
-        self.padded_repeat = 1 << (self.repeat - 1).bit_length()
-        self.scale = config.head_dim**-0.5 * math.log2(math.e)
         self._compile(arch, dtype, few and hopper and dtype == torch.bfloat16)
-        self._compile_attention(dtype)
-        self.k_prefill_hopper = self._prefill_hopper(dtype) if prefill_hopper and hopper else None
+        self.attention = Attention(
+            config, state, cache[0], dtype, angles, kv_scales, pdl=self.pdl, few=few_attention * hopper, hopper=prefill_hopper and hopper
+        )
 
         self.weights = weights = unread.read()
+        self.attention.settle()
         self.layers = list(enumerate(weights.layers))
         tokens, qkv = -(-state.max_tokens // 4) * 4, config.q_size + 2 * config.kv_size  # fp8 products go by four rows
 
@@ -85,10 +81,6 @@ class Forward:
         # rows of whole 16 bytes; what lies behind the vocabulary is never sampled
         self._logits = torch.full((g.slots, -(-config.vocab_size // 8) * 8), -math.inf, dtype=dtype, device=device)
         self.logits, self.logits_width = self._logits[:, : config.vocab_size], self._logits.shape[1]
-        partials = state.max_partials
-        self.partial = torch.zeros(partials, config.kv_heads, self.padded_repeat, config.head_dim, device=device)
-        self.partial_ml = torch.zeros(partials, config.kv_heads, 2, self.padded_repeat, device=device)
-        self.arrivals = torch.zeros(g.slots, config.kv_heads, dtype=torch.int32, device=device)
         self.best = torch.zeros(g.slots, SAMPLE_SPLITS, 4, dtype=torch.int32, device=device)
         self.sample_arrivals = torch.zeros(g.slots, dtype=torch.int32, device=device)
         matrices = [m for layer in weights.layers for m in layer.matrices]
@@ -132,82 +124,6 @@ class Forward:
             for of in (dtype, torch.float32)
         )
 
-    def _compile_attention(self, dtype: torch.dtype) -> None:
-        c, s = self.config, self.state
-        sizes = {"WIDTH": s.geometry.table_width, "KV_HEADS": c.kv_heads, "R": self.repeat, "RP": self.padded_repeat, "D": c.head_dim}
-        sizes["PAGE"] = s.geometry.block_size
-        # a model without a window, or whose window no sequence outgrows, pays nothing for it; no supported family caps its scores
-        window = c.sliding_window if c.sliding_window < s.geometry.max_model_len else 0
-        kind: dict[str, int | None] = {"DP": 1 << (c.head_dim - 1).bit_length(), "WINDOW": window, "SOFTCAP": 0}
-        ints, fp32 = torch.int32, torch.float32
-        fp8 = self.kv_scales is not None
-        cached, scales = torch.float8_e4m3fn if fp8 else dtype, [fp32] if fp8 else []
-        kind |= {} if fp8 else {"kv_scales": None}
-        arguments: list[torch.dtype | float] = [dtype, cached, ints, ints, dtype, fp32, fp32, ints, dtype, dtype, fp32, fp32]
-        self.k_decode_attention = TritonKernel(
-            decode_attention,
-            [*arguments, self.scale, c.norm_eps, *scales],
-            warps=4,
-            pdl=self.pdl,
-            TILE=TILE,
-            STAGES=2,
-            QK_NORM=int(c.qk_norm),
-            PDL=int(self.pdl),
-            PACKED=int(s.pack > 1),
-            **sizes,
-            **kind,
-        )
-        self.k_decode_few: dict[int, Kernel] = {}  # by blocks of a cluster
-        if dtype == torch.bfloat16 and self.repeat <= 4 and c.head_dim in (64, 128, 256) and self.few_attention and not window and not fp8:
-            names = ("KV_HEADS", "R", "DIM", "PAGE", "WIDTH")
-            macros = dict(zip(names, (c.kv_heads, self.repeat, c.head_dim, s.geometry.block_size, s.geometry.table_width), strict=True))
-            for blocks in (4, 8):
-                module = Module.of("decode_few.cu", self.arch, macros | {"CL": blocks, "QK_NORM": int(c.qk_norm)})
-                self.k_decode_few[blocks] = Kernel(module, "decode_few", "PPPPPPPPPff", 256, blocks, pdl=self.pdl)
-        wide = dtype == torch.float32  # no tensor cores: fewer rows and warps
-        large = c.head_dim > 128  # three stages of 64 keys would not fit the shared memory
-        self.k_prefill_attention, self.k_prefill_long = (
-            TritonKernel(
-                prefill_attention,
-                [dtype, cached, ints, ints, ints, dtype, self.scale, *scales],
-                warps=4 if wide else 8,
-                pdl=False,
-                ROWS=s.tile_tokens * self.padded_repeat,
-                TILE=tile,
-                STAGES=2 if wide or large else 3,
-                **sizes,
-                **kind,
-            )
-            for tile in (32, 32 if wide or large else 64)
-        )
-
-    def _prefill_hopper(self, dtype: torch.dtype) -> TritonKernel | None:
-        """None where the kernel does not know the type, the window or the heads."""
-        c, page = self.config, self.state.geometry.block_size
-        window = 0 < c.sliding_window < self.state.geometry.max_model_len
-        if dtype == torch.float32 or self.kv_scales is not None or window or page % 8 or c.head_dim not in (64, 128):
-            return None
-        if self.repeat != self.padded_repeat:
-            return None
-        from gpu_worker.cuda.kernels import prefill_hopper as kernel
-
-        self.prefill_box = kernel.box(page, kernel.TILE)
-        ints = torch.int32
-        return TritonKernel(
-            kernel.prefill_attention_hopper,
-            [kernel.pages(self.cache[0], kernel.TILE), dtype, ints, ints, ints, dtype, self.scale, 0],
-            warps=4,
-            pdl=False,
-            WIDTH=self.state.geometry.table_width,
-            KV_HEADS=c.kv_heads,
-            R=self.repeat,
-            D=c.head_dim,
-            PAGE=page,
-            TILE=kernel.TILE,
-            STAGES=kernel.STAGES,
-            TURNS=kernel.TURNS,
-        )
-
     # ------------------------------------------------------------ the step's parts
 
     def prepare(self, stream: int, bucket: int, decode: bool, tokens: int = 0, tiles: int = 0) -> None:
@@ -223,7 +139,7 @@ class Forward:
         )
         for index, layer in self.layers if layers is None else layers:
             self._qkv(stream, layer, bucket)
-            self._decode_attention(stream, index, layer, bucket)
+            self.attention.decode(stream, index, layer, bucket, self.cache[index], self.qkv, self.attended)
             self._rest(stream, layer, bucket)
         self._head(stream, bucket)
 
@@ -257,9 +173,9 @@ class Forward:
                 c.kv_heads,
                 g.block_size,
                 c.norm_eps,
-                *self._scales_of(index),
+                *self.attention.scales_of(index),
             )
-            self._prefill_attention(stream, index, tiles, tokens > LONG_ROWS * rows)
+            self.attention.prefill(stream, index, rows, tokens, tiles, self.cache[index], self.qkv, self.attended)
             self._rest(stream, layer, tokens)
         if logit_rows:
             self._head(stream, logit_rows)
@@ -362,40 +278,3 @@ class Forward:
 
     def _norm(self, stream: int, source: torch.Tensor, index: int, weight: int, rows: int) -> None:
         self.k_norm(stream, (rows, 1), source.data_ptr(), index, weight, self.x.data_ptr(), self.config.hidden, self.config.norm_eps)
-
-    def _decode_attention(self, stream: int, index: int, layer: LayerWeights, bucket: int) -> None:
-        s = self.state
-        norms = (t.data_ptr() if t is not None else 0 for t in (layer.q_norm, layer.k_norm))
-        norms_and_angles = (*norms, self.cosines.data_ptr(), self.sines.data_ptr(), self.scale, self.config.norm_eps)
-        before = (self.qkv.data_ptr(), self.cache[index].data_ptr(), s.table.data_ptr())
-        if self.k_decode_few and bucket <= self.few_attention:
-            blocks = 8 if bucket <= 4 else 4
-            grid = (bucket * self.config.kv_heads * blocks, 1)
-            self.k_decode_few[blocks](stream, grid, *before, s.rows.data_ptr(), self.attended.data_ptr(), *norms_and_angles)
-            return
-        self.k_decode_attention(
-            stream,
-            (self.config.kv_heads, s.items_launched(bucket)),
-            *before,
-            s.items.data_ptr(),
-            self.attended.data_ptr(),
-            self.partial.data_ptr(),
-            self.partial_ml.data_ptr(),
-            self.arrivals.data_ptr(),
-            *norms_and_angles,
-            *self._scales_of(index),
-        )
-
-    def _prefill_attention(self, stream: int, index: int, tiles: int, long: bool) -> None:
-        s, cache, dim = self.state, self.cache[index], self.config.head_dim
-        step = (s.table.data_ptr(), s.tiles.data_ptr(), s.rows.data_ptr(), self.attended.data_ptr(), self.scale)
-        if self.k_prefill_hopper is not None:
-            pages = tensor_map(cache.data_ptr(), cache.numel() // dim, dim, self.prefill_box)
-            self.k_prefill_hopper(stream, (min(self.sms, tiles * self.config.kv_heads), 1), *pages, self.qkv.data_ptr(), *step, tiles)
-            return
-        kernel = self.k_prefill_long if long else self.k_prefill_attention
-        kernel(stream, (self.config.kv_heads, tiles), self.qkv.data_ptr(), cache.data_ptr(), *step, *self._scales_of(index))
-
-    def _scales_of(self, layer: int) -> tuple[int, ...]:
-        """What kernels that know of an fp8 cache are given in addition."""
-        return () if self.kv_scales is None else (self.kv_scales[layer].data_ptr(),)

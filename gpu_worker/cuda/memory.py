@@ -21,6 +21,6 @@ class Options:
     pdl: bool = True
     few: bool = True  # linear.cu for few tokens
     few_attention: int = 8  # rows up to which decode attention is decode_few.cu's
-    prefill_hopper: bool = False  # prefill attention by kernels/prefill_hopper.py, where it can be
+    prefill_hopper: bool = True  # prefill attention by kernels/prefill_hopper.py, where it can be
     filter_kernel: bool = True  # top-k, top-p and min-p by kernels/filter.cu; else by torch, which sorts whole rows for top-p alone
     pack_prefixes: bool = True  # decode attention reads a prefix that neighbouring rows share once for several of them

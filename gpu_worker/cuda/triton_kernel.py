@@ -45,6 +45,11 @@ class TritonKernel:
         self._pdl = pdl
         self._compiled = compilers().submit(_compile, function, arguments, num_warps=warps, launch_pdl=pdl, **constants)
 
+    def wait(self) -> None:
+        """Until it is compiled. Raises what the compiler raised, which nobody else will then."""
+        compilers().answer_for(self._compiled)
+        self._compiled.result()
+
     @functools.cached_property
     def _kernel(self) -> Kernel:
         compiled = self._compiled.result()

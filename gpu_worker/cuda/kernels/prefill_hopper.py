@@ -21,6 +21,7 @@ ROWS = 128  # of a tile: tokens times query heads of a KV head
 TILE, STAGES, TURNS = 64, 4, 1  # keys of a tile, tiles in a ring, whether the groups take turns with the tensor cores
 BOX = 64  # columns of a box: what one swizzled row of shared memory holds
 _ROWS, _BOX = gl.constexpr(ROWS), gl.constexpr(BOX)
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name until Triton 3.6, and since
 _LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
@@ -302,7 +303,7 @@ def _attend(
                 written = (number - 1) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, PLAIN)) < first + count
                 v.index(last).store(gl.where(written[:, None], v.index(last).load(PLAIN), 0.0))  # both groups write the same
                 fence_async_shared()
-                gl.thread_barrier()
+                _barrier()
             acc = warpgroup_mma(p, v.index(last), acc, is_async=True)
             q = _queries(qkv, following, GROUP, KV_HEADS, R, D, QUERY)
             acc = warpgroup_mma_wait(0, deps=[acc])

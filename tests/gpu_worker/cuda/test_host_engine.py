@@ -49,8 +49,9 @@ forward = Forward(config, unread, state, bf16(1, 2, 2, 8, 16, 128), (bf16(4096, 
 compilers().wait()
 kernels = [kernel for kernel in vars(forward).values() if isinstance(kernel, Kernel)]
 kernels += [kernel for linear in forward.linears.values() for _, kernel, _ in linear.kernels]
-kernels += forward.k_decode_few.values()
-kernels += [kernel._kernel for kernel in (forward.k_decode_attention, forward.k_prefill_attention, forward.k_prefill_long)]
+attention = forward.attention
+kernels += attention.decode_few.values()
+kernels += [kernel._kernel for kernel in (attention.decode_many, attention.prefill_hopper, *attention._begin_prefill())]
 assert all(kernel.module._cubin().startswith(bytes([127]) + b"ELF") for kernel in kernels)
 print(len(kernels))
 """
@@ -99,7 +100,8 @@ def printed(program: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     except LoadError:
         pytest.skip("needs nvidia-cuda-nvrtc")
     environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environ |= {"PYTHONPATH": str(Path(__file__).parents[3]), "TRITON_CACHE_DIR": str(cache)}
+    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [environ.get("PYTHONPATH")])])
+    environ |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     ended = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -107,7 +109,27 @@ def printed(program: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.slow
 def test_all_kernels_of_a_forward_pass_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert printed(KERNELS, tmp_path, monkeypatch) == "34\n"
+    assert printed(KERNELS, tmp_path, monkeypatch) == "35\n"
+
+
+UNKNOWN = """
+import gpu_worker.cuda.triton_kernel as triton_kernel
+compile = triton_kernel._compile
+
+def of_another_version(function, *arguments, **options):
+    if function.__name__ == "prefill_attention_hopper":
+        raise RuntimeError("no such word")
+    return compile(function, *arguments, **options)
+
+triton_kernel._compile = of_another_version
+"""
+
+
+@pytest.mark.slow
+def test_a_triton_that_does_not_know_gluon_as_it_was_serves_by_the_other_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, rest = KERNELS.split("from gpu_worker.cuda.compiler", 1)
+    rest = rest.replace("attention.prefill_hopper, *attention._begin_prefill()", "*attention.prefill_plain")
+    assert printed(f"{begin}{UNKNOWN}from gpu_worker.cuda.compiler{rest}", tmp_path, monkeypatch) == "34\n"
 
 
 @pytest.mark.slow

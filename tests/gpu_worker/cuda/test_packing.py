@@ -47,7 +47,7 @@ def test_rows_that_share_a_prefix_match_float64_packed_or_not(name: str, dtype: 
             groups = items[items[:, 3] == 0]
             pack = 16 // (config.heads // config.kv_heads)
             assert (int(groups[:, 7].max()) == min(pack, 11)) if packed else not len(groups)
-            assert not engine.forward.arrivals.any()
+            assert not engine.forward.attention.arrivals.any()
             full = [np.concatenate((s.prompt, s.tokens)).astype(np.int32)[:-1] for s in rows]
             want, bound = teacher(config, source, dtype, full, -1)
             assert error(engine.forward.logits[: len(rows)], want) < 2 * bound, (packed, steps)

@@ -66,7 +66,7 @@ def test_chunks_over_prefixes_match_float64(cases: dict[Shape, tuple[PrefillCase
 def test_prompts_in_chunks_match_float64(name: str) -> None:
     config = CONFIGS[name]
     engine, source = make(config, BF16, prefill_hopper=True)
-    assert engine.forward.k_prefill_hopper is not None
+    assert engine.forward.attention.prefill_hopper is not None
     player = Player(engine, depth=1)
     texts = prompts([1, 15, 16, 17, 63, 64, 65, 129, 700, 1025], config.vocab_size)
     new = [player.add(p, 40) for p in texts]
