@@ -92,15 +92,16 @@ class Core:
         self.listener.probe(now)
 
     def turn(self, now: float, transmit: Callable[[], None] = lambda: None) -> None:
-        """Timers, then plans, then whatever the engine has to say. `transmit` is called behind each plan: the first one of an
-        empty pipeline need not wait for those that follow it."""
+        """Timers, then plans, then whatever the engine has to say. `transmit` is called behind each plan that another may follow:
+        a device that waits for the first need not wait for all that its pipeline holds."""
 
-        def made_one() -> None:
+        def made_one(more: bool) -> None:
             session, plan, _ = self.engine.out.pop()
             if self.done is not None:
                 self._note_plan(self.done, session, plan)
             self.listener.send(session, plan, now)
-            transmit()
+            if more:
+                transmit()
 
         state = self.epochs.state
         self.epochs.tick(now)

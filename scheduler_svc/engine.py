@@ -211,10 +211,10 @@ class Engine:
 
     # ------------------------------------------------------------ plans
 
-    def schedule(self, now: float, made_one: Callable[[], None] = lambda: None) -> bool:
+    def schedule(self, now: float, made_one: Callable[[bool], None] = lambda more: None) -> bool:
         """Make plans for every ready worker that has something to do and room in its pipeline. Whether any was made.
 
-        `made_one` is called behind each, which stands last in `out`: it may be sent before the next one is made.
+        `made_one(more)` is called behind each, which stands last in `out`; `more`: the pipeline has room for another one.
         """
         self.arrivals.advance(now)
         queued: dict[int, int] = {}
@@ -228,7 +228,7 @@ class Engine:
                 self._drain(worker, now)
             while worker.ready and not worker.fenced and len(worker.in_flight) < worker.depth.plans and self._plan(worker, now):
                 made = True
-                made_one()
+                made_one(len(worker.in_flight) < worker.depth.plans)
         if made:
             self._integrity.stirred = True
         elif self.settings.check_when_idle:

@@ -163,7 +163,7 @@ class _Loop:
                 return
 
     def _plan(self, now: float) -> None:
-        """Let the core have its turn, and transmit each plan while the next one is made."""
+        """Let the core have its turn, and transmit a plan before the next one is made."""
         begun = now
 
         def transmit() -> None:
