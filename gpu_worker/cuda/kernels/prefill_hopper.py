@@ -95,6 +95,7 @@ def _item(k, work, KV_HEADS: gl.constexpr):
     at = gl.load(tiles + 2 * tile + 1)
     there = (place < number * KV_HEADS) & (row >= 0)  # row −1: launched for nothing
     row = gl.maximum(row, 0) * 8
+    at = gl.where(there, at, 0)  # so that no token of what is not there is below its count
     count = gl.where(there, gl.load(rows + row + 2), 0)
     return place % KV_HEADS, at, gl.load(rows + row), gl.load(rows + row + 1), count, gl.load(rows + row + 4)
 

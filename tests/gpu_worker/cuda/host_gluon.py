@@ -159,12 +159,14 @@ def _load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
     if not isinstance(pointer.at, torch.Tensor):
         return pointer.memory.view(-1)[pointer.at].item()
     at = pointer.at if mask is None else torch.where(mask, pointer.at, 0)
+    assert at.min() >= 0, "read before the beginning"
     found = pointer.memory.view(-1)[at]
     return (found if mask is None else torch.where(mask, found, other)).as_subclass(Block)
 
 
 def _store(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
     mask = mask.expand(value.shape)
+    assert not mask.any() or pointer.at[mask].min() >= 0, "written before the beginning"
     pointer.memory.view(-1)[pointer.at[mask]] = value[mask]
 
 

@@ -30,7 +30,7 @@ class PrefillCase:
                 cache[row[token // page], :, :, token % page] = kv[:, :, token]
         self.q = torch.randn(sum(COUNTS), (self.heads + 2 * KV_HEADS) * dim, generator=generator).to(dtype)
         rows = [[i, f, c, c, o, 0, 0, 0] for i, (f, c, o) in enumerate(zip(self.firsts, COUNTS, self.offsets, strict=True))]
-        tiles = [[i, t] for i, c in enumerate(COUNTS) for t in range(0, c, tile_rows // repeat)] + [[-1, 0]]
+        tiles = [[i, t] for i, c in enumerate(COUNTS) for t in range(0, c, tile_rows // repeat)] + [[-1, -1]]
         self.cache, self.table, self.qkv = cache.to(device), table.to(device), self.q.to(device)
         self.rows, self.tiles = (torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, tiles))
         self.out = torch.full((sum(COUNTS), self.heads * dim), math.nan, dtype=dtype, device=device)

@@ -167,7 +167,7 @@ def test_prefill_attention_over_a_cached_prefix(dim: int, repeat: int, window: i
     rows = [[i, f, c, c, o, 0, 0, 0] for i, (f, c, o) in enumerate(zip(firsts, counts, offsets[:-1].tolist(), strict=True))]
     tile_rows = 32
     tokens = tile_rows // case.constants()["RP"]
-    tiles = [[i, t] for i, c in enumerate(counts) for t in range(0, c, int(tokens))] + [[-1, 0]]
+    tiles = [[i, t] for i, c in enumerate(counts) for t in range(0, c, int(tokens))] + [[-1, -1]]  # as `prepare` leaves it
     out = torch.full((sum(counts), case.heads * dim), math.nan, device=DEVICE)
     prefill_attention[(KV_HEADS, len(tiles))](
         qkv.to(DEVICE), case.cache, case.table, *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (tiles, rows)), out,
