@@ -90,7 +90,9 @@ def main() -> None:
     config = from_json(json.loads((args.shape / "config.json").read_text()))
     device = torch.device("cuda")
     unread = UnreadWeights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
-    bench = Bench(Engine(config, unread, Options()), {})
+    engine = Engine(config, unread, Options())
+    engine.forward.attention.wait()
+    bench = Bench(engine, {})
     rows: dict[str, dict[str, float]] = {}
     for batch in (int(b) for b in args.batch.split(",")):
         player = bench.player

@@ -194,6 +194,7 @@ def main() -> None:
     unread = UnreadWeights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
     switches = {name: getattr(args, name) for name in SWITCHES}
     engine = Engine(config, unread, Options(**switches, few_attention=args.few_attention))
+    engine.forward.attention.wait()
     bench = Bench(engine, {"temperature": 1.0, "top_p": args.top_p} if args.top_p < 1 else {})
     print(
         f"{args.shape.name}: engine with its weights {time.perf_counter() - begin:.1f} s, {engine.geometry.blocks} blocks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
 
@@ -55,23 +56,35 @@ class Attention:
         self.arrivals = torch.zeros(state.geometry.slots, config.kv_heads, dtype=torch.int32, device=cache.device)
         self._begin_decode()
         self.prefill_hopper = self._begin_hopper(cache) if hopper else None
-        self.prefill_plain = None if self.prefill_hopper else self._begin_prefill()
+        self.prefill_plain = self._begin_prefill()
+        self._settled = False
 
-    def settle(self) -> None:
-        """Wait for the compilation that may fail: Gluon is experimental, and a Triton that has changed it serves by the other kernel."""
-        if self.prefill_hopper is None:
-            return
+    def settled(self) -> bool:
+        """Whether it is known how a prefill is computed from now on: the kernel for Hopper takes seconds to compile at a first start, and
+        until it is there the other one serves. Gluon is experimental: a Triton that has changed it does not compile it at all."""
+        if self._settled or self.prefill_hopper is None:
+            return True
+        if not self.prefill_hopper.compiled():
+            return False
         try:
-            self.prefill_hopper.wait()
+            self.prefill_hopper.load()
         except Exception as error:  # whatever a compiler raises
             log.warning(
                 "this version of Triton does not compile prefill_hopper.py, prefill is slower: %s", str(error).strip().splitlines()[-1]
             )
-            self.prefill_hopper, self.prefill_plain = None, self._begin_prefill()
+            self.prefill_hopper = None
+        self._settled = True
+        return True
+
+    def wait(self) -> None:
+        """Until it is settled."""
+        if self.prefill_hopper is not None:
+            self.prefill_hopper.wait()
+        self.settled()
 
     # ------------------------------------------------------------ kernels, whose compilation begins
 
-    def _sizes(self) -> dict[str, int | None]:
+    def _sizes(self) -> dict[str, Any]:
         c, g = self._config, self._state.geometry
         sizes = {
             "WIDTH": g.table_width,
@@ -81,7 +94,7 @@ class Attention:
             "D": c.head_dim,
             "PAGE": g.block_size,
         }
-        kind: dict[str, int | None] = {"DP": 1 << (c.head_dim - 1).bit_length(), "WINDOW": self._window, "SOFTCAP": 0}
+        kind = {"DP": 1 << (c.head_dim - 1).bit_length(), "WINDOW": self._window, "SOFTCAP": 0}
         return sizes | kind | ({} if self._kv_scales is not None else {"kv_scales": None})
 
     def _cached(self) -> tuple[torch.dtype, list[torch.dtype]]:
@@ -157,6 +170,7 @@ class Attention:
             TILE=kernel.TILE,
             STAGES=kernel.STAGES,
             TURNS=kernel.TURNS,
+            waited_for=False,
         )
 
     # ------------------------------------------------------------ launches
@@ -184,12 +198,11 @@ class Attention:
         """Of rows of any length, q and k rotated, K and V in the cache."""
         s = self._state
         step = (s.table.data_ptr(), s.tiles.data_ptr(), s.rows.data_ptr(), out.data_ptr(), self._scale)
-        if self.prefill_hopper is not None:
+        if self.settled() and self.prefill_hopper is not None:
             pages = tensor_map(cache.data_ptr(), cache.numel() // cache.shape[-1], cache.shape[-1], self._box)
             grid = (min(self._sms, tiles * self._config.kv_heads), 1)
             self.prefill_hopper(stream, grid, *pages, qkv.data_ptr(), *step, tiles)
             return
-        assert self.prefill_plain is not None
         kernel = self.prefill_plain[tokens > LONG_ROWS * rows]
         grid = (self._config.kv_heads, tiles)
         kernel(stream, grid, qkv.data_ptr(), cache.data_ptr(), *step, *self.scales_of(index))

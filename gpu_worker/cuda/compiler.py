@@ -36,14 +36,14 @@ class Compilers:
         self._running: list[Future[object]] = []
 
     def submit(self, work: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Future[Made]:
-        """Begin to compile something."""
-        future = self._pool.submit(work, *args, **kwargs)
+        """Begin to compile something that `wait` waits for."""
+        future = self.begin(work, *args, **kwargs)
         self._running.append(future)  # type: ignore[arg-type]
         return future
 
-    def answer_for(self, future: Future[Made]) -> None:
-        """`wait` asks for it no longer, since somebody else does."""
-        self._running.remove(future)  # type: ignore[arg-type]
+    def begin(self, work: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Future[Made]:
+        """Begin to compile something that can wait."""
+        return self._pool.submit(work, *args, **kwargs)
 
     def wait(self) -> None:
         """Wait until all that has been begun is compiled. Raises what failed."""

@@ -195,7 +195,8 @@ class Engine:
 
         Nothing may be in flight.
         """
-        shape = self.graphs.missing(self._likely)
+        settled = self.forward.attention.settled()
+        shape = self.graphs.missing([shape for shape in self._likely if settled or not shape.tokens])
         if shape is None:
             return False
         with torch.cuda.stream(self.stream):
@@ -219,7 +220,7 @@ class Engine:
             return
         copies = any(source for source, _ in block_copies(step.plan))
         bucket = mixed_bucket(max(rows, outputs), tokens, self.geometry)
-        if bucket and not copies:
+        if bucket and not copies and self.forward.attention.settled():
             self.graphs.run(Shape(*bucket, sampling))
             return
         stream, forward = self.stream.cuda_stream, self.forward

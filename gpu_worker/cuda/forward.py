@@ -68,7 +68,6 @@ class Forward:
         )
 
         self.weights = weights = unread.read()
-        self.attention.settle()
         self.layers = list(enumerate(weights.layers))
         tokens, qkv = -(-state.max_tokens // 4) * 4, config.q_size + 2 * config.kv_size  # fp8 products go by four rows
 

@@ -36,19 +36,29 @@ class TritonKernel:
         *,
         warps: int,
         pdl: bool,
+        waited_for: bool = True,
         **constants: float | None,
     ) -> None:
-        """warps: those that begin; a kernel that has others for other work gets them in addition."""
+        """warps: those that begin; a kernel that has others for other work gets them in addition. waited_for: whether a worker is not
+        ready before it is compiled."""
         formats = {float: "f", int: "i", torch.dtype: "P"}
         # Triton adds two scratch pointers, unused here
         self._signature = "".join(formats.get(type(a), DESCRIPTOR) for a in arguments) + "PP"
         self._pdl = pdl
-        self._compiled = compilers().submit(_compile, function, arguments, num_warps=warps, launch_pdl=pdl, **constants)
+        begin = compilers().submit if waited_for else compilers().begin
+        self._compiled = begin(_compile, function, arguments, num_warps=warps, launch_pdl=pdl, **constants)
+
+    def compiled(self) -> bool:
+        """Whether its compilation has ended, well or not."""
+        return self._compiled.done()
 
     def wait(self) -> None:
-        """Until it is compiled. Raises what the compiler raised, which nobody else will then."""
-        compilers().answer_for(self._compiled)
-        self._compiled.result()
+        """Until its compilation has ended, well or not."""
+        self._compiled.exception()
+
+    def load(self) -> None:
+        """Onto the card, which a first launch would do, but which must not happen within a capture. Raises what the compiler raised."""
+        self._kernel.function  # noqa: B018
 
     @functools.cached_property
     def _kernel(self) -> Kernel:

@@ -53,6 +53,7 @@ def make(config: ModelConfig, dtype: torch.dtype, **options: object) -> tuple[En
     unread = UnreadWeights(source, config, torch.device("cuda"), dtype, Shard())
     sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 1024, "max_model_len": 1536, "num_blocks": 1200} | options
     engine = Engine(config, unread, Options(**sizes))
+    engine.forward.attention.wait()
     engine.forward.cache.fill_(float("nan"))  # what nobody wrote must not be read
     return engine, source
 

@@ -86,6 +86,7 @@ def engine_of(config: ModelConfig, source: RoundedToFp8 | Noisy, fp8_cache: bool
     sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 1024, "max_model_len": 1536, "num_blocks": 1200} | options
     units = torch.tensor([[*UNITS, 0.0, 0.0]] * config.layers, device="cuda") if fp8_cache else None
     engine = Engine(config, unread, Options(**sizes), units)
+    engine.forward.attention.wait()
     engine.forward.cache.view(torch.uint8).fill_(0x7F if fp8_cache else 0xFF)  # NaN: what nobody wrote must not be read
     return engine
 

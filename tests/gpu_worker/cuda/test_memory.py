@@ -32,7 +32,9 @@ def made(**options: object) -> Engine:
     config = replace(QWEN3, vocab_size=151936)
     device = torch.device("cuda")
     unread = UnreadWeights(DummyTensors(config, 1, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
-    return Engine(config, unread, Options(**{"max_model_len": 1024, **options}))  # type: ignore[arg-type]
+    engine = Engine(config, unread, Options(**{"max_model_len": 1024, **options}))  # type: ignore[arg-type]
+    engine.forward.attention.wait()
+    return engine
 
 
 def in_use() -> int:
