@@ -46,6 +46,7 @@ def main() -> None:
             Path("unused"), model=str(folder), load_format="dummy", device="cuda", gpu_memory_utilization=args.utilization
         )
         engine, _ = load_engine(settings)
+        engine.forward.attention.wait()
         total = torch.cuda.mem_get_info()[1]
         planned = room(folder, total, Setup(gpu_memory_utilization=args.utilization)).blocks
     started = in_use()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpu_worker.prompt_scores import SLICE
 
-GRAPHS = 256 << 20  # bytes that a worker keeps for graphs, which are captured while it serves
+KEPT_BACK = 256 << 20  # bytes for graphs, which are captured while a worker serves (48 MiB on an H200), and kernels that are loaded then
 
 # Bytes of a logit:
 _KEPT = 5  # how often it was sampled, whether it stood in the prompt

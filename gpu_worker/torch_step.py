@@ -97,7 +97,10 @@ class TorchStep:
         needed = -(-length // settings.block_size)
         if device.type == "cuda":
             trial = step_with(1)
-            usage = measure(lambda: trial.run(worst_step(trial.geometry, long=True)))
+            try:
+                usage = measure(lambda: trial.run(worst_step(trial.geometry, long=True)))
+            except torch.OutOfMemoryError as error:
+                raise LoadError(f"the card's memory does not hold the model with its largest step: {str(error).splitlines()[0]}") from error
             del trial
             blocks = blocks_that_fit(usage, settings.gpu_memory_utilization, block, needed, settings.num_gpu_blocks)
         else:

@@ -48,7 +48,8 @@ def worst_step(geometry: Geometry, long: bool = False) -> Step:
     """A prefill of the most tokens for the most sequences, which ask for all that a request can: filters, penalties, bias, bad words,
     many stop ids, log probabilities of prompt and output. All write to block 0. Lists of ids as long as the vocabulary are left out.
 
-    long: the tokens are the last that a sequence can have, for attention that takes more memory the more there is before them.
+    long: the first row's tokens are the last that a sequence can have, for attention that takes more memory the more there is before them;
+    it goes through a step row by row, and with all rows as long a step would take minutes.
     """
     g, rows = geometry, min(geometry.slots, geometry.max_step_tokens)
     slots = np.arange(rows, dtype=np.int32)
@@ -69,7 +70,9 @@ def worst_step(geometry: Geometry, long: bool = False) -> Step:
         bias_values=pack_floats([0.1]),
         bad_words=[pack([0, 0])],
     )
-    ends = np.full_like(counts, g.max_model_len) if long else counts
+    ends = counts.copy()
+    if long:
+        ends[0] = g.max_model_len
     starts = ends - counts
     records = [
         Record(slot, np.zeros(end, np.int32), EMPTY, slot, params, g.max_model_len)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpu_worker.cuda.driver import Kernel, Module, tensor_map
+from gpu_worker.cuda.driver import CudaError, Kernel, Module, tensor_map
 from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
 from gpu_worker.cuda.state import TILE, DeviceState
@@ -19,6 +19,12 @@ from gpu_worker.loading.config import ModelConfig
 log = logging.getLogger("worker")
 
 LONG_ROWS = 2048  # tokens a row, on average, from which Triton's prefill attention gains by larger tiles
+
+
+def _not_known(error: Exception) -> None:
+    """Say that the kernel for Hopper cannot be had; error: whatever a compiler raises."""
+    told = (str(error).strip() or repr(error)).splitlines()[-1]
+    log.warning("this version of Triton does not compile prefill_hopper.py, prefill is slower: %s", told)
 
 
 class Attention:
@@ -55,7 +61,12 @@ class Attention:
         self._partial_ml = torch.zeros(state.max_partials, config.kv_heads, 2, self._padded, device=cache.device)
         self.arrivals = torch.zeros(state.geometry.slots, config.kv_heads, dtype=torch.int32, device=cache.device)
         self._begin_decode()
-        self.prefill_hopper = self._begin_hopper(cache) if hopper else None
+        self.prefill_hopper: TritonKernel | None
+        try:
+            self.prefill_hopper = self._begin_hopper(cache) if hopper else None
+        except Exception as error:
+            _not_known(error)
+            self.prefill_hopper = None
         self.prefill_plain = self._begin_prefill()
         self._settled = False
 
@@ -66,14 +77,14 @@ class Attention:
             return True
         if not self.prefill_hopper.compiled():
             return False
+        self._settled = True
         try:
             self.prefill_hopper.load()
-        except Exception as error:  # whatever a compiler raises
-            log.warning(
-                "this version of Triton does not compile prefill_hopper.py, prefill is slower: %s", str(error).strip().splitlines()[-1]
-            )
+        except CudaError:
+            raise
+        except Exception as error:
+            _not_known(error)
             self.prefill_hopper = None
-        self._settled = True
         return True
 
     def wait(self) -> None:
@@ -147,7 +158,7 @@ class Attention:
         return begin(32), begin(32 if wide or large else 64)
 
     def _begin_hopper(self, cache: torch.Tensor) -> TritonKernel | None:
-        """None where the kernel does not know the type, the window or the heads."""
+        """None where the kernel does not know the type, the window, the heads or the pages."""
         c, page, dtype = self._config, self._state.geometry.block_size, self._dtype
         if dtype == torch.float32 or self._kv_scales is not None or self._window or page % 8 or c.head_dim not in (64, 128):
             return None
@@ -155,6 +166,8 @@ class Attention:
             return None
         from gpu_worker.cuda.kernels import prefill_hopper as kernel
 
+        if kernel.TILE % page and page % kernel.TILE:  # a box lies in one page, and a tile is whole boxes
+            return None
         self._box = kernel.box(page, kernel.TILE)
         ints = torch.int32
         return TritonKernel(

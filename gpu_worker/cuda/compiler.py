@@ -45,6 +45,11 @@ class Compilers:
         """Begin to compile something that can wait."""
         return self._pool.submit(work, *args, **kwargs)
 
+    def stop(self) -> None:
+        """Begin nothing any more, so that a process that ends waits only for what is being compiled; there will be others."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        compilers.cache_clear()
+
     def wait(self) -> None:
         """Wait until all that has been begun is compiled. Raises what failed."""
         while self._running:

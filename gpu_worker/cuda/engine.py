@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from gpu_worker.layers.rope import rope_table
 from gpu_worker.loading.config import ModelConfig
 from gpu_worker.logprobs import PromptScores
 from gpu_worker.runner import Outcome, Step
-from gpu_worker.sampling_memory import GRAPHS
+from gpu_worker.sampling_memory import KEPT_BACK
 from gpu_worker.worst_case import blocks_that_fit, measure, worst_step
 from protocol.messages import Geometry
 
@@ -119,7 +120,7 @@ class Engine:
         compilers().wait()
         log.debug("start: all kernels compiled")
         o, block, needed = self.options, self.forward.cache[:, 0].nbytes, self.geometry.table_width
-        return blocks_that_fit(usage, o.utilization, block, needed, o.num_blocks, GRAPHS if o.graphs else 0)
+        return blocks_that_fit(usage, o.utilization, block, needed, o.num_blocks, KEPT_BACK)
 
     def _run_worst_step(self) -> None:
         self.start(worst_step(self.geometry))
@@ -198,7 +199,9 @@ class Engine:
         settled = self.forward.attention.settled()
         shape = self.graphs.missing([shape for shape in self._likely if settled or not shape.tokens])
         if shape is None:
-            return False
+            if not settled:
+                time.sleep(0.001)
+            return not settled
         with torch.cuda.stream(self.stream):
             if not self.graphs.met(shape):
                 (number,) = self.state.write(Step.nothing(), self._next_result)

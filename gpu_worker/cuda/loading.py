@@ -79,8 +79,14 @@ def load_engine(settings: WorkerSettings) -> tuple[Engine, Description]:
             pack_prefixes=settings.pack_prefixes,
         )
         engine = Engine(config, UnreadWeights(source, config, device, dtype, Shard()), options, fp8_cache)
-    except torch.OutOfMemoryError as error:
-        raise LoadError(f"the card's memory does not hold the model with its largest step: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        compilers().stop()
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+            raise LoadError(f"the card's memory does not hold the model with its largest step: {str(error).splitlines()[0]}") from error
+        raise
+    except LoadError:
+        compilers().stop()
+        raise
     fp8_linears = engine.forward.weights.fp8_linears
     if config.quantization is not None and not fp8_linears:
         log.warning("torch multiplies no such fp8 weights on this card with --dtype %s: they are kept in 16 or 32 bits", settings.dtype)

@@ -76,7 +76,7 @@ class Memory:
     kv_per_token: int
     kv_per_block: int
     activations: int  # buffers and temporaries of the largest step, logits, tables
-    overhead: int  # the process's, the driver's, and on a card what is kept for graphs
+    overhead: int  # the process's, the driver's, and on a card what is kept back for graphs
     parts: dict[str, int] = field(default_factory=dict)  # `weights`, by kind
 
     def total(self, blocks: int) -> int:
@@ -86,7 +86,7 @@ class Memory:
 
 def estimate_memory(model: str | Path | Sizes, setup: Setup | None = None) -> Memory:
     """What a worker with this model and setup takes. Raises PlanError for a model that no worker loads."""
-    from gpu_worker.sampling_memory import GRAPHS
+    from gpu_worker.sampling_memory import KEPT_BACK
 
     sizes = read_sizes(model) if isinstance(model, str | Path) else model
     setup = setup or Setup()
@@ -97,7 +97,7 @@ def estimate_memory(model: str | Path | Sizes, setup: Setup | None = None) -> Me
         overhead = CUDA_CONTEXT if setup.device == "cuda" else CPU_PROCESS + TRANSFORMERS
     else:
         parameters, parts = _parameters(sizes), _weights(sizes, setup)
-        overhead = CUDA_CONTEXT + GRAPHS if setup.device == "cuda" else CPU_PROCESS
+        overhead = CUDA_CONTEXT + KEPT_BACK if setup.device == "cuda" else CPU_PROCESS
         activations = _cuda_buffers(sizes, setup) if setup.device == "cuda" else _torch_buffers(sizes, setup)
     return Memory(
         parameters=parameters,

@@ -29,7 +29,8 @@ def test_the_worst_step_has_as_many_rows_and_tokens_as_a_step_can_have(slots: in
     assert len(step.output_slots) == len(step.records) == rows
     ends = step.starts + step.counts
     assert (ends == [record.prompt_length for record in step.records]).all()
-    assert (ends == (100 if long else step.counts)).all()
+    assert ends[0] == (100 if long else step.counts[0])
+    assert (ends[1:] == step.counts[1:]).all()
     assert set(unpack(step.plan.assign_blocks).tolist()) == {0}
     assert len(unpack(step.plan.assign_slots)) == (-(-ends // 16)).sum()
     for record in step.records:

@@ -85,7 +85,6 @@ new = [player.add(np.arange(20, dtype=np.int32), 9, **(params if i % 2 else {}))
 player.prefill(new)
 player.decode([sequence for sequence, _ in new], 6)
 player.settle()
-engine.forward.attention.wait()
 while engine.idle(lambda: False):
     pass
 assert set(engine.graphs.captured) >= set(engine._likely)
@@ -145,3 +144,35 @@ def test_an_engine_runs_its_largest_step_with_one_block_and_loads_nothing_within
     blocks = int(printed(ENGINE.replace("BLOCKS", str(asked)), cache, monkeypatch))
     block, left = 2 * 2 * 4 * 16 * 128 * 2, (int(0.9 * 4 * 2**30) - 2**30 - 2**29 - (256 << 20))
     assert blocks == (asked or left // block)
+
+
+PAGES = """
+import torch
+from tests.gpu_worker.cuda.played_card import Card
+Card()
+
+from gpu_worker.cuda.attention import Attention
+from gpu_worker.cuda.state import DeviceState
+from gpu_worker.loading.config import ModelConfig
+from protocol.messages import Geometry
+
+config = ModelConfig(
+    family="llama", vocab_size=256, hidden=256, intermediate=256, layers=1, heads=4, kv_heads=2, head_dim=64, max_length=4096,
+    norm_eps=1e-6, rope_theta=1e6, qk_norm=False, tied_embeddings=True,
+)
+meta = torch.device("meta")
+angle = torch.empty(4096, 32, device=meta)
+for page in (8, 16, 24, 48, 64, 80, 96, 192, 256):
+    state = DeviceState(Geometry(page, 1, 0, 8, 4096, 1024, 256), meta, 33, 64, pack=1)
+    cache = torch.empty(2, 2, 2, page, 64, dtype=torch.bfloat16, device=meta)
+    attention = Attention(config, state, cache, torch.bfloat16, (angle, angle), None, pdl=True, few=0, hopper=True)
+    print(page, attention.prefill_hopper is not None)
+    from gpu_worker.cuda.compiler import compilers
+    compilers().stop()
+"""
+
+
+@pytest.mark.slow
+def test_pages_that_tiles_do_not_divide_take_the_other_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dict(line.split() for line in printed(PAGES, tmp_path, monkeypatch).splitlines())
+    assert {page for page, hopper in found.items() if hopper == "True"} == {"8", "16", "64", "192", "256"}
