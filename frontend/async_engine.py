@@ -109,8 +109,8 @@ class AsyncLLMEngine:
 
         Parts are submitted as they come; the first news is told when all are.
         """
-        stream = self.client.open()
         eos = frozenset(unpack(self.model().info.eos).tolist())
+        stream = self.client.open()
         asked: list[Prepared] = []
         try:
             async for part in parts:

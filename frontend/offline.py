@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -75,13 +74,7 @@ class RequestOutput:
     cached_tokens: int = 0
     prompt: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, None of the first; None until complete
-    packed_prompt: bytes = field(default=b"", repr=False)  # its ids, as int32
-
-    @cached_property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt's ids, made into a list when they are asked for."""
-        ids: list[int] = unpack(self.packed_prompt).tolist()
-        return ids
+    prompt_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,6 +83,7 @@ class Prepared:
 
     new: NewRequest
     params: SamplingParams
+    ids: list[int]  # of the prompt
     prompt: str | None = None  # its text, where it was one
 
 
@@ -113,7 +107,7 @@ def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bo
         new = completions.new_request(model, body, ids, max_tokens, logprobs, "", True, body.best_of)
     except ApiError as error:
         raise ValueError(error.message) from None
-    return Prepared(new, params, prompt if isinstance(prompt, str) else None)
+    return Prepared(new, params, list(ids), prompt if isinstance(prompt, str) else None)
 
 
 def prepare_chat(model: Model, messages: list[dict[str, Any]], params: SamplingParams, options: dict[str, Any]) -> Prepared:
@@ -130,7 +124,7 @@ def prepare_chat(model: Model, messages: list[dict[str, Any]], params: SamplingP
         new = chat.prepare(model, body, "")
     except ApiError as error:
         raise ValueError(error.message) from None
-    return Prepared(new, params)
+    return Prepared(new, params, unpack(new.prompt).tolist())
 
 
 def output_of(entry: Entry, prepared: Prepared, texts: dict[int, str], eos: frozenset[int]) -> RequestOutput:
@@ -149,7 +143,7 @@ def output_of(entry: Entry, prepared: Prepared, texts: dict[int, str], eos: froz
         cached_tokens=max(entry.cached, 0),
         prompt=prepared.prompt,
         prompt_logprobs=None if params.prompt_logprobs is None or entry.unscored else [None, *entry.scores],
-        packed_prompt=entry.new.prompt,
+        prompt_token_ids=prepared.ids,
     )
 
 

@@ -37,6 +37,8 @@ from protocol.telemetry import Publisher
 from protocol.tokenizer_files import BundleError
 from protocol.tracing import tracer
 
+log = logging.getLogger("frontend")
+
 KEEP_ALIVE = 15.0  # seconds without an event after which a waiting stream gets a comment line
 BEAT = 1.0  # seconds between two looks at what has become quiet, and two publications of figures
 LAST_WORDS = 0.5  # seconds that clients get to read the error that ends their stream
@@ -61,8 +63,11 @@ def run(settings: FrontendSettings) -> None:
 
 def raise_file_limit() -> None:
     """As many open files as the system lets this process have: each connection is one, and shells and containers begin with 1,024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError) as error:  # a hard limit beyond what the system allows
+        log.warning("%d open files stay the limit: %s", soft, error)
 
 
 def make_app(client: Client) -> Starlette:

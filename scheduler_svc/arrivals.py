@@ -17,6 +17,7 @@ from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.worker import Worker
 
 HASHED_BLOCKS = 1024  # named between two plans: 0.4 ms; with fewer, prompts of thousands of tokens come too late to fill a step
+TAKEN_OVER = 32  # names taken over from another prompt, which cost what one that is made costs
 ARRIVALS = 64  # choices routed between two plans
 
 
@@ -83,11 +84,13 @@ class Arrivals:
             if chain is None:
                 request, fresh = choice.request, not len(choice.tokens)
                 chain = request.chains.get(size) if fresh else None
-                chain = chain or self._recent.chain(size, request.prompt if fresh else choice.all_tokens, request.root)
+                if chain is None:
+                    chain = self._recent.chain(size, request.prompt if fresh else choice.all_tokens, request.root)
+                    named += len(chain.names) // TAKEN_OVER
                 choice.chains[size] = chain
                 if fresh:
                     request.chains[size] = chain
-            named += chain.extend(most - named)
+            named += chain.extend(max(1, most - named))
             if not chain.complete:
                 return most
         return named

@@ -93,8 +93,8 @@ async def generate(request: Request) -> Response:
 
 def is_ready(body: CompletionBody) -> bool:
     """Whether a body has nothing for the tokenizer, and little of the rest: not worth a thread."""
-    ids = body.prompt
-    return bool(isinstance(ids, list) and ids and isinstance(ids[0], int) and len(ids) <= MAX_READY and not (body.echo or body.bad_words))
+    ids, more = body.prompt, body.echo or body.bad_words or body.logit_bias
+    return bool(isinstance(ids, list) and ids and isinstance(ids[0], int) and len(ids) <= MAX_READY and not more)
 
 
 def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRequest], list[str]]:

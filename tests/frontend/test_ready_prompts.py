@@ -23,6 +23,7 @@ from frontend.validation import CompletionBody, parse
         ({"prompt": []}, False),
         ({"prompt": [1, 2], "echo": True}, False),
         ({"prompt": [1, 2], "bad_words": ["word"]}, False),
+        ({"prompt": [1, 2], "logit_bias": {"3": 1.0}}, False),
     ],
 )
 def test_only_few_ids_are_prepared_without_a_thread(fields: dict[str, Any], ready: bool) -> None:

@@ -165,7 +165,6 @@ def test_a_socket_handed_over_is_served(run_dir, scheduled):
             assert running.stop() == 0
 
 
-@pytest.mark.slow
 def test_it_may_open_as_many_files_as_the_system_allows():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
@@ -176,6 +175,7 @@ def test_it_may_open_as_many_files_as_the_system_allows():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_what_is_no_http_is_refused_in_json(run_dir):
     frontend = Frontend(run_dir)
     try:
