@@ -79,11 +79,6 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
     { command -v $(PYTHON) >/dev/null && { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …" >&2; exit 1; }; missing="$$missing python3"; }; \
 $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
 command -v git >/dev/null || missing="$$missing git"; \
-if nvidia-smi >/dev/null 2>&1 && [ "$(DEVICE)" != cpu ]; then \
-    command -v gcc >/dev/null || missing="$$missing gcc"; \
-    $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null || \
-        missing="$$missing python3-dev"; \
-fi; \
 [ -z "$$missing" ] || { echo "missing: apt-get install$$missing" >&2; exit 1; }
 endef
 
