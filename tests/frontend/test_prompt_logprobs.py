@@ -51,7 +51,7 @@ class TestJournal:
 
     def test_an_offline_output_shows_them_once_they_are_all_there(self) -> None:
         journal, entry = opened(max_tokens=2)
-        asked, other = (Prepared(entry.new, params) for params in (Asked(prompt_logprobs=1), Asked()))
+        asked, other = (Prepared(entry.new, params, []) for params in (Asked(prompt_logprobs=1), Asked()))
         journal.message(scores(1, 2), 1.0)
         assert output_of(entry, asked, {}, frozenset()).prompt_logprobs is None
         journal.message(scores(3, 4), 1.0)
