@@ -40,6 +40,14 @@ def eventually(what: Callable[[], Any], timeout: float = 30.0) -> Any:
     return result
 
 
+def is_over(process: psutil.Process) -> bool:
+    """Whether it has ended, be it that nobody has asked for its exit code yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @dataclass
 class Process:
     """One program that a test started; its output goes to a file."""
@@ -110,7 +118,7 @@ class Stack:
         process = psutil.Process(pid)
         process.send_signal(sig)
         if sig == signal.SIGKILL:
-            eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 5)
+            eventually(lambda: is_over(process), 5)
         return pid
 
     def metrics(self) -> dict[str, float]:

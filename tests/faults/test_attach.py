@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from protocol.rundir import RunDir
-from tests.e2e.stack import eventually, stack
+from tests.e2e.stack import eventually, is_over, stack
 from tests.faults.fleet import fleet, serving
 from tests.faults.load import TIMEOUT, Load, Seen, mixed_body
 
@@ -112,7 +112,7 @@ def test_a_killed_frontend_of_a_shared_port_is_replaced_and_its_clients_go_on_at
         load.well_underway()
         process = psutil.Process(both["frontend-1"])
         process.kill()
-        eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 5)
+        eventually(lambda: is_over(process), 5)
         load.finish()
         assert load.resumed > 0
         eventually(lambda: made.metrics().get('pagewire_blocks{name="scheduler-0",state="used"}') == 0)
