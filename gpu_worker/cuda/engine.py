@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -199,8 +198,6 @@ class Engine:
         settled = self.forward.attention.settled()
         shape = self.graphs.missing([shape for shape in self._likely if settled or not shape.tokens])
         if shape is None:
-            if not settled:
-                time.sleep(0.001)
             return not settled
         with torch.cuda.stream(self.stream):
             if not self.graphs.met(shape):

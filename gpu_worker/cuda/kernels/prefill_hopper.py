@@ -252,50 +252,14 @@ def _attend(
             mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=number > 1)
             for j in range(1, plain):
                 p, m, total, acc = _advance(
-                    q,
-                    p,
-                    m,
-                    total,
-                    acc,
-                    k,
-                    v,
-                    full,
-                    empty,
-                    turn,
-                    i + j - number_of_item - 1,
-                    i + j,
-                    j,
-                    number,
-                    position,
-                    scale,
-                    False,
-                    GROUP,
-                    STAGES,
-                    TURNS,
-                )
+                    q, p, m, total, acc, k, v, full, empty, turn, i + j - number_of_item - 1, i + j, j, number, position, scale,
+                    False, GROUP, STAGES, TURNS,
+                )  # fmt: skip
             for j in range(gl.maximum(plain, 1), number):
                 p, m, total, acc = _advance(
-                    q,
-                    p,
-                    m,
-                    total,
-                    acc,
-                    k,
-                    v,
-                    full,
-                    empty,
-                    turn,
-                    i + j - number_of_item - 1,
-                    i + j,
-                    j,
-                    number,
-                    position,
-                    scale,
-                    True,
-                    GROUP,
-                    STAGES,
-                    TURNS,
-                )
+                    q, p, m, total, acc, k, v, full, empty, turn, i + j - number_of_item - 1, i + j, j, number, position, scale,
+                    True, GROUP, STAGES, TURNS,
+                )  # fmt: skip
             i += number
             last = (i - 1) % STAGES
             mbarrier.wait(full.index(STAGES + last), ((i - 1) // STAGES) & 1)
