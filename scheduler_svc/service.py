@@ -16,6 +16,7 @@ from protocol.endpoints import check_endpoint
 from protocol.keys import AllowList, Authenticator, ServerKeys, read_pair
 from protocol.listener import FRONTENDS, ROLES, WORKERS, Route
 from protocol.locks import Guard
+from protocol.memory import map_large
 from protocol.poller import Poller, Source
 from protocol.service import CannotRun, Service
 from protocol.sockets import Context, Socket, monitor, news, received, router, send
@@ -35,6 +36,7 @@ TELEMETRY_LATEST = 1.3  # seconds after which it wakes for them
 
 def run(settings: SchedulerSettings) -> None:
     """Run a scheduler until it is asked to stop. Raises CannotRun, RunDirError."""
+    map_large()  # anybody may send large frames
     process = Service("scheduler", settings.name, settings.run_dir, settings.log_level, log_format=settings.log_format)
     with process as service, ExitStack() as stack:
         context: Context = zmq.Context()
