@@ -246,8 +246,7 @@ class WorkerCore:
         tokens = outcome.tokens
         taken = tokens >= 0
         ids = tokens if taken.all() else tokens[taken]
-        every_row = not step.fork_records and np.count_nonzero(step.outputs) == len(step.outputs)
-        for record, token in zip(step.records if every_row else step.output_records, tokens.tolist(), strict=True):
+        for record, token in zip(step.output_records, tokens.tolist(), strict=True):
             if token >= 0:
                 record.append(token)
         self._copied = outcome.copied

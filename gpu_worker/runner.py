@@ -75,20 +75,25 @@ class Step:
         return cls(Plan(step=0), [], EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, [], EMPTY, [])
 
     @property
+    def all_sample(self) -> bool:
+        """Whether the outputs are the rows: each of them samples, and none is forked."""
+        return not len(self.fork_slots) and np.count_nonzero(self.outputs) == len(self.outputs)
+
+    @property
     def output_slots(self) -> Int32:
         """The slot of each output, shape [outputs]: rows that sample, then forks."""
-        return np.concatenate((self.slots[self.outputs > 0], self.fork_slots))
+        return self.slots if self.all_sample else np.concatenate((self.slots[self.outputs > 0], self.fork_slots))
 
     @property
     def output_records(self) -> list[Record]:
         """The record of each output, in the order of `output_slots`."""
-        return [r for r, n in zip(self.records, self.outputs, strict=True) if n] + self.fork_records
+        return self.records if self.all_sample else [r for r, n in zip(self.records, self.outputs, strict=True) if n] + self.fork_records
 
     @property
     def output_positions(self) -> Int32:
         """The absolute position of each sampled token, shape [outputs]: the row's end, for its forks too."""
         ends = self.starts + self.counts
-        return np.concatenate((ends[self.outputs > 0], ends[self.fork_rows]))
+        return ends if self.all_sample else np.concatenate((ends[self.outputs > 0], ends[self.fork_rows]))
 
 
 @dataclass(slots=True)

@@ -147,7 +147,7 @@ class Engine:
             raise
 
     def _enqueue(self, step: Step, result: int) -> _Running:
-        outputs, beside, scores = int((step.outputs > 0).sum()) + len(step.fork_slots), None, None
+        outputs, beside, scores = int(np.count_nonzero(step.outputs)) + len(step.fork_slots), None, None
         stream = self.stream.cuda_stream
         with torch.cuda.stream(self.stream):
             self.general.bind(step)
@@ -178,7 +178,7 @@ class Engine:
         running = self._pending.popleft()
         running.event.synchronize()
         tokens, flags, start, end = self.state.read(running.result, running.outputs)
-        outcome = Outcome(tokens=tokens, flags=flags.astype(np.uint8))
+        outcome = Outcome(tokens=tokens, flags=flags)
         if running.beside is not None:
             running.beside.add_to(outcome)
         if running.scores is not None:

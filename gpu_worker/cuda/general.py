@@ -89,7 +89,7 @@ class General:
 
     def needed(self, slots: Int32) -> bool:
         """Whether one of these slots needs it."""
-        return bool(self._needed[slots].any())
+        return bool(np.count_nonzero(self._needed[slots]))
 
     def sample(self, step: Step, stream: int) -> Beside | None:
         """Enqueue the sampling of every output of a step; tokens and flags go to the slots and the result ring."""

@@ -6,11 +6,11 @@ are captured too: with their rows and tokens rounded up, and the rest computed f
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,13 +19,12 @@ from protocol.messages import Geometry
 if TYPE_CHECKING:
     from gpu_worker.cuda.forward import Layers  # needs triton
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, *range(80, 257, 16), *range(320, 1025, 64))  # rows of a decode step
+BUCKETS: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64, *range(80, 257, 16), *range(320, 1025, 64))  # rows of a decode step
 MIXED_ROWS = (1, 8, 64, 256)
 MIXED_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """The size of a captured step."""
 
     rows: int
@@ -35,7 +34,7 @@ class Shape:
 
 def bucket_of(rows: int, most: int) -> int:
     """The rows that a decode step of `rows` is padded to."""
-    return next((b for b in BUCKETS if rows <= b <= most), most)
+    return min(BUCKETS[bisect_left(BUCKETS, rows)], most)
 
 
 def mixed_bucket(rows: int, tokens: int, geometry: Geometry) -> tuple[int, int] | None:
@@ -78,10 +77,11 @@ class Graphs:
 
     def run(self, shape: Shape) -> None:
         """Enqueue a step of this shape."""
-        if shape not in self._graphs and shape in self._met and self._enabled:
-            self._graphs[shape] = self._capture(shape, None)
-        if shape in self._graphs:
-            self._graphs[shape].replay()
+        graph = self._graphs.get(shape)
+        if graph is None and self._enabled and shape in self._met:
+            graph = self._graphs[shape] = self._capture(shape, None)
+        if graph is not None:
+            graph.replay()
         else:
             self._met.add(shape)
             self._body(shape, None)

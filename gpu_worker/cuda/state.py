@@ -14,7 +14,7 @@ import torch
 from msgspec import structs
 
 from gpu_worker.runner import Record, Step
-from protocol.columns import Int32, unpack
+from protocol.columns import Int32, UInt8, unpack
 from protocol.messages import Geometry, Plan
 
 HEADER = 16
@@ -30,8 +30,9 @@ MANY_ROWS = 9  # rows from which on neighbours that share a prefix are served to
 
 def is_decode(step: Step) -> bool:
     """Whether every row computes and samples one token, and nothing else happens: what a captured graph can do."""
-    one_token = len(step.slots) and (step.counts == 1).all() and (step.outputs == 1).all() and not len(step.fork_slots)
-    return bool(one_token) and not any(source for source, _ in block_copies(step.plan))
+    p = step.plan
+    # Counts are 1 at least and outputs at most: columns that are equal hold nothing but ones.
+    return bool(p.slots) and p.counts == p.outputs and not (p.fork_slots or p.copy_from or p.out_from or p.in_from)
 
 
 def block_copies(plan: Plan) -> tuple[tuple[bytes, bytes], ...]:
@@ -167,12 +168,7 @@ class DeviceState:
         """Write a step into as many ring entries as it needs (all but the last hold assignments only); yield each one's
         number once it is written. The caller launches `prepare` for it and leaves an event in `guards`, reached when the
         entry has been read."""
-        plan = step.plan
-        assignments = np.zeros(((len(plan.assign_slots) + len(plan.share_slots)) // 4, 4), dtype=np.int32)
-        for at, names in enumerate(
-            (("assign_slots", "share_slots"), ("assign_indices", "share_indices"), ("assign_blocks", "share_blocks"))
-        ):
-            assignments[:, at] = np.concatenate([unpack(getattr(plan, name)) for name in names])
+        assignments = _assignments(step.plan)
         while len(assignments) > MAX_ASSIGNMENTS:
             yield self._entry(result, assignments[:MAX_ASSIGNMENTS])
             assignments = assignments[MAX_ASSIGNMENTS:]
@@ -185,7 +181,8 @@ class DeviceState:
         if guard is not None:
             guard.synchronize()
         entry = self._ring[number]
-        header = np.zeros(HEADER, dtype=np.int32)
+        header = entry[:HEADER]
+        header[:] = 0
         header[5] = result
         at = HEADER + 8 * (len(step.slots) if step is not None else 0)
 
@@ -195,21 +192,24 @@ class DeviceState:
             entry[at : at + values.size] = values.reshape(-1)
             at += -(-values.size // 4) * 4
 
-        put(3, 10, assignments, len(assignments))
+        if len(assignments):
+            put(3, 10, assignments, len(assignments))
         if step is not None:
-            put(4, 11, _bindings(step.bind_slots, step.bind_records), len(step.bind_slots))
-            ends = np.cumsum(step.counts, dtype=np.int32)
-            rows = entry[HEADER : HEADER + 8 * len(step.slots)].reshape(-1, 8)
-            rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = step.slots, step.starts, step.counts, step.known
-            rows[:, 4] = ends - step.counts
-            rows[:, 5] = np.cumsum(step.known) - step.known
+            if len(step.bind_slots):
+                put(4, 11, _bindings(step.bind_slots, step.bind_records), len(step.bind_slots))
+            count = len(step.slots)
+            ends = step.counts.cumsum(dtype=np.int32)
+            rows = entry[HEADER : HEADER + 8 * count].reshape(count, 8).T
+            rows[0], rows[1], rows[2], rows[3] = step.slots, step.starts, step.counts, step.known
+            rows[4] = ends - step.counts
+            rows[5:] = 0
             if len(step.prefill):
-                rows[:, 6] = step.prefill[np.minimum(rows[:, 5], len(step.prefill) - 1)]
-            header[0] = len(rows)
-            header[1] = ends[-1] if len(ends) else 0
+                rows[5] = step.known.cumsum() - step.known
+                rows[6] = step.prefill[np.minimum(rows[5], len(step.prefill) - 1)]
+            header[0] = count
+            header[1] = ends[-1] if count else 0
             if is_decode(step):
-                header[2] = len(rows)  # the kernel makes the rest
-                entry[:HEADER] = header
+                header[2] = count  # the kernel makes the rest
                 return number
             sampled = np.flatnonzero(step.outputs)
             logit_row = np.cumsum(step.outputs > 0) - 1
@@ -225,7 +225,6 @@ class DeviceState:
             if len(copies) > self.max_copies:
                 raise ValueError(f"a plan copies {len(copies)} blocks; there are {self.max_copies}")
             put(9, 9, copies, at)
-        entry[:HEADER] = header
         return number
 
     def _tiles(self, starts: Int32, counts: Int32) -> Int32:
@@ -236,12 +235,20 @@ class DeviceState:
         tiles = np.stack((row, first * self.tile_tokens), axis=1).astype(np.int32)
         return tiles[np.argsort(-(starts[row] + tiles[:, 1]), kind="stable")]
 
-    def read(self, result: int, outputs: int) -> tuple[Int32, Int32, int, int]:
+    def read(self, result: int, outputs: int) -> tuple[Int32, UInt8, int, int]:
         """Tokens and flags (shapes [outputs]) of a finished step, its start and end in nanoseconds of the card's clock."""
-        words = self._results[result]
-        start, end = words[:4].view(np.int64)
-        slots = self.geometry.slots
-        return words[4 : 4 + outputs].copy(), words[4 + slots : 4 + slots + outputs].copy(), int(start), int(end)
+        words, slots = self._results[result], self.geometry.slots
+        start, end = words[:4].view(np.int64).tolist()
+        return words[4 : 4 + outputs].copy(), words[4 + slots : 4 + slots + outputs].astype(np.uint8), start, end
+
+
+def _assignments(plan: Plan) -> Int32:
+    """What the plan enters into block tables, shape [entries, 4]: slot, index, block, 0."""
+    columns = plan.assign_slots + plan.share_slots, plan.assign_indices + plan.share_indices, plan.assign_blocks + plan.share_blocks
+    entries = np.zeros((len(columns[0]) // 4, 4), dtype=np.int32)
+    for at, column in enumerate(columns if len(entries) else ()):
+        entries[:, at] = unpack(column)
+    return entries
 
 
 def _bindings(slots: Int32, records: list[Record]) -> Int32:

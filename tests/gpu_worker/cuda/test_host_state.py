@@ -121,6 +121,25 @@ def test_a_decode_step_holds_rows_and_assignments_only(state: DeviceState, core:
     assert entry[entry[10] :][:3].tolist() == [1, 1, 99]
 
 
+def test_nothing_of_an_earlier_step_is_left_in_an_entry(core: WorkerCore) -> None:
+    state = DeviceState(GEOMETRY, torch.device("cpu"), spread=33, tile_tokens=64, entries=1, results=4)
+    list(state.write(prefill(core, {1: np.arange(15, dtype=np.int32), 3: np.arange(20, dtype=np.int32)}), 3))
+    columns = {"slots": [3, 1], "generations": [1, 1], "starts": [20, 15], "counts": [1, 1], "outputs": [1, 1]}
+    list(state.write(core.apply(Plan(step=2, **{name: pack(column) for name, column in columns.items()})), 2))
+    entry = state.ring[0].numpy()
+    assert entry[:HEADER].tolist() == [2, 2, 2, 0, 0, 2] + [0] * 10
+    assert entry[HEADER : HEADER + 16].reshape(2, 8).tolist() == [[3, 20, 1, 0, 0, 0, 0, 0], [1, 15, 1, 0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("more", [{"outputs": pack([1, 0])}, {"counts": pack([1, 2])}, {"copy_from": pack([9]), "copy_to": pack([8])}])
+def test_a_step_that_does_anything_else_is_no_decode_step(core: WorkerCore, more: dict[str, bytes]) -> None:
+    prefill(core, {1: np.arange(8, dtype=np.int32), 3: np.arange(20, dtype=np.int32)})
+    columns = {"slots": [1, 3], "generations": [1, 1], "starts": [7, 19], "counts": [1, 1], "outputs": [1, 1]}
+    plan = Plan(step=2, **({name: pack(column) for name, column in columns.items()} | more))
+    assert not is_decode(core.apply(plan))
+    assert is_decode(core.apply(Plan(step=3, **{name: pack(column) for name, column in columns.items()})))
+
+
 def test_more_assignments_than_an_entry_holds_take_several_and_wait_for_their_turn(
     state: DeviceState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
