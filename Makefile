@@ -1,5 +1,5 @@
 # make serve [PORT=8000] [ADMIN_PORT=8001] [RUN_DIR=…] [DEVICE=auto|cpu|cuda] [MODEL=…] [WORKERS=1] [ARGS="…"]
-# make test, make test-fast, make simulate SEEDS=N [JOBS=2], make soak MINUTES=N [SEED=N], make docs, make lint, make format
+# make test, make test-fast [JOBS=2], make simulate SEEDS=N [JOBS=2], make soak MINUTES=N [SEED=N], make docs, make lint, make format
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -37,7 +37,7 @@ test: lint docs
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TORCH_FREE:%=--ignore=%)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 simulate: $(INSTALLED)
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --jobs $(JOBS)
