@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ class Engine:
             angles(config, options.max_model_len, self.device),
             pdl=options.pdl,
             few=options.few,
+            few_fp8=options.few_fp8,
             few_attention=options.few_attention,
             prefill_hopper=options.prefill_hopper,
             kv_scales=kv_scales,
@@ -99,8 +100,11 @@ class Engine:
         self._pending: deque[_Running] = deque()
         # Pinned memory given back while the other thread captures would have its event captured; what is dropped here is long over.
         self._kept: deque[_Running] = deque(maxlen=self.state.results)
-        self._room_in_results = threading.Semaphore(self.state.results - 2)
-        self._next_result = 0
+        self._free: SimpleQueue[int] = SimpleQueue()  # entries of the result ring, the one used longest ago first
+        for result in range(self.state.results):
+            self._free.put(result)
+        # One for each entry: made once, recorded again when the entry is used again, which is when its step has been finished.
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(self.state.results)]  # type: ignore[no-untyped-call]
         self._last_end = 0
         self._hold(self._blocks_that_fit())
         torch.cuda.synchronize(self.device)
@@ -135,41 +139,40 @@ class Engine:
 
     def start(self, step: Step) -> None:
         """Enqueue a step."""
-        self._room_in_results.acquire()
-        result = self._next_result
-        self._next_result = (result + 1) % self.state.results
+        result = self._free.get()
         try:
             running = self._enqueue(step, result)
             self._kept.append(running)
             self._pending.append(running)
         except Exception:
-            self._room_in_results.release()
+            self._free.put(result)
             raise
 
     def _enqueue(self, step: Step, result: int) -> _Running:
         outputs, beside, scores = int(np.count_nonzero(step.outputs)) + len(step.fork_slots), None, None
         stream = self.stream.cuda_stream
-        with torch.cuda.stream(self.stream):
-            self.general.bind(step)
-            general = self.general.needed(step.output_slots)
-            entries = self.state.write(step, result)
-            number = next(entries)
-            for following in entries:  # `number` holds assignments only
-                self.forward.prepare(stream, 0, decode=False)
-                self.state.guards[number] = self._event()
-                number = following
-            if len(step.slots):
-                self._compute(step, outputs, sampling=bool(outputs) and not general)
-            else:
-                self.forward.prepare(stream, 0, decode=False)
-                self._copy(step)
-            if len(step.scores):
-                scores = report(step, self.forward)
-            if outputs and general:
-                beside = self.general.sample(step, stream)
-            if general or not outputs:
-                self.forward.mark(stream)
-            event = self._event()
+        self._take_stream()
+        self.general.bind(step)
+        general = self.general.needed(step.output_slots)
+        entries = self.state.write(step, result)
+        number = next(entries)
+        for following in entries:  # `number` holds assignments only
+            self.forward.prepare(stream, 0, decode=False)
+            self.state.guards[number] = self._event()
+            number = following
+        if len(step.slots):
+            self._compute(step, outputs, sampling=bool(outputs) and not general)
+        else:
+            self.forward.prepare(stream, 0, decode=False)
+            self._copy(step)
+        if len(step.scores):
+            scores = report(step, self.forward)
+        if outputs and general:
+            beside = self.general.sample(step, stream)
+        if general or not outputs:
+            self.forward.mark(stream)
+        event = self._events[result]
+        event.record(self.stream)
         self.state.guards[number] = event
         return _Running(step.plan.step, result, outputs, event, beside, scores)
 
@@ -187,7 +190,7 @@ class Engine:
         outcome.seconds = (end - start) * 1e-9
         outcome.idle = max(0, start - self._last_end) * 1e-9 if self._last_end else 0.0
         self._last_end = end
-        self._room_in_results.release()
+        self._free.put(running.result)
         return outcome
 
     def idle(self, interrupted: Callable[[], bool]) -> bool:
@@ -199,25 +202,31 @@ class Engine:
         shape = self.graphs.missing([shape for shape in self._likely if settled or not shape.tokens])
         if shape is None:
             return not settled
-        with torch.cuda.stream(self.stream):
-            if not self.graphs.met(shape):
-                (number,) = self.state.write(Step.nothing(), self._next_result)
-                self.graphs.warm_up(shape)
-                self.state.guards[number] = self._event()
-            self.graphs.capture(shape, interrupted)
+        self._take_stream()
+        if not self.graphs.met(shape):
+            (number,) = self.state.write(Step.nothing(), 0)
+            self.graphs.warm_up(shape)
+            self.state.guards[number] = self._event()
+        self.graphs.capture(shape, interrupted)
         return True
 
     def reset(self) -> None:
         """Forget all slots. Nothing may be in flight."""
-        with torch.cuda.stream(self.stream):
-            self.state.reset()
+        self._take_stream()
+        self.state.reset()
+
+    def _take_stream(self) -> None:
+        """Let torch's calls of this thread go to the engine's stream from now on; a context around every step costs twice as much."""
+        if torch.cuda.current_stream(self.device).cuda_stream != self.stream.cuda_stream:
+            torch.cuda.set_stream(self.stream)
 
     def _compute(self, step: Step, outputs: int, sampling: bool) -> None:
         """Rows to logits, and on to tokens if `sampling`: as a graph where the step has a captured size."""
-        rows, tokens = len(step.slots), int(step.counts.sum())
+        rows = len(step.slots)
         if is_decode(step):
             self.graphs.run(Shape(bucket_of(rows, self.geometry.slots), 0, sampling))
             return
+        tokens = int(step.counts.sum())
         copies = any(source for source, _ in block_copies(step.plan))
         bucket = mixed_bucket(max(rows, outputs), tokens, self.geometry)
         if bucket and not copies and self.forward.attention.settled():

@@ -6,7 +6,6 @@ chosen when it is imported.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +26,15 @@ class Card:
         card = self
 
         class Event:
-            def __init__(self, **_: object) -> None: ...
-            def record(self, *_: object) -> None: ...
-            def synchronize(self) -> None: ...
+            def __init__(self, **_: object) -> None:
+                self.awaited = False
+
+            def record(self, *_: object) -> None:
+                assert not self.awaited, "recorded again before it was waited for"
+                self.awaited = True
+
+            def synchronize(self) -> None:
+                self.awaited = False
 
         class Graph:
             def capture_begin(self, **_: object) -> None:
@@ -55,7 +60,7 @@ class Card:
             "mem_get_info": lambda: (3 * GIB, 4 * GIB),
             "memory_reserved": lambda: GIB // 2,
             "reset_peak_memory_stats": lambda: None,
-            "stream": lambda stream: contextlib.nullcontext(),
+            "set_stream": lambda stream: None,
             "synchronize": lambda *_: None,
         }
         for name, by in replaced.items():

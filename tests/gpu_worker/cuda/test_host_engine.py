@@ -82,9 +82,9 @@ assert engine.forward.cache.shape[1] == engine.geometry.blocks + 1
 assert card.calls["cuLaunchKernelEx"], "the largest step"
 player = Player(engine)
 params = {"temperature": 1.0, "top_p": 0.9}
-new = [player.add(np.arange(20, dtype=np.int32), 9, **(params if i % 2 else {})) for i in range(12)]
+new = [player.add(np.arange(20, dtype=np.int32), 99, **(params if i % 2 else {})) for i in range(12)]
 player.prefill(new)
-player.decode([sequence for sequence, _ in new], 6)
+player.decode([sequence for sequence, _ in new], 80)  # more than the rings have entries
 player.settle()
 while engine.idle(lambda: False):
     time.sleep(0.01)  # as a worker waits for messages in between
