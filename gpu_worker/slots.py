@@ -7,6 +7,8 @@ order; the classes here are the three kinds of state it keeps. All index arrays 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from gpu_worker.runner import Record
@@ -49,6 +51,16 @@ class BlockTables:
         self.table.fill(UNASSIGNED)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The slots of a step's rows with what is bound to them, a record or a number (shapes [rows]) each; as in `Slots`."""
+
+    slots: Int32
+    records: list[Record]
+    known: Int32
+    capacity: Int32
+
+
 class Slots:
     """Slots and what is bound to them: columns of shape [slots], and the records beside them.
 
@@ -61,21 +73,31 @@ class Slots:
         self.generation: Int32 = np.full(slots, UNBOUND, dtype=np.int32)
         self.known: Int32 = np.zeros(slots, dtype=np.int32)
         self.capacity: Int32 = np.zeros(slots, dtype=np.int32)
-        self._named: bytes | None = None  # the column asked for last, and its records
-        self._records_named: list[Record | None] = []
+        self._named: tuple[bytes, bytes] | None = None  # the slots and generations that were asked for last, and their rows
+        self._rows: Rows
 
-    def records_of(self, column: bytes) -> list[Record | None]:
-        """The records in these slots (int32 column). Raises ValueError for a slot that occurs twice.
+    def rows_of(self, plan: Plan) -> Rows:
+        """The rows of a plan. Raises PlanError for a slot that occurs twice, or is not at the generation named.
 
-        In steady decoding every step names the same slots, so the last answer is kept: 25 µs of 65 at 256 rows.
+        In steady decoding every step names the same slots, so the last answer is kept: that is half of what a step's rows take.
         """
-        if column != self._named:
-            slots = unpack(column).tolist()
-            if len(set(slots)) != len(slots):
-                raise ValueError("a slot has two rows")
-            self._records_named = list(map(self.records.__getitem__, slots))
-            self._named = column
-        return self._records_named
+        named = plan.slots, plan.generations
+        if named != self._named:
+            self._rows, self._named = self._look_up(plan), named
+        return self._rows
+
+    def _look_up(self, plan: Plan) -> Rows:
+        slots = unpack(plan.slots)
+        numbers = slots.tolist()
+        if len(set(numbers)) != len(numbers):
+            raise PlanError(plan.step, "slots", "a slot has two rows")
+        held = self.generation[slots]
+        wrong = (held != unpack(plan.generations)) | (held == UNBOUND)
+        if wrong.any():
+            slot, generation = slots[wrong][0], held[wrong][0]
+            raise PlanError(plan.step, "generations", f"slot {slot} is {f'at {generation}' if generation != UNBOUND else 'not bound'}")
+        records: list[Record] = [self.records[slot] for slot in numbers]  # all are bound, so none is None
+        return Rows(slots, records, self.known[slots], self.capacity[slots])
 
     def bind(self, slot: int, generation: int, record: Record) -> None:
         """Let `record` run in `slot`; rows name the slot with this generation from now on."""
