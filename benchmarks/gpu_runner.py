@@ -31,7 +31,7 @@ from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.source import Shard
 
 ROWS = ("step", "long", "prefill", "w1", "shared")
-SWITCHES = ("graphs", "pdl", "few", "filter_kernel", "pack_prefixes", "prefill_hopper")  # of Options, all on
+SWITCHES = ("graphs", "pdl", "few", "few_fp8", "filter_kernel", "pack_prefixes", "prefill_hopper")  # of Options, all on
 
 
 class Bench:

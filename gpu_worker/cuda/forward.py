@@ -17,7 +17,7 @@ from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
 from gpu_worker.cuda.state import INPUTS, MANY_ROWS, PREPARE, SLOTS, DeviceState
 from gpu_worker.cuda.weights import LayerWeights, Matrix, UnreadWeights
 from gpu_worker.loading.config import ModelConfig
-from gpu_worker.loading.source import Fp8
+from gpu_worker.loading.source import FP8_GROUP, Fp8
 
 Layers = Iterable[tuple[int, LayerWeights]]
 
@@ -44,15 +44,17 @@ class Forward:
         *,
         pdl: bool = True,
         few: bool = True,
+        few_fp8: bool = True,
         few_attention: int = 8,
         prefill_hopper: bool = True,
         kv_scales: torch.Tensor | None = None,
     ) -> None:
         """Kernels are begun before the weights are read, and compile meanwhile.
 
-        angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few, prefill_hopper: whether PDL, linear.cu and
-        prefill_hopper.py are used, where they can be. few_attention: up to so many rows decode attention is `decode_few.cu`'s.
-        kv_scales: with an fp8 cache, fp32 [layers, 4]: units of keys and of values, then two words unused, since kernels want 16 bytes."""
+        angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few, few_fp8, prefill_hopper: whether PDL, linear.cu, it with
+        fp8 weights and prefill_hopper.py are used, where they can be. few_attention: up to so many rows decode attention is
+        `decode_few.cu`'s. kv_scales: with an fp8 cache, fp32 [layers, 4]: units of keys and of values, then two words unused, since
+        kernels want 16 bytes."""
         self.config, self.state, self.cache = config, state, cache
         self.cosines, self.sines = angles
         self.kv_scales = kv_scales
@@ -62,7 +64,8 @@ class Forward:
         self.pdl = pdl and properties.major >= 9
         self.sms = properties.multi_processor_count
         arch = self.arch = arch_of(device)
-        self._compile(arch, dtype, few and hopper and dtype == torch.bfloat16)
+        few = few and hopper and dtype == torch.bfloat16
+        self._compile(arch, dtype, few, few and few_fp8)
         self.attention = Attention(
             config, state, cache[0], dtype, angles, kv_scales, pdl=self.pdl, few=few_attention * hopper, hopper=prefill_hopper and hopper
         )
@@ -87,21 +90,27 @@ class Forward:
         self.one_of_each = list({tuple(isinstance(m, Fp8) for m in layer.matrices): (i, layer) for i, layer in self.layers}.values())
         self.fp8 = Fp8Products([m for m in matrices if isinstance(m, Fp8)], dtype, tokens, device)
 
-    def _compile(self, arch: str, dtype: torch.dtype, few: bool) -> None:
+    def _compile(self, arch: str, dtype: torch.dtype, few: bool, few_fp8: bool) -> None:
         """Begin all CUDA kernels, of which is compiled what the disk cache lacks."""
         c = self.config
-
-        def linear(n: int, k: int, **roles: bool) -> LinearKernel:
-            cut = best_cut(n, k, bool(roles.get("norm")), self.sms) if few else None
-            return LinearKernel(cut, best_mid_cut(n, k) if few else None, arch, c.norm_eps, **roles)
-
-        self.linears = {
-            "qkv": linear(c.q_size + 2 * c.kv_size, c.hidden, norm=True, bias=c.qkv_bias),
-            "o": linear(c.hidden, c.q_size, residual=True, bias=c.o_bias),
-            "gate_up": linear(2 * c.intermediate, c.hidden, norm=True, silu=True),
-            "down": linear(c.hidden, c.intermediate, residual=True),
-            "head": linear(c.vocab_size, c.hidden),
+        linears: dict[str, tuple[int, int, dict[str, bool]]] = {
+            "qkv": (c.q_size + 2 * c.kv_size, c.hidden, {"norm": True, "bias": c.qkv_bias}),
+            "o": (c.hidden, c.q_size, {"residual": True, "bias": c.o_bias}),
+            "gate_up": (2 * c.intermediate, c.hidden, {"norm": True, "silu": True}),
+            "down": (c.hidden, c.intermediate, {"residual": True}),
+            "head": (c.vocab_size, c.hidden, {}),
         }
+
+        def begin(name: str, fp8: int) -> LinearKernel:
+            n, k, roles = linears[name]
+            cut = best_cut(n, k, "norm" in roles, self.sms, fp8) if few else None
+            return LinearKernel(cut, best_mid_cut(n, k) if few and not fp8 else None, arch, c.norm_eps, **roles)
+
+        self.linears = {name: begin(name, 0) for name in linears}
+        self.fp8_linears: dict[str, LinearKernel] = {}  # of few tokens, where a checkpoint's weights are fp8
+        if c.quantization is not None and few_fp8:
+            scales = FP8_GROUP if c.quantization.by_block else 1
+            self.fp8_linears = {name: begin(name, scales) for name in linears if name != "head"}
         fp8 = self.kv_scales is not None
         plan = Module.of("plan.cu", arch)
         elementwise = Module.of("elementwise.cu", arch, {"DTYPE": DTYPES[dtype], "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))
@@ -217,16 +226,14 @@ class Forward:
     # ------------------------------------------------------------ the layer's parts
 
     def _qkv(self, stream: int, layer: LayerWeights, tokens: int) -> None:
-        linear = self.linears["qkv"]
+        bias = layer.qkv_bias.data_ptr() if layer.qkv_bias is not None else 0
+        if self._fused(stream, "qkv", layer.qkv, layer.input_norm, (self.h.data_ptr(), 0, bias, self.qkv.data_ptr()), tokens):
+            return
         if isinstance(layer.qkv, Fp8):
             self._norm(stream, self.h, 0, layer.input_norm.data_ptr(), tokens)
             self.fp8(stream, self.x, layer.qkv, self.qkv, tokens)
             if layer.qkv_bias is not None:
                 self.qkv[:tokens].add_(layer.qkv_bias)
-            return
-        if tokens <= linear.most:
-            bias = layer.qkv_bias.data_ptr() if layer.qkv_bias is not None else 0
-            linear(stream, layer.qkv.data_ptr(), self.h.data_ptr(), 0, bias, self.qkv.data_ptr(), tokens)
             return
         self._norm(stream, self.h, 0, 0, tokens)
         if layer.qkv_bias is None:
@@ -236,11 +243,9 @@ class Forward:
 
     def _rest(self, stream: int, layer: LayerWeights, tokens: int) -> None:
         """Everything behind attention."""
-        self._add(stream, self.linears["o"], self.attended, layer.o, layer.o_bias, tokens)
-        linear, gate_up, activated = self.linears["gate_up"], layer.gate_up, self.activated.data_ptr()
-        if isinstance(gate_up, torch.Tensor) and tokens <= linear.most:
-            linear(stream, gate_up.data_ptr(), self.h.data_ptr(), 0, 0, activated, tokens)
-        else:
+        self._add(stream, "o", self.attended, layer.o, layer.o_bias, tokens)
+        gate_up, activated = layer.gate_up, self.activated.data_ptr()
+        if not self._fused(stream, "gate_up", gate_up, layer.post_norm, (self.h.data_ptr(), 0, 0, activated), tokens):
             if isinstance(gate_up, Fp8):
                 self._norm(stream, self.h, 0, layer.post_norm.data_ptr(), tokens)
                 self.fp8(stream, self.x, gate_up, self.gate_up, tokens)
@@ -250,18 +255,31 @@ class Forward:
             count = tokens * self.config.intermediate
             per_block = 256 * 8 // self.h.element_size()
             self.k_silu(stream, (-(-count // per_block), 1), self.gate_up.data_ptr(), activated, count)
-        self._add(stream, self.linears["down"], self.activated, layer.down, None, tokens)
+        self._add(stream, "down", self.activated, layer.down, None, tokens)
 
-    def _add(self, stream: int, linear: LinearKernel, source: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, tokens: int) -> None:
+    def _fused(self, stream: int, name: str, weight: Matrix, norm: torch.Tensor | None, at: tuple[int, int, int, int], tokens: int) -> bool:
+        """A linear with what is around it as one kernel, where few tokens allow that; else False, and nothing is done.
+
+        norm: whose weight fp8 columns do not hold. at: addresses of input, residual, bias and output."""
+        fp8 = isinstance(weight, Fp8)
+        linear = (self.fp8_linears if fp8 else self.linears).get(name)
+        if linear is None or tokens > linear.most:
+            return False
+        if isinstance(weight, Fp8):
+            linear(stream, weight.q.data_ptr(), *at, tokens, weight.scale.data_ptr(), norm.data_ptr() if norm is not None else 0)
+        else:
+            linear(stream, weight.data_ptr(), *at, tokens)
+        return True
+
+    def _add(self, stream: int, name: str, source: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, tokens: int) -> None:
         """h += source · weightᵀ (+ bias)."""
         h = self.h[:tokens]
+        to = h.data_ptr()
+        if self._fused(stream, name, weight, None, (source.data_ptr(), to, bias.data_ptr() if bias is not None else 0, to), tokens):
+            return
         if isinstance(weight, Fp8):
             self.fp8(stream, source, weight, self.x, tokens)
             h.add_(self.x[:tokens])
-        elif tokens <= linear.most:
-            to = h.data_ptr()
-            linear(stream, weight.data_ptr(), source.data_ptr(), to, bias.data_ptr() if bias is not None else 0, to, tokens)
-            return
         else:
             h.addmm_(source[:tokens], weight.t())
         if bias is not None:

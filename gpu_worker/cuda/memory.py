@@ -20,6 +20,7 @@ class Options:
     capture_idle: bool = True  # graphs of likely sizes before they are met, while nothing runs
     pdl: bool = True
     few: bool = True  # linear.cu for few tokens
+    few_fp8: bool = True  # and for fp8 weights; else they are multiplied by cuBLAS for any number of tokens
     few_attention: int = 8  # rows up to which decode attention is decode_few.cu's
     prefill_hopper: bool = True  # prefill attention by kernels/prefill_hopper.py, where it can be
     filter_kernel: bool = True  # top-k, top-p and min-p by kernels/filter.cu; else by torch, which sorts whole rows for top-p alone

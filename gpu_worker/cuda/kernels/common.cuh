@@ -1,4 +1,5 @@
 // What the kernels share. Compiled by NVRTC: no system header is needed.
+#pragma once
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;

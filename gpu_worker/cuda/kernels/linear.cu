@@ -1,26 +1,40 @@
-// y[M, N] = x[M, K] W[N, K]^T for few tokens (M <= 8 MT), bf16 in and out, fp32 sums: the weights go straight from memory into
-// the registers of mma.m16n8k16, never through shared memory, and all loads of a tile are in flight before the kernel waits for
-// its predecessor (PDL). A decode step's linears are bound by reading W once; this reads it at close to the card's rate.
+// y[M, N] = x[M, K] W[N, K]^T for few tokens (M <= 8 MT), bf16 in and out, fp32 sums, W in bf16 or e4m3: the weights go straight from
+// memory into the registers of mma.m16n8k16, never through shared memory, and all loads of a tile are in flight before the kernel
+// waits for its predecessor (PDL). A decode step's linears are bound by reading W once; this reads it at close to the card's rate.
 //
 // Shape of the work: a cluster of KS blocks owns tiles of ROWS = 16 J rows of W, walking with stride CLUSTERS. The K columns are
-// split over the KS blocks and, inside a block, over W warps; a warp's share of a tile is C chunks of 32 columns. While a chunk is
+// split over the KS blocks and, inside a block, over W warps; a warp's share of a tile is C chunks of 64 bytes a row. While a chunk is
 // multiplied, the same chunk of the next tile is already being read into its registers.
 //
 // Fragments: lane (g = lane / 4, t = lane % 4) reads 16 bytes, row g, columns 8 t .. 8 t + 7 of a chunk. Words 2 s and 2 s + 1 serve
 // as the operands of k16 step s (s = 0, 1). x is read by the same pattern with tokens as rows, so both operands see the columns in
-// one (permuted) order, which a sum does not mind.
+// one (permuted) order, which a sum does not mind. Of e4m3 the 16 bytes are columns 16 t .. 16 t + 15, and word s (s = 0 .. 3) becomes
+// the operands of step s in registers (`even`, `odd`). x stays bf16: it is not rounded to e4m3.
 //
 // Sums are taken in a fixed order: over a warp's chunks, then over warps, then over the cluster's blocks. A token's result does not
 // depend on which other tokens are in the batch.
 //
 // Macros: N, K, J, W, KS, MT, CLUSTERS, BLOCKS_PER_SM; NORM: x is scaled by 1 / rms(x) (needs KS 1); SILU: rows of W alternate gate,
-// up, and y[M, N / 2] = silu(gate) up; RESIDUAL: res[M, N] is added; BIAS: bias[N] is added.
+// up, and y[M, N / 2] = silu(gate) up; RESIDUAL: res[M, N] is added; BIAS: bias[N] is added. FP8: W is e4m3 with fp32 scales, [N] where
+// FP8 is 1, [K / 128][N] for each 128 columns of a row where it is 128; x is multiplied by norm[K] first where there is NORM (bf16
+// weights hold that already).
 #include "common.cuh"
+#include "fragments.cuh"
+
+#ifdef FP8
+typedef unsigned char weight;
+#define COLUMNS 64                     // of a chunk
+#define RUN (FP8 == 1 ? C : KW % FP8 ? 1 : FP8 / COLUMNS)  // chunks that share a scale
+#else
+typedef u16 weight;
+#define COLUMNS 32
+#endif
+#define PIECES (COLUMNS / 32)          // 16 bytes of x that go with those of weights
 
 #define ROWS (16 * J)
 #define KB (K / KS)
 #define KW (KB / W)
-#define C (KW / 32)
+#define C (KW / COLUMNS)
 #define TILES (N / ROWS)
 #define TOKENS (8 * MT)
 #define THREADS (32 * W)
@@ -31,47 +45,26 @@
 #define PARTS (FIT >= 8 && W >= 8 ? 8 : FIT >= 4 && W >= 4 ? 4 : FIT >= 2 ? 2 : 1)  // neighbouring threads that sum one pair
 #define ROUNDS ((PAIRS * PARTS + THREADS - 1) / THREADS)
 #define WALK ((TILES + CLUSTERS - 1) / CLUSTERS)  // tiles of a cluster at most
+#ifdef FP8
+#define SINGLE 0                       // x would take too many registers
+#else
 #define SINGLE (TILES <= CLUSTERS)     // one tile a block: x goes straight to registers
+#endif
 #define SUMS (W * TOKENS * STRIDE)     // floats of one buffer of warps' sums
 
-static_assert(N % ROWS == 0 && K % KS == 0 && KB % W == 0 && KW % 32 == 0 && PAIRS % KS == 0, "shape");
+static_assert(N % ROWS == 0 && K % KS == 0 && KB % W == 0 && KW % COLUMNS == 0 && PAIRS % KS == 0, "shape");
 #ifdef NORM
 static_assert(KS == 1, "1 / rms(x) needs all of x in the block");
 #endif
 
-__device__ __forceinline__ void load_weights(u32 (&r)[4], const u16* p) {  // volatile: stays ahead of the wait
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
-}
-__device__ __forceinline__ uint4 load_tokens(const u16* p, bool live) {
-  return live ? __ldcg((const uint4*)p) : make_uint4(0u, 0u, 0u, 0u);
-}
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float2 peer_read(const float2* here, int rank) {  // the same place in block `rank` of the cluster
-  u32 at = (u32)__cvta_generic_to_shared(here), there;
-  float2 v;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there) : "memory");
-  return v;
-}
-__device__ __forceinline__ float squares(uint4 v) {
-  const u32 e[4] = {v.x, v.y, v.z, v.w};
-  float q = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) q = fmaf(low(e[i]), low(e[i]), fmaf(high(e[i]), high(e[i]), q));
-  return q;
-}
-
 // shared memory: sums of the warps [2 buffers][W][TOKENS][STRIDE], sums of squares [W][TOKENS], scales [TOKENS], KS > 1: sums of the
-// block [WALK][PAIRS] of float2; unless SINGLE, x as fragments [W][C][MT][32 lanes] of 16 bytes
+// block [WALK][PAIRS] of float2; unless SINGLE, x as fragments [W][C][PIECES][MT][32 lanes] of 16 bytes
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-linear(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y, int M, float eps) {
+linear(const weight* weights, const u16* x, const u16* res, const u16* bias, u16* y, int M, float eps
+#ifdef FP8
+       , const float* scales, const u16* norm
+#endif
+) {
   extern __shared__ __align__(16) float shared[];
   float* squares_of = shared + 2 * SUMS;
   float* scale_of = squares_of + W * TOKENS;
@@ -81,32 +74,57 @@ linear(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y
   const int cluster = blockIdx.x / KS, split = blockIdx.x % KS;
   const int k0 = split * KB + warp * KW;
 
-  const u16* wp = weights + (u64)(cluster * ROWS + g) * K + k0 + t * 8;
+  const weight* wp = weights + (u64)(cluster * ROWS + g) * K + k0 + t * (COLUMNS / 4);
   u32 w[C][2 * J][4];
 #pragma unroll
   for (int c = 0; c < C; ++c)
 #pragma unroll
-    for (int i = 0; i < 2 * J; ++i) load_weights(w[c][i], wp + (u64)i * 8 * K + c * 32);
+    for (int i = 0; i < 2 * J; ++i) load_weights(w[c][i], wp + (u64)i * 8 * K + c * COLUMNS);
+#ifdef FP8
+  const float* sp = scales + cluster * ROWS + g;
+  float ws[C / RUN][2 * J];  // of the rows of a lane's weights
+  auto load_scales = [&](int run) {
+#pragma unroll
+    for (int i = 0; i < 2 * J; ++i) load_scale(ws[run][i], sp + (FP8 == 1 ? 0 : (k0 + run * RUN * COLUMNS) / 128 * N) + 8 * i);
+  };
+#pragma unroll
+  for (int run = 0; run < C / RUN; ++run) load_scales(run);
+#ifdef NORM
+  for (int i = tid; i < K / 64; i += THREADS) prefetch(norm + i * 64);
+#endif
+#endif
   pdl_trigger();
   pdl_wait();
 
-  const u16* xp = x + (u64)g * K + k0 + t * 8;
+  const u16* xp = x + (u64)g * K + k0 + t * (COLUMNS / 4);
   uint4 xr[SINGLE ? C : 1][MT];
-  char* mine = x_shared + (u64)warp * C * MT * 512 + lane * 16;
+  char* mine = x_shared + (u64)warp * C * PIECES * MT * 512 + lane * 16;
   float sq[MT];
 #pragma unroll
   for (int m = 0; m < MT; ++m) sq[m] = 0.f;
 #pragma unroll
-  for (int c = 0; c < C; ++c)
+  for (int c = 0; c < C * PIECES; ++c) {
+    const int at = c / PIECES * COLUMNS + c % PIECES * 8;
+#ifdef FP8
+    uint4 by = make_uint4(LARGER, LARGER, LARGER, LARGER);
+#ifdef NORM
+    by = larger(*(const uint4*)(norm + k0 + t * (COLUMNS / 4) + at));
+#endif
+#endif
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-      const uint4 v = load_tokens(xp + (u64)m * 8 * K + c * 32, m * 8 + g < M);
+      const uint4 v = load_tokens(xp + (u64)m * 8 * K + at, m * 8 + g < M);
+#ifdef FP8
+      *(uint4*)(mine + (c * MT + m) * 512) = as_factor(v, by);
+#else
       if (SINGLE) xr[SINGLE ? c : 0][m] = v;
       else *(uint4*)(mine + (c * MT + m) * 512) = v;
+#endif
 #ifdef NORM
       sq[m] += squares(v);
 #endif
     }
+  }
 #ifdef NORM
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
@@ -186,14 +204,28 @@ linear(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y
         added[i] = p < PAIRS && tid % PARTS == 0 ? residual(tile, p / (ROWS / 2), p % (ROWS / 2)) : 0u;
       }
     float acc[J][MT][4];
-#pragma unroll
-    for (int j = 0; j < J; ++j)
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int q = 0; q < 4; ++q) acc[j][m][q] = 0.f;
+    clear(acc);
+#ifdef FP8
+    sp += CLUSTERS * ROWS;
+    float part[J][MT][4];  // of one scale
+#endif
 #pragma unroll
     for (int c = 0; c < C; ++c) {
+#ifdef FP8
+      if (c % RUN == 0) clear(part);
+      multiply(part, w[c], mine + c * 2 * MT * 512);
+      if ((c + 1) % RUN == 0) {
+#pragma unroll
+        for (int j = 0; j < J; ++j)
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            const float scale = ws[c / RUN][2 * j + q / 2] * 0x1p60f;
+#pragma unroll
+            for (int m = 0; m < MT; ++m) acc[j][m][q] = fmaf(part[j][m][q], scale, acc[j][m][q]);
+          }
+        if (more) load_scales(c / RUN);
+      }
+#else
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         const uint4 v = SINGLE ? xr[SINGLE ? c : 0][m] : *(const uint4*)(mine + (c * MT + m) * 512);
@@ -203,9 +235,10 @@ linear(const u16* weights, const u16* x, const u16* res, const u16* bias, u16* y
           mma(acc[j][m], w[c][2 * j][2], w[c][2 * j + 1][2], w[c][2 * j][3], w[c][2 * j + 1][3], v.z, v.w);
         }
       }
+#endif
       if (more)
 #pragma unroll
-        for (int i = 0; i < 2 * J; ++i) load_weights(w[c][i], wp + (u64)i * 8 * K + c * 32);
+        for (int i = 0; i < 2 * J; ++i) load_weights(w[c][i], wp + (u64)i * 8 * K + c * COLUMNS);
     }
 
     // rows g, g + 8 and tokens 2 t, 2 t + 1 of each fragment, to [warp][token][row]
