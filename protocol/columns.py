@@ -62,7 +62,7 @@ def equal_rows(first: tuple[str, bytes], *others: tuple[str, bytes]) -> int:
     """Check that int32 columns have the same number of rows, and return it."""
     n = rows(first[1], first[0])
     for field, column in others:
-        if rows(column, field) != n:
+        if len(column) != len(first[1]):
             raise BadMessage(field, f"{rows(column, field)} rows beside {n} of {first[0]}")
     return n
 
@@ -72,14 +72,13 @@ def within(column: bytes, field: str, low: int, high: int) -> Int32:
     if not column:
         return EMPTY
     rows(column, field)
-    values = unpack(column)
-    if low == 0:  # seen as unsigned, a negative value is too high as well: one pass instead of two
-        bad = int(np.maximum.reduce(np.frombuffer(column, _U4))) >= high
-    else:
-        bad = int(np.minimum.reduce(values)) < low or int(np.maximum.reduce(values)) >= high
-    if bad:
+    # Seen as unsigned and from `low` on, a value below it is too high as well: one pass instead of two.
+    above = np.frombuffer(column, _U4)
+    if low:
+        above = above - np.uint32(low & 0xFFFFFFFF)
+    if int(np.maximum.reduce(above)) >= high - low:
         raise BadMessage(field, f"a value outside [{low}, {high})")
-    return values
+    return unpack(column)
 
 
 def finite(value: float, field: str, low: float = -inf) -> None:

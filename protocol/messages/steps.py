@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numpy import int64
+from numpy import add, int64, maximum
 
 from protocol.columns import BadMessage, equal_rows, rows, within
 from protocol.messages.base import Geometry, Message, Part, Scores, check_logprobs, check_seed, check_trace
@@ -97,10 +97,14 @@ class Plan(Message, tag="plan", frozen=True):
         if self.bind_slots or self.bind_generations or self.bind_records:
             equal_rows(("bind_slots", self.bind_slots), ("bind_generations", self.bind_generations), ("bind_records", self.bind_records))
             within(self.bind_slots, "bind_slots", 0, g.slots)
-        for kind in ("assign", "share"):
-            self._check_group(kind, ("slots", "indices", "blocks"), (g.slots, g.table_width, g.blocks))
-        for kind, highs in (("copy", (g.blocks, g.blocks)), ("out", (g.blocks, g.host_blocks)), ("in", (g.host_blocks, g.blocks))):
-            self._check_group(kind, ("from", "to"), highs)
+        # Asked before names are made of them: most plans have none of these.
+        if self.assign_slots or self.assign_indices or self.assign_blocks or self.share_slots or self.share_indices or self.share_blocks:
+            for kind in ("assign", "share"):
+                self._check_group(kind, ("slots", "indices", "blocks"), (g.slots, g.table_width, g.blocks))
+        if self.copy_from or self.copy_to or self.out_from or self.out_to or self.in_from or self.in_to:
+            copies = ("copy", (g.blocks, g.blocks)), ("out", (g.blocks, g.host_blocks)), ("in", (g.host_blocks, g.blocks))
+            for kind, highs in copies:
+                self._check_group(kind, ("from", "to"), highs)
         n = equal_rows(
             ("slots", self.slots),
             ("generations", self.generations),
@@ -113,12 +117,13 @@ class Plan(Message, tag="plan", frozen=True):
         within(self.slots, "slots", 0, g.slots)
         starts = within(self.starts, "starts", 0, g.max_model_len)
         counts = within(self.counts, "counts", 1, g.max_step_tokens + 1)
-        if n and int((starts.astype(int64) + counts).max()) > g.max_model_len:
+        if n and int(maximum.reduce(starts.astype(int64) + counts)) > g.max_model_len:
             raise BadMessage("counts", "reach beyond max_model_len")
-        if n and int(counts.sum()) > g.max_step_tokens:
+        if n and int(add.reduce(counts)) > g.max_step_tokens:
             raise BadMessage("counts", "sum to more than max_step_tokens")
         within(self.outputs, "outputs", 0, 2)
-        self._check_group("fork", ("rows", "slots"), (max(n, 1), g.slots))
+        if self.fork_rows or self.fork_slots:
+            self._check_group("fork", ("rows", "slots"), (max(n, 1), g.slots))
         if self.scores:
             if rows(self.scores, "scores") != n:
                 raise BadMessage("scores", "must be one per row")
@@ -127,7 +132,7 @@ class Plan(Message, tag="plan", frozen=True):
                 raise BadMessage("scores", "names a position that its row does not predict")
 
     def _check_group(self, kind: str, parts: tuple[str, ...], highs: tuple[int, ...]) -> None:
-        """Columns `kind_part` that belong together: of equal rows, each below its bound. Most plans have few of them."""
+        """Columns `kind_part` that belong together: of equal rows, each below its bound."""
         columns = [getattr(self, f"{kind}_{part}") for part in parts]
         if any(columns):
             named = [(f"{kind}_{part}", column) for part, column in zip(parts, columns, strict=True)]

@@ -8,7 +8,7 @@ import typing
 import msgspec
 import pytest
 
-from protocol.columns import BadMessage, pack, pack_floats
+from protocol.columns import BadMessage, pack, pack_floats, within
 from protocol.messages import MAX_WORD, MAX_WORDS, Admit, Choice, Message, Models, Plan, Ready, SamplingParams, Tokens
 from tests.protocol.message_samples import GEOMETRY, KEY, PARAMS, REQUEST, SAMPLES, SUBMIT
 
@@ -276,3 +276,14 @@ def test_chunks_and_attachments_keep_their_bounds() -> None:
     ):
         with pytest.raises(BadMessage):
             message.check()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 8), (1, 3), (-2, 3)])
+def test_a_column_is_within_its_bounds_or_not_at_every_edge(low: int, high: int) -> None:
+    for value in (-(2**31), low - 1, low, high - 1, high, 2**31 - 1):
+        column = pack([low, value])
+        if low <= value < high:
+            assert within(column, "field", low, high).tolist() == [low, value]
+        else:
+            with pytest.raises(BadMessage):
+                within(column, "field", low, high)
