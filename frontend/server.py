@@ -140,6 +140,12 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         self._leave.set()
 
+    def give_up(self) -> None:
+        """Wait for nobody any more, though it was to drain for longer."""
+        self.force_exit = True
+        for task in self.server_state.tasks:
+            task.cancel()
+
     async def main_loop(self) -> None:
         await self._leave.wait()
 
@@ -158,6 +164,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(settings: FrontendSettings, process: Service) -> None:
     loop = asyncio.get_running_loop()
+    process.hear_signals()
     listener = _listen(settings)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     recorder = ProcessRecorder(process, context)
@@ -193,6 +200,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         server.leave()
         error = ApiError(503, "the server is shutting down", code="shutting_down")
         loop.call_later(settings.shutdown_timeout, client.end_streams, error)
+        loop.call_later(settings.shutdown_timeout + LAST_WORDS, server.give_up)
 
     def drain() -> None:
         loop.remove_reader(process.drain_fd)

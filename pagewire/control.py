@@ -57,7 +57,7 @@ class Control:
         try:
             asked = json.loads(line)
             return self._handle(str(asked["do"]), str(asked["name"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return {"error": str(error)}
 
 

@@ -23,7 +23,7 @@ from pagewire.control import Control
 from pagewire.restart import LONG_LIFE, Restarts
 from protocol.guardian import Guardian
 from protocol.rundir import RunDir
-from protocol.service import DRAIN_SIGNAL, PARENT
+from protocol.service import DRAIN_SIGNAL, EXIT_FAILED, PARENT, stop_signals
 
 READY = ("ready", "waiting")  # states of a service that has started well
 STOP_MARGIN = 0.9  # seconds from the streams' end to SIGKILL
@@ -83,7 +83,7 @@ class Supervisor:
         self._failure = ""
 
     def run(self) -> int:
-        """Start everything and stay until SIGTERM, SIGINT or SIGHUP, or until a service cannot be kept running.
+        """Start everything and stay until SIGTERM, SIGINT or SIGHUP (not under nohup), or until a service cannot be kept running.
 
         Must be called from the main thread: services die with the thread that started them. Returns the exit code.
         """
@@ -122,13 +122,19 @@ class Supervisor:
                 child.start_at = None
                 child.started = now
                 spec = child.spec
-                child.process = subprocess.Popen(
-                    spec.command(str(self._rundir.path)),
-                    env={**os.environ, PARENT: str(os.getpid())},
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=(spec.listen_fd,) if spec.listen_fd >= 0 else (),
-                    process_group=0,  # a Ctrl-C in the terminal reaches the supervisor alone
-                )
+                try:
+                    child.process = subprocess.Popen(
+                        spec.command(str(self._rundir.path)),
+                        env={**os.environ, PARENT: str(os.getpid())},
+                        stdin=subprocess.DEVNULL,
+                        pass_fds=(spec.listen_fd,) if spec.listen_fd >= 0 else (),
+                        process_group=0,  # a Ctrl-C in the terminal reaches the supervisor alone
+                    )
+                except OSError as error:  # no process or no memory to be had; that says nothing about the service
+                    delay = child.restarts.died(EXIT_FAILED, 0.0, was_ready=True) or 0.0
+                    child.start_at = now + delay
+                    self._say(f"pagewire up: {spec.name} could not be started: {error.strerror}; trying again in {delay:.1f} s")
+                    continue
                 self._guardian.watch(child.process.pid)
 
     # ------------------------------------------------------------ planned replacement
@@ -258,8 +264,7 @@ class Supervisor:
     def _signal_pipe(self) -> Iterator[int]:
         """A file descriptor that is readable after a signal, while the supervisor runs."""
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        previous = {number: signal.signal(number, self._on_stop) for number in stops}
+        previous = {number: signal.signal(number, self._on_stop) for number in stop_signals()}
         previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         try:

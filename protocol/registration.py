@@ -16,7 +16,7 @@ LONGEST_NAME = 24  # of a service; its tap's socket has the longest path of all
 def process_start(pid: int) -> int:
     """When a process started, in clock ticks since boot; 0 if there is none, or only its zombie."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return 0
     fields = stat[stat.rindex(")") + 2 :].split()  # the name before it may hold anything

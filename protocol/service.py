@@ -153,14 +153,19 @@ class Service:
 
     def _catch_signals(self) -> None:
         """Notice signals in a thread as well: the main thread may be deep in a library and run no Python for long."""
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        reader, self._signals = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(reader, True)
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup keeps its promise
-                signal.signal(number, self._on_signal)
-        signal.signal(DRAIN_SIGNAL, self._on_signal)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (*stop_signals(), DRAIN_SIGNAL):
+            signal.signal(number, self._on_signal)
+        self.hear_signals()
         threading.Thread(target=self._await_signals, args=(reader,), name="signals", daemon=True).start()
+
+    def hear_signals(self) -> None:
+        """Have that thread told of signals again: to be called in an event loop that has itself told of them instead, as uvloop does.
+
+        Such a loop hears of what the signal asks for through `stop_fd` and `drain_fd`.
+        """
+        signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._heed(number)
@@ -181,6 +186,12 @@ class Service:
         self.log.critical("did not stop within %.1f s: killed; stacks follow", self._stop_limit)
         faulthandler.dump_traceback(_log_stream(), all_threads=True)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_signals() -> frozenset[signal.Signals]:
+    """The signals that ask a program to stop. SIGHUP is none where it is ignored: nohup keeps its promise."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    return STOP_SIGNALS - ignored
 
 
 def die_early(run_dir: Path, name: str, log_format: str, error: Exception) -> NoReturn:

@@ -141,6 +141,20 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_end(run_dir, scheduled):
 
 
 @pytest.mark.slow
+def test_a_stop_cuts_a_drain_short_though_a_request_never_arrives_in_full(run_dir, scheduled):
+    with frontend(run_dir, "--shutdown-timeout", "0.3", "--drain-timeout", "60") as running:
+        running.wait_ready()
+        address = httpx.URL(running.url)
+        with socket.create_connection((address.host, address.port)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+            time.sleep(0.3)
+            running.process.send_signal(signal.SIGUSR2)
+            time.sleep(0.5)
+            assert running.process.poll() is None
+            assert running.stop() == 0
+
+
+@pytest.mark.slow
 def test_the_blocks_of_a_client_that_left_are_given_back(run_dir, scheduled):
     with frontend(run_dir) as running:
         running.wait_ready()

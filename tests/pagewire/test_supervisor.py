@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from pagewire.control import ask
+from pagewire.control import LONGEST, ask, control_path
 from pagewire.replace import drain, roll, start
+from pagewire.supervisor import Spec, Supervisor
 from protocol.files import RunDirError
 from protocol.registration import ServiceRecord
 from protocol.rundir import RunDir
@@ -27,8 +33,8 @@ pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager
-def supervised(run_dir: Path, *services: str) -> Iterator[Program]:
-    with running([sys.executable, str(FAKES / "drive.py"), str(run_dir), *services]) as program:
+def supervised(run_dir: Path, *services: str, under: tuple[str, ...] = ()) -> Iterator[Program]:
+    with running([*under, sys.executable, str(FAKES / "drive.py"), str(run_dir), *services]) as program:
         yield program
 
 
@@ -219,3 +225,52 @@ def test_a_service_ended_in_order_by_somebody_else_is_started_again(run_dir: Pat
         before = record(run_dir, "worker-0")
         os.kill(before.pid, signal.SIGTERM)
         eventually(lambda: any(r.pid != before.pid and r.state == "ready" for r in RunDir(run_dir).services()))
+
+
+def test_a_command_that_is_none_gets_an_answer_and_harms_nobody(run_dir: Path) -> None:
+    with supervised(run_dir, "worker-0=serve") as program:
+        program.read_until("ready: fakes")
+        for line in (b"[" * (LONGEST - 1), b"{}", b"\xff"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+                asking.settimeout(10)
+                asking.connect(str(control_path(RunDir(run_dir))))
+                asking.sendall(line + b"\n")
+                assert "error" in json.loads(asking.recv(4096))
+        assert ask(RunDir(run_dir), "look", "worker-0") == {}
+
+
+def test_under_nohup_the_terminal_may_go(run_dir: Path) -> None:
+    with supervised(run_dir, "worker-0=serve", under=("nohup",)) as program:
+        program.read_until("ready: fakes")
+        before = record(run_dir, "worker-0")
+        os.kill(program.pid, signal.SIGHUP)
+        assert ask(RunDir(run_dir), "restart", "worker-0") == {}
+        eventually(lambda: any(r.pid != before.pid and r.state == "ready" for r in RunDir(run_dir).services()))
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.wait(5) == 0
+
+
+def test_a_system_that_has_no_process_to_give_is_asked_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refusals = subprocess.Popen, iter((BlockingIOError(errno.EAGAIN, "no process"), OSError(errno.ENOMEM, "no memory")))
+
+    def popen(command: list[str], **how: Any) -> Any:
+        if "fake_service" in command and (refusal := next(refusals, None)) is not None:
+            raise refusal
+        return start(command, **how)
+
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    rundir, said = RunDir(run_dir), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("ready:"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    spec = Spec("worker", "worker-0", "fake_service", ("serve",))
+    code = Supervisor([spec], rundir, lambda: any(r.state == "ready" for r in rundir.services()), "fakes", 1.0, say).run()
+    assert code == 0
+    assert [line.partition(":")[2].partition(";")[0] for line in said[:2]] == [
+        " worker-0 could not be started: no process",
+        " worker-0 could not be started: no memory",
+    ]

@@ -181,6 +181,16 @@ def test_a_zombie_counts_as_dead() -> None:
     assert process_start(os.getpid()) > 0
 
 
+def test_a_process_s_name_may_be_no_text() -> None:
+    """As a long one is that the system has cut in the middle of a character; its pid may be a dead service's."""
+    code = "import ctypes; ctypes.CDLL(None).prctl(15, b'ab\\xc3'); print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    assert process_start(child.pid) > 0
+    child.communicate(b"\n")
+
+
 def test_incarnations_stay_exact_in_json_readers_that_use_doubles() -> None:
     numbers = {new_incarnation() for _ in range(1000)}
     assert len(numbers) == 1000

@@ -41,6 +41,20 @@ LOOPS = """
         await stopped.wait()
     uvloop.run(serve())
 """
+DEEP = """
+    import uvloop
+    mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    def free():
+        print("noticed" if service.stopping.wait(20) else "nothing noticed", flush=True)
+        libc.pthread_mutex_unlock(mutex)
+    async def serve():
+        service.hear_signals()
+        threading.Thread(target=free).start()
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)  # waits, whatever signal comes
+    print("deep", flush=True)
+    uvloop.run(serve())
+"""
 HANGS = """
     signals = {2, 15}
     while True:
@@ -78,6 +92,16 @@ def test_a_signal_ends_the_service_in_order(run_dir: Path, body: str, number: si
         assert process.wait(5) == 0
     assert RunDir(run_dir).last_record("worker-0") is None
     assert not (run_dir / "services" / "worker-0.lock").exists()
+
+
+def test_a_signal_is_noticed_while_an_event_loop_is_deep_in_a_library(run_dir: Path) -> None:
+    with service(run_dir, DEEP) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "deep\n"
+        time.sleep(0.5)  # until it is in there; earlier, the signal would be noticed all the same
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "noticed\n"
+        assert process.wait(10) == 0
 
 
 def test_a_service_whose_main_thread_hangs_is_killed_by_its_own_timer_and_leaves_its_stacks(run_dir: Path) -> None:
