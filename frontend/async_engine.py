@@ -68,13 +68,24 @@ class AsyncLLMEngine:
             raise
 
     async def close(self) -> None:
-        """Abort what runs, and end the services that were started here. Harmless when repeated."""
+        """Abort what runs: who waits for its outputs gets RequestFailed. End the services that were started here.
+
+        Harmless when repeated.
+        """
+        await self.leave()
+        await asyncio.get_running_loop().run_in_executor(None, self.end_services)
+
+    async def leave(self) -> None:
+        """The first half of `close`: abort what runs, and close the connection."""
         client, self._client = self._client, None
         if client is not None:
             await client.stop()
+
+    def end_services(self) -> None:
+        """The second half: end the services that were started here. Blocks until they have ended, some seconds if they hang."""
         own, self._own = self._own, None
         if own is not None:
-            await asyncio.get_running_loop().run_in_executor(None, own.close)
+            own.close()
 
     def check(self) -> None:
         """Raise ServiceDied if a service that was started here has ended."""
@@ -110,15 +121,18 @@ class AsyncLLMEngine:
         Parts are submitted as they come; the first news is told when all are.
         """
         eos = frozenset(unpack(self.model().info.eos).tolist())
-        stream = self.client.open()
+        client = self.client
+        stream = client.open()
         asked: list[Prepared] = []
         try:
             async for part in parts:
-                self.client.submit([prepared.new for prepared in part], stream=stream)
+                client.submit([prepared.new for prepared in part], stream=stream)
                 asked += part
             places = {entry.handle: i for i, entry in enumerate(stream.entries)}
             texts: list[dict[int, str]] = [{} for _ in asked]
             while True:
+                if stream.error is not None:
+                    raise RequestFailed(stream.error.message)
                 ended = stream.ended
                 for entry in stream.take():
                     i = places[entry.handle]
@@ -126,7 +140,7 @@ class AsyncLLMEngine:
                         raise RequestFailed(from_failed(entry.error).message)
                     yield i, output_of(entry, asked[i], texts[i], eos)
                     if entry.ended:
-                        self.client.finish(entry)
+                        client.finish(entry)
                 if ended:
                     return
                 await self._news(stream)

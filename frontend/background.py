@@ -48,17 +48,18 @@ class Background:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self.run(self._close())
+        self.run(self._leave())
+        self.engine.end_services()  # here: at the program's end no executor takes work any more
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    async def _close(self) -> None:
+    async def _leave(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.engine.close()
+        await self.engine.leave()
 
 
 class Program:

@@ -72,8 +72,9 @@ class Client:
         self.link.open()
 
     async def stop(self) -> None:
-        """Close all sockets. What still runs is aborted first, as far as the scheduler can be told."""
+        """Close all sockets. What still runs is aborted first, as far as the scheduler can be told; who waits for it gets an error."""
         self.stop_threads()
+        self.end_streams(ApiError(503, "the engine was closed", code="shutting_down"))
         for stream in list(self._streams):
             stream.close()
         self._tokenizers.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ class LLMEngine(Program):
                     self._steps.put(StepOutput(request_id, text, ids, one.finish_reason, one.index))
         except (RequestFailed, ServiceDied, RuntimeError) as error:
             self._steps.put(StepOutput(request_id, str(error), [], "error"))
+        except asyncio.CancelledError:
+            self._steps.put(StepOutput(request_id, "the engine was closed", [], "error"))
+            raise
 
 
 async def _alone(prepared: Prepared) -> AsyncIterator[list[Prepared]]:

@@ -186,6 +186,20 @@ def test_a_client_that_stops_tells_the_scheduler(folder):
         assert any(isinstance(m, Abort) for m in engine.messages)
 
 
+def test_a_client_that_stops_ends_who_waits_for_its_streams(folder):
+    async def scenario(client: Client) -> str:
+        stream = client.submit([request(max_tokens=400)])
+        waiting = asyncio.create_task(stream.end())
+        await until(lambda: stream.entries[0].choices[0].tokens)
+        await client.stop()
+        await asyncio.wait_for(waiting, 10)
+        assert stream.error is not None
+        return stream.error.message
+
+    with scheduler_thread(endpoint(folder), Engine()):
+        assert "closed" in run(folder, scenario)
+
+
 def test_an_idle_client_sleeps_between_its_heartbeats(folder):
     async def scenario(client: Client) -> int:
         await until(lambda: client.journal.is_open)

@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, RequestFailed, SamplingParams, ServiceDied
+from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, RequestFailed, SamplingParams, ServiceDied, StepOutput
 from frontend.offline import prepare
 from gpu_worker.oracle import expected_prompt_logprobs
 from tests.e2e.stack import eventually, oracle_texts, stack
@@ -28,6 +29,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 llm = LLM(runner="oracle")
 print("up", flush=True)
 time.sleep(600)
+"""
+
+
+UNCLOSED = """
+from pagewire import LLM, SamplingParams
+llm = LLM(runner="oracle")
+llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4), use_tqdm=False)
+print(llm._background.engine._own.run_dir)
 """
 
 
@@ -198,6 +207,47 @@ def test_an_async_engine_streams_and_joins_a_running_stack():
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
         assert seen[-1] == owed("join", max_tokens=20, seed=2, ignore_eos=True)[0][0]
         assert made.service("worker").pid, "the services that were joined go on"
+
+
+def test_closing_an_async_engine_ends_who_waits_for_an_output():
+    async def consume(engine: AsyncLLMEngine, got: list[object]) -> None:
+        async for output in engine.generate("long", SamplingParams(max_tokens=2000, ignore_eos=True)):
+            got.append(output)
+
+    async def scenario() -> None:
+        got: list[object] = []
+        async with AsyncLLMEngine(runner="oracle", step_time=0.05) as engine:
+            task = asyncio.create_task(consume(engine, got))
+            while not got:
+                await asyncio.sleep(0.01)
+        with pytest.raises(RequestFailed, match="closed"):
+            await asyncio.wait_for(task, 20)
+
+    asyncio.run(scenario())
+
+
+def test_closing_an_engine_ends_a_step_that_waits():
+    engine = LLMEngine(runner="oracle", step_time=0.05)
+    engine.add_request("long", SamplingParams(max_tokens=2000, ignore_eos=True))
+    engine.step()
+    told: list[StepOutput] = []
+
+    def steps() -> None:
+        while engine.has_unfinished_requests():
+            told.extend(engine.step())
+
+    thread = threading.Thread(target=steps, daemon=True)
+    thread.start()
+    engine.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert (told[-1].finish_reason, told[-1].text) == ("error", "the engine was closed")
+
+
+def test_a_program_that_closes_nothing_ends_without_a_word_and_leaves_nothing():
+    done = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not Path(done.stdout.strip()).exists()
 
 
 def test_a_setting_that_no_service_has_is_a_type_error():
