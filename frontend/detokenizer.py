@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from frontend.stops import StopMatcher
+from frontend.stops import StopAutomaton, StopMatcher
 from frontend.vocabulary import REPLACEMENT, Vocabulary
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TextStream:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stops: Sequence[str] = (),
+        stops: StopAutomaton | Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         *,
@@ -109,6 +109,7 @@ class TextStream:
         min_tokens: int = 0,
     ) -> None:
         """`continues`: the text goes on behind a prompt (completions), so the first token keeps its leading space.
+        `stops`: strings, or their automaton where other choices have it too.
         `min_tokens`: no stop string is looked for in the text of that many tokens. Raises ValueError for an empty stop.
         """
         self._decoder = tokenizer.decoder(skip_special_tokens, continues)

@@ -18,6 +18,7 @@ import msgspec
 from frontend.detokenizer import TextStream
 from frontend.entries import NewRequest
 from frontend.errors import ApiError
+from frontend.stops import StopAutomaton
 from frontend.tokenizer import Tokenizer
 from protocol.messages import Submit
 
@@ -37,11 +38,11 @@ class TextOptions(msgspec.Struct, array_like=True, frozen=True):
     min_tokens: int
 
     def open(self, tokenizer: Tokenizer) -> functools.partial[TextStream]:
-        """What makes a fresh detokenizer of a choice."""
+        """What makes a fresh detokenizer of a choice; the stop strings' automaton is one for all of them."""
         return functools.partial(
             TextStream,
             tokenizer,
-            self.stops,
+            StopAutomaton(self.stops) if self.stops else (),
             self.include_stop,
             self.skip_special_tokens,
             continues=self.continues,

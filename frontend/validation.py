@@ -15,6 +15,7 @@ MAX_PROMPTS = 2048  # prompts of one body
 MAX_CHOICES = 4096  # outputs of one body, all prompts together
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
+MAX_STOPS_LENGTH = 4096  # characters of all stop strings together; the automaton has a table for each
 MAX_IDS = 4096  # entries of an id list or of logit_bias
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 256
@@ -230,4 +231,6 @@ def stops_of(stop: str | list[str] | None) -> list[str]:
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     for text in stops:
         require(0 < len(text) <= MAX_STOP_LENGTH, "stop", f"each stop string must have 1 to {MAX_STOP_LENGTH} characters")
+    together = sum(map(len, stops))
+    require(together <= MAX_STOPS_LENGTH, "stop", f"the stop strings have {together} characters together, more than {MAX_STOPS_LENGTH}")
     return stops

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from frontend.api.openapi import description
-from frontend.validation import MAX_BAD_WORD_LENGTH, MAX_TOKENIZED
+from frontend.validation import MAX_BAD_WORD_LENGTH, MAX_STOP_LENGTH, MAX_STOPS_LENGTH, MAX_TOKENIZED
 from protocol.messages import MAX_WORD
 from tables import code, table
 
@@ -53,7 +53,7 @@ FIELDS = {
     "seed": "the same seed gives the same draws",
     "service_tier": IGNORED,
     "skip_special_tokens": "leave special tokens out of the text",
-    "stop": "texts that end an output",
+    "stop": f"texts that end an output, each of at most {MAX_STOP_LENGTH:,} characters, together of {MAX_STOPS_LENGTH:,}",
     "stop_token_ids": "ids that end an output",
     "store": IGNORED,
     "stream": "server-sent events as tokens come",
