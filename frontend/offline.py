@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,6 +156,10 @@ def _output(index: int, choice: Choice, text: str, logprobs: bool, eos: frozense
 
 def _fields(params: SamplingParams) -> dict[str, Any]:
     fields = {name: value for name, value in msgspec.structs.asdict(params).items() if value is not None}
+    for name, value in fields.items():  # JSON has no others: they would become null, the default
+        for number in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}: {number} is no finite number")
     if params.logit_bias is not None:
         fields["logit_bias"] = {str(token): value for token, value in params.logit_bias.items()}
     return fields
