@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_worker.cuda.kernels.online_softmax import as_cached, attend, capped, join_splits, load_heads
+from gpu_worker.cuda.kernels.online_softmax import as_cached, as_factor, attend, capped, join_splits, load_heads
 from gpu_worker.cuda.kernels.shared_prefix import attend_shared_span
 
 
@@ -131,6 +131,7 @@ def decode_attention(
     tl.store(new, kr, mask=keep)
     tl.store(new + PLANE, v_new, mask=keep)
 
+    qf = as_factor(qr, kv_scales)
     for start in tl.range(lo, hi, TILE, num_stages=STAGES):
         token = start + tiles
         ok = token < hi
@@ -143,7 +144,7 @@ def decode_attention(
         page = tl.load(slot_table + (token + TILE) // PAGE, mask=token + TILE < hi, other=0)  # carried: keeps the pipeline's buffers apart
         kt = tl.load(at, mask=there, other=0.0)
         vt = tl.load(at + PLANE, mask=there, other=0.0)  # masked: a poisoned page must not reach 0 x NaN
-        m, total, acc = attend(qr, kt, vt, ok[None, :], m, total, acc, scale, True, SOFTCAP)
+        m, total, acc = attend(qf, kt, vt, ok[None, :], m, total, acc, scale, True, SOFTCAP)
 
     if kv_scales is not None:
         acc = acc * tl.load(kv_scales + 1)

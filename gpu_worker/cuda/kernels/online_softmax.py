@@ -40,8 +40,23 @@ def as_cached(x, scale):
 
 
 @triton.jit
+def as_factor(q, kv_scales):
+    """q in the type in which it is multiplied by keys: float16 instead of bf16 where these are fp8 (`kv_scales` is not None).
+
+    A card has one instruction that makes two e4m3 float16, which bf16 takes two more than. Keys and values of up to 448, weights of up
+    to 1 and any query below 65,504 fit; sums are float32."""
+    if kv_scales is None:
+        return q
+    elif q.dtype == tl.bfloat16:
+        return q.to(tl.float16)
+    else:
+        return q
+
+
+@triton.jit
 def attend(q, k, v, ok, m, total, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """q [rows, D], k and v [tokens, D], of q's type or fp8; ok (where MASKED) [rows or 1, tokens]; scale: softmax's times log2(e).
+    """q [rows, D], k and v [tokens, D], of q's type or fp8 (q then as `as_factor` makes it); ok (where MASKED) [rows or 1, tokens]; scale:
+    softmax's times log2(e).
 
     m, total [rows] and acc [rows, D] are maximum, sum and weighted sum so far; returns the new ones.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.online_softmax import attend, load_heads
+from gpu_worker.cuda.kernels.online_softmax import as_factor, attend, load_heads
 
 
 @triton.jit
@@ -63,6 +63,7 @@ def prefill_attention(
         mask=live,
         other=0.0,
     )
+    q = as_factor(q, kv_scales)
     if kv_scales is not None:
         scale = scale * tl.load(kv_scales)
     position = first + token

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_worker.cuda.kernels.online_softmax import attend, join_splits, load_heads
+from gpu_worker.cuda.kernels.online_softmax import as_factor, attend, join_splits, load_heads
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def attend_shared_span(
         qs = tl.rsqrt(tl.sum(q * q, 1) / D + eps)[:, None]
         q = q * qs * qw[None, :]
         q2 = q2 * qs * qw2[None, :]
-    qr = (q * c + q2 * s).to(qkv.dtype.element_ty)
+    qr = as_factor((q * c + q2 * s).to(qkv.dtype.element_ty), kv_scales)
 
     if kv_scales is not None:
         scale = scale * tl.load(kv_scales)

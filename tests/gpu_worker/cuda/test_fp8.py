@@ -105,7 +105,7 @@ def play(engine: Engine, texts: list[np.ndarray], steps: int) -> tuple[list[list
     ("weights_kind", "cache"),
     [("plain", True), *((kind, cache) for kind in ("rows", "groups") for cache in (False, True))],  # all but test_engine.py's
 )
-@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("rows", [3, 20])  # few rows' inputs are not rounded
 def test_the_step_is_off_by_the_rounding(name: str, weights_kind: str, cache: bool, rows: int) -> None:
     """Logits behind the last token of prompts and five decode steps, few rows and many, eager and captured.
 
@@ -129,3 +129,17 @@ def test_the_step_is_off_by_the_rounding(name: str, weights_kind: str, cache: bo
     assert error(logits, want) < 1.3 * error(rounded, want)
     eager, _ = play(engine_of(config, source, cache, graphs=False), texts, 5)
     assert eager == tokens
+
+
+@pytest.mark.parametrize("weights_kind", ["rows", "groups"])
+def test_inputs_of_few_tokens_are_not_rounded_or_if_so_asked(weights_kind: str) -> None:
+    quantization = {"rows": ROUNDED, "groups": IN_GROUPS}[weights_kind]
+    source = RoundedToFp8(Noisy(CONFIGS["llama"], 1, torch.device("cuda"), torch.float32), torch.device("cuda"), quantization)
+    config = replace(CONFIGS["llama"], quantization=quantization)
+    reference = Reference(config, source, torch.float32, torch.float64)
+    texts, errors = prompts([4, 5, 6], config.vocab_size), []  # 15 tokens, so that the prefill is of few, too
+    for few_fp8 in (True, False):
+        tokens, logits = play(engine_of(config, source, False, few_fp8=few_fp8, graphs=False), texts, 5)
+        full = [np.concatenate((p, t)).astype(np.int32)[:-1] for p, t in zip(texts, tokens, strict=True)]
+        errors.append(error(logits, torch.stack([reference.logits(torch.tensor(s, device="cuda"))[-1] for s in full])))
+    assert errors[0] < errors[1] / 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpu_worker.cuda.compiler import CompileError, compile_cubin
-from gpu_worker.cuda.linears import MEASURED, MEASURED_MID, Cut, MidCut
+from gpu_worker.cuda.linears import MEASURED, MEASURED_MID, Cut, MidCut, best_cut
 from gpu_worker.errors import LoadError
 
 LAYERS = [{"NORM": 1, "SILU": 1}, {"NORM": 1, "BIAS": 1}, {"RESIDUAL": 1}]
@@ -49,6 +49,16 @@ def test_linears_compile_for_the_measured_shapes() -> None:
     for (n, k), how in MEASURED_MID.items():
         for groups in (4, 8):
             assert compile_cubin("linear_mid.cu", "sm_90a", MidCut(n, k, *how).macros | LAYERS[0] | {"MT": groups})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scales", [1, 128])
+def test_linears_of_e4m3_weights_compile_for_the_shapes_of_8b(scales: int) -> None:
+    for n, k, flags in ((6144, 4096, LAYERS[1]), (4096, 4096, LAYERS[2]), (28672, 4096, LAYERS[0]), (4096, 14336, LAYERS[2])):
+        cut = best_cut(n, k, "NORM" in flags, 132, scales)
+        assert cut is not None
+        for groups in (1, 2):
+            assert compile_cubin("linear.cu", "sm_90a", cut.macros | flags | {"MT": groups})
 
 
 @pytest.mark.parametrize(("repeat", "dim", "kv_heads"), [(2, 128, 8), (4, 128, 8), (3, 64, 3), (1, 64, 12), (4, 256, 4)])

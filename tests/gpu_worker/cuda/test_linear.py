@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpu_worker.layers import fp8
+from gpu_worker.loading.source import Fp8
 from tests.gpu_worker.cuda.reference import error
 
 if torch.cuda.is_available():
-    from gpu_worker.cuda.linears import LinearKernel, cuts, mid_cuts
+    from gpu_worker.cuda.linears import LinearKernel, best_cut, cuts, mid_cuts
 
 SHAPES = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (6144, 4096), (4096, 14336), (960, 576), (576, 1536)]
 
@@ -47,3 +49,42 @@ def test_every_cut_of_a_matrix_agrees_with_float64(shape: tuple[int, int], role:
                 want = torch.nn.functional.silu(want[:, ::2]) * want[:, 1::2]
             assert error(y[:tokens], want) < 2 * 1.7e-3, (few_cut, mid_cut, tokens)  # 1.7e-3: rounding to bf16 alone
             assert y[tokens].isnan().all(), (few_cut, mid_cut)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (28672, 4096)], ids=str)
+@pytest.mark.parametrize("role", ["norm", "silu", "residual"])
+@pytest.mark.parametrize("scales", [1, 128])
+def test_e4m3_weights_agree_with_float64(shape: tuple[int, int], role: str, scales: int) -> None:
+    """Inputs are not rounded to e4m3."""
+    n, k = shape
+    if k % scales:
+        pytest.skip("no whole groups")
+    torch.manual_seed(n + k)
+    w = torch.randn(n, k, device="cuda") * torch.rand(n, 1, device="cuda") * k**-0.5
+    weights = Fp8(*(fp8.round_rows(w) if scales == 1 else fp8.round_groups(w)))
+    factor, wide, normed = fp8.as_factor(weights), weights.values().double(), role != "residual"
+    bias, norm = torch.randn(n, device="cuda").bfloat16(), (1 + torch.randn(k, device="cuda") / 4).bfloat16()
+    few, best = list(cuts(n, k, normed, 132, scales)), best_cut(n, k, normed, 132, scales)
+    assert best in few
+    stream = torch.cuda.current_stream().cuda_stream
+    for cut in (best, *few[:: max(1, len(few) // 4)]):
+        kernel = LinearKernel(cut, None, "sm_90a", 1e-5, norm=normed, silu=role == "silu", residual=not normed, bias=role != "silu")
+        for tokens in (1, 5, 8, 13, 16):
+            x = torch.randn(tokens, k, device="cuda").bfloat16() * 3
+            res = torch.randn(tokens, n, device="cuda").bfloat16()
+            y = torch.full((tokens + 1, n // 2 if role == "silu" else n), float("nan"), device="cuda").bfloat16()
+            pointers = [t.data_ptr() for t in (factor.q, x, res, bias, y)]
+            kernel(stream, *pointers, tokens, factor.scale.data_ptr(), norm.data_ptr())
+            torch.cuda.synchronize()
+            d = x.double()
+            if normed:
+                d = d * torch.rsqrt(d.pow(2).mean(1, keepdim=True) + 1e-5) * norm.double()
+            want = d @ wide.t()
+            if role == "silu":
+                want = torch.nn.functional.silu(want[:, ::2]) * want[:, 1::2]
+            else:
+                want = want + bias.double()
+            if role == "residual":
+                want = want + res.double()
+            assert error(y[:tokens], want) < (3 if normed else 2) * 1.7e-3, (cut, tokens)  # x times the norm's weight is rounded, too
+            assert y[tokens].isnan().all(), cut
