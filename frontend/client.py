@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from frontend.entries import Entry, NewRequest
 from frontend.errors import ApiError
-from frontend.journal import Journal
+from frontend.journal import Journal, NotYet
 from frontend.link import Link, Recorder
 from frontend.request_log import log_end
 from frontend.resume import revive
@@ -59,7 +59,7 @@ class Client:
         self._labels: dict[str, str] = {}  # of series, by model
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="tokenize-aside")
-        self._tokenizers = Tokenizers(self.journal, self.offload, self._pump, lambda: self.changed())
+        self._tokenizers = Tokenizers(self.journal, self.offload, self._pump, self._tokenizer_settled)
         self._was_open = False
         self.changed: Callable[[], None] = lambda: None  # called when `why_not_ready` may say otherwise; a process puts its own here
         self._streams: set[Stream] = set()
@@ -276,7 +276,16 @@ class Client:
 
     def _revive(self, submit: Submit) -> NewRequest:
         info = self.journal.models.get(submit.model)
-        tokenizer = self._tokenizers.of(info) if info is not None else None
+        if info is None:
+            raise LookupError(f"the model {submit.model} is not here")
+        tokenizer = self._tokenizers.of(info)
         if tokenizer is None:
-            raise LookupError(f"the tokenizer of {submit.model} is not here yet")
+            if why := self._tokenizers.unusable(info):
+                raise LookupError(why)
+            raise NotYet
         return revive(submit, tokenizer)
+
+    def _tokenizer_settled(self) -> None:
+        self.journal.attach_again()
+        self._pump()
+        self.changed()

@@ -45,6 +45,10 @@ from protocol.messages import Journal as JournalMessage
 from protocol.times import Times
 
 
+class NotYet(Exception):
+    """A request of another frontend cannot be gone on with here now, but may soon."""
+
+
 class Journal:
     """All requests of one frontend incarnation.
 
@@ -52,7 +56,7 @@ class Journal:
     with everything that lives. `touched` holds, by handle, the entries with news for their listeners; the shell
     empties it. `fault` says why the session must be ended, None if it need not.
     `revive` turns the SUBMIT of another frontend's request into a NewRequest of ours (with a detokenizer); it raises
-    LookupError if it cannot.
+    LookupError if it cannot, NotYet if that may change: then `attach_again` is to be called.
     """
 
     def __init__(self, incarnation: int, times: Times, counters: Counters, revive: Callable[[Submit], NewRequest] | None = None) -> None:
@@ -73,6 +77,7 @@ class Journal:
         self._next_handle = 0
         self._by_handle: dict[int, Entry] = {}
         self._by_id: dict[bytes, Entry] = {}
+        self._put_off: dict[int, Entry] = {}  # attached ones that could not be revived yet, by handle
 
     # ---------------------------------------------------------------- what the API asks for
 
@@ -96,6 +101,13 @@ class Journal:
         self._send(entry.attaching)
         return entry
 
+    def attach_again(self) -> None:
+        """Ask once more for what came and could not be revived yet; what a scheduler has told of it meanwhile, it tells again."""
+        waiting, self._put_off = self._put_off, {}
+        for entry in waiting.values():
+            if entry.attaching and not entry.ended:
+                self._send(entry.attaching)
+
     def abort(self, entry: Entry, choices: Sequence[int] | None = None, now: float = 0.0) -> None:
         """End choices (all by default) with finish reason "abort"; those that have ended stay as they are."""
         going = [c for c in entry.choices if not c.finish_reason and (choices is None or c.index in choices)]
@@ -116,6 +128,7 @@ class Journal:
             self.abort(entry)
         del self._by_id[entry.request]
         self.touched.pop(entry.handle, None)
+        self._put_off.pop(entry.handle, None)
         if not entry.moved:
             self._send(Done(entry.request))
 
@@ -240,6 +253,8 @@ class Journal:
         self._admissions(message)
         for handle, index, first, ids, logprobs in rows(message):
             entry = self._by_handle.get(handle)
+            if handle in self._put_off:
+                continue
             if entry is None or not 0 <= index < len(entry.choices):
                 self.counters.add("journal_unknown")
                 continue
@@ -283,6 +298,8 @@ class Journal:
 
     def _scores(self, message: PromptScores) -> None:
         entry, scores = self._by_handle.get(message.handle), message.scores
+        if message.handle in self._put_off:
+            return
         if entry is None or not entry.unscored:
             self.counters.add("journal_unknown")
             return
@@ -337,6 +354,9 @@ class Journal:
             return
         try:
             new = self._revive(submit)
+        except NotYet:
+            self._put_off[entry.handle] = entry
+            return
         except LookupError as error:
             self._failed(Failed(submit.request, 404, "stream_gone", f"the stream cannot be resumed: {error}", "Last-Event-ID"))
             return

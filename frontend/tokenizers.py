@@ -23,14 +23,15 @@ Offload = Callable[[Callable[[], Tokenizer]], Awaitable[Tokenizer]]
 class Tokenizers:
     """Kept by the hash of their files.
 
-    `offload` runs work in a thread; `pump` sends what the journal was asked for; `came` is called when one is here.
+    `offload` runs work in a thread; `pump` sends what the journal was asked for; `settled` is called when one is here,
+    or never will be.
     """
 
-    def __init__(self, journal: Journal, offload: Offload, pump: Callable[[], None], came: Callable[[], None]) -> None:
+    def __init__(self, journal: Journal, offload: Offload, pump: Callable[[], None], settled: Callable[[], None]) -> None:
         self._journal = journal
         self._offload = offload
         self._pump = pump
-        self._came = came
+        self._settled = settled
         self._own: Tokenizer | None = None  # read from a path, used for every model
         self.by_hash: dict[bytes, Tokenizer] = {}  # those that are here
         self._unusable: dict[bytes, str] = {}  # files that arrived whole and are no tokenizer: why
@@ -90,10 +91,11 @@ class Tokenizers:
             if bundle_hash(bundle) != fetch.tokenizer:
                 raise ValueError("their hash is not the one that the worker announced")
             self.by_hash[fetch.tokenizer] = await self._offload(lambda: Tokenizer.from_bundle(bundle))
-            self._came()
+            self._settled()
         except TokenizerError as error:
             log.error("the tokenizer files cannot be used: %s", error)
             self._unusable[fetch.tokenizer] = f"the tokenizer files cannot be used: {error}"
+            self._settled()
         except ValueError as error:
             log.error("the tokenizer files have not arrived: %s", error)
             await asyncio.sleep(RETRY_FETCH)

@@ -199,7 +199,10 @@ class Intake:
         self._ledger.settle(request, now, aborted=not wanted)
 
     def done(self, frontend: Frontend, message: Done, now: float) -> None:
-        """The client has everything: forget the request."""
+        """The client has everything, or has left while its ATTACH was held: forget the request."""
+        if message.request in self._attaches and self._attaches[message.request][0] == frontend.session:
+            del self._attaches[message.request]
+            return
         request = self._owned(frontend, message.request)
         if request is not None:
             self._ledger.abort(request, now)
@@ -226,6 +229,7 @@ class Intake:
             return
         if request is None:
             if now < self.attach_hold_until:
+                self._give_up(message.request, but=frontend.session)
                 self._attaches[message.request] = (frontend.session, message)
             else:
                 self._ledger.send(frontend, Gone(message.request))
@@ -250,10 +254,14 @@ class Intake:
 
     def release_attaches(self, _now: float) -> None:
         """The time for resubmissions is over: what is still unknown is gone."""
-        for session, message in self._attaches.values():
-            if session in self._frontends.by_session:
-                self._ledger.send(self._frontends.by_session[session], Gone(message.request))
-        self._attaches.clear()
+        for request in list(self._attaches):
+            self._give_up(request)
+
+    def _give_up(self, request: bytes, but: int = 0) -> None:
+        """Hold the ATTACH for a request no longer, if there is one; its frontend is told so, save in session `but`."""
+        session, _ = self._attaches.pop(request, (but, None))
+        if session != but and session in self._frontends.by_session:
+            self._ledger.send(self._frontends.by_session[session], Gone(request))
 
     def resumed(self, frontend: Frontend, message: Resumed, now: float) -> None:
         """The frontend has named everything that lives: what its earlier sessions left unnamed is aborted."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from frontend.detokenizer import TextStream
 from frontend.entries import NewRequest
-from frontend.journal import Journal
+from frontend.journal import Journal, NotYet
 from protocol.columns import pack
 from protocol.counters import Counters
-from protocol.messages import Attach, Choice, Gone, Moved, Resumed, SamplingParams, Submit
+from protocol.messages import Attach, Choice, Done, Gone, Moved, Resumed, SamplingParams, Submit
 from protocol.messages import Journal as JournalMessage
 from tests.frontend.journals import EOS, TIMES, TOKENIZER, WELCOME, give, opened, sent
 
@@ -57,6 +57,38 @@ class TestMoves:
         assert isinstance(again, Submit)
         assert (again.owner, again.admitted, again.cached, again.age) == (3, True, 1, 4.0)
         assert resumed == Resumed(1)
+
+    def test_what_cannot_be_revived_yet_is_asked_for_again_and_goes_on(self):
+        here = False
+
+        def revived(submit: Submit) -> NewRequest:
+            if not here:
+                raise NotYet
+            return self.revived(submit)
+
+        journal = Journal(2, TIMES, Counters(), revived)
+        journal.opened(WELCOME, 0.0)
+        entry, left = journal.attach(bytes(16), 1.0), journal.attach(bytes([1]) * 16, 1.0)
+        sent(journal)
+        params = SamplingParams(5, stop_ids=pack([EOS]))
+        for each in (entry, left):
+            submit = Submit(each.request, each.handle, "oracle", pack([1]), params, [Choice(0, 9, pack(b"abc"))], 3, True, 2.0)
+            journal.message(JournalMessage(submit), 2.0)
+        give(journal, entry, "d", first=3)
+        assert not entry.ended
+        assert sent(journal) == []
+        assert "journal_unknown" not in journal.counters
+        journal.done(left)
+        assert sent(journal) == [Done(left.request)]
+        here = True
+        journal.attach_again()
+        assert sent(journal) == [Attach(entry.request, entry.handle)]
+        submit = Submit(entry.request, entry.handle, "oracle", pack([1]), params, [Choice(0, 9, pack(b"abcd"))], 3, True, 2.0)
+        journal.message(JournalMessage(submit), 3.0)
+        give(journal, entry, "e")
+        assert entry.choices[0].take() == "abcde"
+        journal.attach_again()
+        assert sent(journal) == []
 
     def test_a_pending_attach_is_asked_again_before_resumed(self):
         journal = Journal(2, TIMES, Counters(), self.revived)

@@ -7,7 +7,7 @@ import pytest
 from protocol.columns import pack
 from protocol.messages import Abort, Attach, Choice, Done, Failed, Gone, Journal, Submit, Tokens
 from tests.scheduler_svc.fake_frontend import FakeFrontend
-from tests.scheduler_svc.formulas import expected
+from tests.scheduler_svc.formulas import digest, expected
 from tests.scheduler_svc.play import PROMPT, Stage
 
 
@@ -166,6 +166,32 @@ def test_attach_of_an_unknown_request_is_held_and_then_answered_gone() -> None:
     assert any(isinstance(message, Gone) for _, message, _ in stage.engine.out)
     frontend.send(Attach(b"y" * 16, 5), stage.now + 10)
     assert stage.engine.out[-1][1] == Gone(b"y" * 16)
+
+
+def test_of_two_frontends_that_ask_for_an_unknown_request_each_gets_an_answer() -> None:
+    stage = Stage()
+    first, second = stage.frontend(incarnation=101), stage.frontend(incarnation=102)
+    times = stage.settings.times
+    for frontend in (first, second, second):
+        frontend.send(Attach(b"x" * 16, 5), stage.now)
+    stage.engine.tick(stage.now + times.silence + times.resync + times.reconnect + 0.01)
+    assert [session for session, message, _ in stage.engine.out if message == Gone(b"x" * 16)] == [first.session, second.session]
+
+
+def test_a_client_that_leaves_while_its_attach_is_held_takes_it_back() -> None:
+    stage = Stage()
+    stage.worker()
+    new, old = stage.frontend(incarnation=101), stage.frontend(incarnation=100)
+    request = digest("id", old.incarnation, 1).to_bytes(8, "little") * 2  # of the first that it will name
+    new.send(Attach(request, 77), stage.now)
+    new.send(Abort(request), stage.now)
+    new.send(Done(request), stage.now)
+    stream = old.submit(PROMPT, stage.now, max_tokens=12, stop=False)  # the frontend was not lost after all
+    assert stream.submit.request == request
+    stage.run()
+    assert not stream.moved
+    assert stream.complete
+    assert not stage.engine.ledger.requests
 
 
 def test_ended_requests_are_kept_until_done_the_grace_or_64_mib(monkeypatch: pytest.MonkeyPatch) -> None:
