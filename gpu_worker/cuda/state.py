@@ -25,6 +25,7 @@ MAX_CHUNK = 16  # tiles of an item, unless the work list would grow beyond its b
 TILE = 64  # cached tokens in a tile of the decode attention's work list
 SLOTS, INPUTS = "PPPPii", "PPPPPPPPP"  # plan.cu's structs in a signature (`driver.py`)
 PREPARE = SLOTS + INPUTS + "PiiPiiiiiiiiiii"  # of `prepare_arguments`
+_NO_ASSIGNMENTS: Int32 = np.zeros((0, 4), np.int32)
 MANY_ROWS = 9  # rows from which on neighbours that share a prefix are served together, where that is wanted
 
 
@@ -244,9 +245,11 @@ class DeviceState:
 
 def _assignments(plan: Plan) -> Int32:
     """What the plan enters into block tables, shape [entries, 4]: slot, index, block, 0."""
+    if not plan.assign_slots and not plan.share_slots:
+        return _NO_ASSIGNMENTS
     columns = plan.assign_slots + plan.share_slots, plan.assign_indices + plan.share_indices, plan.assign_blocks + plan.share_blocks
     entries = np.zeros((len(columns[0]) // 4, 4), dtype=np.int32)
-    for at, column in enumerate(columns if len(entries) else ()):
+    for at, column in enumerate(columns):
         entries[:, at] = unpack(column)
     return entries
 
