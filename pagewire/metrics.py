@@ -94,13 +94,13 @@ class _Families:
         self._found: dict[str, Metric] = {}
 
     def collect(self) -> Iterator[Metric]:
-        served: dict[str, str] = {}
+        served: dict[str, str] = {}  # models' own names -> public ones, each of one model
         for telemetry in self._current:
-            served |= telemetry.served
+            served |= {model: public for model, public in telemetry.served.items() if public not in served.values()}
         for family in (*FAMILIES.values(), *OWN.values()):  # there even if they are empty
             self._found[family.name] = _KINDS[family.kind](family.name, family.help, labels=family.labels)
         for telemetry in self._current:
-            self._of_a_family(telemetry, served)
+            self._of_a_family(telemetry, {} if telemetry.role == "frontend" else served)  # a frontend's labels are the public names
             self._own(telemetry)
             self._others(telemetry)
         for service in self._services:

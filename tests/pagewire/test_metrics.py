@@ -88,6 +88,31 @@ def test_what_services_fill_is_shown_under_the_family_s_name_and_the_model_s_pub
     assert not any("future" in name or "waiting" in name for name, _ in seen if name.startswith("vllm:"))
 
 
+def samples(figures: Figures, family: str) -> list[tuple[str, str, float]]:
+    """(model, service, value) of each line of a family, also of lines with the same labels."""
+    families = text_string_to_metric_families(figures.text([], 0.0).decode())
+    return [(s.labels["model_name"], s.labels["name"], s.value) for f in families for s in f.samples if s.name == family]
+
+
+def test_what_a_frontend_has_labelled_itself_is_not_labelled_again() -> None:
+    figures = Figures()
+    # Its model A went by the public name and was replaced by B, which goes by it now: the counter of A keeps its label.
+    series = [Series("vllm:generation_tokens", ["chat"], 7.0), Series("vllm:generation_tokens", ["B"], 2.0)]
+    figures.take(Telemetry("frontend", "frontend-0", 1, 2, {}, {}, series, {"B": "chat"}), 0.0)
+    figures.take(Telemetry("scheduler", "scheduler-0", 1, 2, {}, {}, [Series("vllm:num_requests_running", ["B"], 1.0)]), 0.0)
+    assert samples(figures, "vllm:generation_tokens_total") == [("chat", "frontend-0", 7.0), ("B", "frontend-0", 2.0)]
+    assert samples(figures, "vllm:num_requests_running") == [("chat", "scheduler-0", 1.0)]
+
+
+def test_two_models_do_not_share_a_public_name() -> None:
+    figures = Figures()
+    figures.take(Telemetry("frontend", "frontend-0", 1, 2, {}, {}, [], {"A": "chat"}), 0.0)
+    figures.take(Telemetry("frontend", "frontend-1", 1, 2, {}, {}, [], {"B": "chat"}), 0.0)  # has met the newer models alone
+    series = [Series("vllm:num_requests_running", [model], 1.0) for model in ("A", "B")]
+    figures.take(Telemetry("scheduler", "scheduler-0", 1, 2, {}, {}, series), 0.0)
+    assert samples(figures, "vllm:num_requests_running") == [("chat", "scheduler-0", 1.0), ("B", "scheduler-0", 1.0)]
+
+
 def test_a_bound_belongs_to_its_bucket_and_millisecond_tokens_are_told_apart() -> None:
     histogram = Histogram("vllm:inter_token_latency_seconds")
     bounds = FAMILIES["vllm:inter_token_latency_seconds"].bounds
