@@ -1,6 +1,6 @@
 """Which cut of linear.cu is fastest for each matrix of the two shapes: a chain of nodes under PDL in a CUDA graph, weights beyond L2.
 
-python -m benchmarks.gpu_linear [--shape qwen3-0.6b] [--json OUT]
+python -m benchmarks.gpu_linear [--shape qwen3-0.6b] [--fp8 1|128] [--json OUT]
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def nodes_of(weights: torch.Tensor) -> int:
 
 
 def chain_time(kernel: LinearKernel, weights: torch.Tensor, tokens: int, stream: torch.cuda.Stream) -> float:
-    """Microseconds per node; weights [copies, n, k]."""
+    """Microseconds per node; weights [copies, n, k], in bf16 or e4m3."""
     copies, n, k = weights.shape
+    scales, norm = torch.ones(-(-k // 128), n, device="cuda"), torch.ones(k, device="cuda").bfloat16()
     a, b = (torch.randn(64, max(n, k), device="cuda").bfloat16() for _ in range(2))
 
     def launch(i: int) -> None:
-        kernel(stream.cuda_stream, weights[i % copies].data_ptr(), a.data_ptr(), b.data_ptr(), 0, b.data_ptr(), tokens)
+        addresses = [t.data_ptr() for t in (weights[i % copies], a)]
+        kernel(stream.cuda_stream, *addresses, b.data_ptr(), 0, b.data_ptr(), tokens, scales.data_ptr(), norm.data_ptr())
 
     return graph_time(launch, nodes_of(weights), stream)
 
@@ -53,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=list(SHAPES), action="append")
     parser.add_argument("--tokens", type=int, action="append")
+    parser.add_argument("--fp8", type=int, choices=(0, 1, 128), default=0, help="e4m3 weights, a scale for each row or 128 columns of it")
     parser.add_argument("--json")
     args = parser.parse_args()
     properties = torch.cuda.get_device_properties(0)
@@ -61,14 +64,18 @@ def main() -> None:
     rows: dict[str, object] = {}
     for shape in args.shape or SHAPES:
         for role, (n, k) in SHAPES[shape].items():
+            if args.fp8 and role == "head":
+                continue
             normed = bool(ROLES[role].get("norm"))
             weights = torch.empty(max(2, min(40, math.ceil(160e6 / (2 * n * k)))), n, k, device="cuda", dtype=torch.bfloat16).normal_(
                 0, k**-0.5
             )
             torch.cuda.current_blas_handle()
-            few = [c for c in cuts(n, k, normed, sms) if c.loads >= 8 and c.clusters * c.split >= 60 and c.warps >= 4]
+            least = 4 if args.fp8 else 8
+            few = [c for c in cuts(n, k, normed, sms, args.fp8) if c.loads >= least and c.clusters * c.split >= 60 and c.warps >= 4]
             mid = [c for c in mid_cuts(n, k, sms) if c.clusters * c.split >= 60 and c.loads >= 8] if role != "head" else []
-            for tokens in args.tokens or (1, 8, 16, 32, 64):
+            factor = weights.to(torch.float8_e4m3fn) if args.fp8 else weights
+            for tokens in args.tokens or ((1, 8, 16) if args.fp8 else (1, 8, 16, 32, 64)):
                 found = few if tokens <= 16 else mid
 
                 def build(i: int) -> LinearKernel:
@@ -79,20 +86,21 @@ def main() -> None:
 
                 with ThreadPoolExecutor(16) as pool:
                     kernels = list(pool.map(build, range(len(found))))
-                results = sorted((chain_time(kernel, weights, tokens, stream), i) for i, kernel in enumerate(kernels))
+                results = sorted((chain_time(kernel, factor, tokens, stream), i) for i, kernel in enumerate(kernels))
                 cells = []
                 for us, i in results[:4]:
                     registers = next(kernel.registers for most, kernel, _ in kernels[i].kernels if tokens <= most)
                     cells.append(f"{us:.2f} {dataclasses.astuple(found[i])[2:]}[{registers}]")
-                default = best_cut(n, k, normed, sms)
+                default = best_cut(n, k, normed, sms, args.fp8)
                 own = next((us for us, i in results if found[i] == default), math.nan)
                 library = mm_time(weights, tokens, stream)
+                ideal = factor.element_size() * n * k / 3.2e6
                 print(
-                    f"{shape} {role} M={tokens}: ideal {2 * n * k / 3.2e6:.1f} mm {library:.2f} default {own:.2f} best {' '.join(cells)}",
+                    f"{shape} {role} M={tokens}: ideal {ideal:.1f} mm {library:.2f} default {own:.2f} best {' '.join(cells)}",
                     flush=True,
                 )
                 rows[f"{shape} {role} {tokens}"] = {"mm": library, "cuts": [(us, str(found[i])) for us, i in results]}
-            del weights
+            del weights, factor
     if args.json:
         Path(args.json).write_text(json.dumps({"card": properties.name, "torch": torch.__version__, "rows": rows}))
 

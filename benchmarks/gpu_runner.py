@@ -14,6 +14,7 @@ import json
 import random
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.weights import UnreadWeights
 from gpu_worker.loading.config import from_json
 from gpu_worker.loading.dummy import DummyTensors
-from gpu_worker.loading.source import Shard
+from gpu_worker.loading.online import ROUNDED, RoundedToFp8
+from gpu_worker.loading.source import Shard, TensorSource
 
 ROWS = ("step", "long", "prefill", "w1", "shared")
 SWITCHES = ("graphs", "pdl", "few", "few_fp8", "filter_kernel", "pack_prefixes", "prefill_hopper")  # of Options, all on
@@ -184,6 +186,8 @@ def main() -> None:
     for switch in SWITCHES:
         parser.add_argument(f"--no-{switch.replace('_', '-')}", dest=switch, action="store_false")
     parser.add_argument("--few-attention", type=int, default=Options.few_attention)
+    parser.add_argument("--fp8", action="store_true", help="weights of layers in 8 bits, a scale for each row")
+    parser.add_argument("--fp8-cache", action="store_true", help="keys and values in 8 bits")
     parser.add_argument("--top-p", type=float, default=1.0, help="drawn at temperature 1 instead of greedy; rows of their own, …_top_p")
     args = parser.parse_args()
     if args.top_p < 1 and {"w1", "shared"} & {*args.rows.split(",")}:
@@ -191,9 +195,13 @@ def main() -> None:
     begin = time.perf_counter()
     config = from_json(SHAPES.get(str(args.shape)) or json.loads((args.shape / "config.json").read_text()))
     device = torch.device("cuda")
-    unread = UnreadWeights(DummyTensors(config, 0, device, torch.bfloat16), config, device, torch.bfloat16, Shard())
+    source: TensorSource = DummyTensors(config, 0, device, torch.bfloat16)
+    if args.fp8:
+        source, config = RoundedToFp8(source, device), replace(config, quantization=ROUNDED)
+    unread = UnreadWeights(source, config, device, torch.bfloat16, Shard())
+    units = torch.tensor([[0.1, 0.1, 0.0, 0.0]] * config.layers, device=device) if args.fp8_cache else None
     switches = {name: getattr(args, name) for name in SWITCHES}
-    engine = Engine(config, unread, Options(**switches, few_attention=args.few_attention))
+    engine = Engine(config, unread, Options(**switches, few_attention=args.few_attention), units)
     engine.forward.attention.wait()
     bench = Bench(engine, {"temperature": 1.0, "top_p": args.top_p} if args.top_p < 1 else {})
     print(
@@ -206,7 +214,8 @@ def main() -> None:
             work()
     if args.json:
         note = "the runner in process with hand-made plans, no links, scheduler, frontend or text; step rows are medians of 3"
-        end = ("_top_p" if args.top_p < 1 else "") + "".join(f"_no_{name}" for name in SWITCHES if not switches[name])
+        end = "_fp8" * args.fp8 + "_fp8_cache" * args.fp8_cache + "_top_p" * (args.top_p < 1)
+        end += "".join(f"_no_{name}" for name in SWITCHES if not switches[name])
         rows_found = {f"runner_{name}{end}": round(figure, 4) for name, figure in bench.out.items()}
         add_rows(args.json, args.shape.name, rows_found, f"gpu_runner{end}", note)
 
