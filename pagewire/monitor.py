@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from pagewire.metrics import FORGET
 from protocol.telemetry import Telemetry
 
 WINDOW = 60.0  # seconds that `figures` looks back
@@ -44,7 +45,7 @@ class Monitor:
         self._seen = sums.seen
         self._totals: Counter[str] = Counter(sums.totals)  # of floats
         self._samples: deque[tuple[float, Counter[str]]] = deque([(sums.at, Counter(self._totals))])
-        self._gauges: dict[str, dict[str, float]] = {}  # by scheduler
+        self._gauges: dict[str, tuple[float, dict[str, float]]] = {}  # by scheduler, with the time of the last sample before
 
     def take(self, telemetry: Telemetry) -> None:
         """Count what a service did since its last message."""
@@ -55,7 +56,7 @@ class Monitor:
         for key in COUNTED.get(telemetry.role, ()):
             self._totals[key] += values.get(key, 0.0) - before.get(key, 0.0)  # type: ignore[assignment]  # of floats
         if telemetry.role == "scheduler":
-            self._gauges[name] = {key: values.get(key, 0.0) for key in ("blocks", "blocks_used")}
+            self._gauges[name] = self._samples[-1][0], {key: values.get(key, 0.0) for key in ("blocks", "blocks_used")}
         self._seen[name] = (telemetry.incarnation, values)
 
     def sample(self, now: float) -> None:
@@ -68,6 +69,7 @@ class Monitor:
         self._samples.append((now, Counter(self._totals)))
         while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
             self._samples.popleft()
+        self._gauges = {name: gauges for name, gauges in self._gauges.items() if now - gauges[0] < FORGET}
 
     def figures(self, window: float = WINDOW) -> dict[str, float]:
         """The last `window` seconds: tokens per second, seconds, shares of 1. 0 stands for what did not happen.
@@ -80,12 +82,12 @@ class Monitor:
         begin, first = next(((at, counts) for at, counts in self._samples if at >= end - window), self._samples[-1])
         did = Counter(last)
         did.subtract(first)
-        blocks = sum(gauges["blocks"] for gauges in self._gauges.values())
+        blocks, used = (sum(gauges[key] for _, gauges in self._gauges.values()) for key in ("blocks", "blocks_used"))
         return {
             "throughput": _share(did["worker_tokens"], end - begin),
             "latency": _share(did["request_seconds"], did["requests_finished"]),
             "gpu_utilization": min(1.0, _share(did["worker_step_seconds"], did["worker_seconds"])),
-            "memory_usage": _share(sum(gauges["blocks_used"] for gauges in self._gauges.values()), blocks),
+            "memory_usage": _share(used, blocks),
             "cache_hit_rate": _share(did["prefix_hits"], did["prefix_queries"]),
             "time_to_first_token": _share(did["first_token_seconds"], did["first_token_requests"]),
             "time_per_output_token": _share(did["later_token_seconds"], did["later_tokens"]),

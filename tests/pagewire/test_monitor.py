@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from pagewire import handover
+from pagewire.metrics import FORGET
 from pagewire.monitor import APART, WINDOW, Monitor, Sums
 from protocol.rundir import RunDir
 from protocol.telemetry import Telemetry
@@ -30,10 +31,8 @@ def frontend(finished: float, seconds: float, failed: float = 0.0) -> Telemetry:
     return Telemetry("frontend", "frontend-0", 1, 1, {"requests_finished": finished, "request_seconds": seconds, "requests_failed": failed})
 
 
-def scheduler(queries: float, hits: float, used: float) -> Telemetry:
-    return Telemetry(
-        "scheduler", "scheduler-0", 1, 1, {"prefix_queries": queries, "prefix_hits": hits, "blocks": 100.0, "blocks_used": used}
-    )
+def scheduler(queries: float, hits: float, used: float, name: str = "scheduler-0") -> Telemetry:
+    return Telemetry("scheduler", name, 1, 1, {"prefix_queries": queries, "prefix_hits": hits, "blocks": 100.0, "blocks_used": used})
 
 
 def test_samples_of_many_readers_are_as_few_as_those_of_none() -> None:
@@ -120,6 +119,23 @@ def test_sums_are_left_for_a_successor_of_the_same_starter_alone(tmp_path: Path)
     assert not path.exists()
 
 
+def test_the_blocks_of_a_scheduler_that_is_no_longer_heard_are_forgotten() -> None:
+    monitor = Monitor(0.0)
+    for second in range(1, 60):
+        if second <= 20:
+            monitor.take(scheduler(0.0, 0.0, 90.0))
+        if second >= 15:
+            monitor.take(scheduler(0.0, 0.0, 10.0, "the-standby"))
+        monitor.sample(float(second))
+        used = monitor.figures()["memory_usage"]
+        if second < 15:
+            assert used == pytest.approx(0.9)
+        elif second < 19 + FORGET:
+            assert used == pytest.approx(0.5)
+        elif second > 20 + FORGET:
+            assert used == pytest.approx(0.1)
+
+
 def test_nothing_having_happened_is_no_error() -> None:
     monitor = Monitor(5.0)
     assert set(monitor.figures().values()) == {0.0}
@@ -141,10 +157,14 @@ def test_the_hit_rate_of_a_repeated_prompt_is_that_of_the_schedulers_counters_an
             return found if found["queries"] == 4 * len(body["prompt"]) else None  # type: ignore[arg-type]
 
         counts = eventually(counted)
-        seen = eventually(lambda: figures if (figures := httpx.get(f"{stack.admin}/monitor").json())["latency"] else None)
+
+        def heard() -> dict[str, float] | None:
+            figures: dict[str, float] = httpx.get(f"{stack.admin}/monitor").json()
+            return figures if figures["latency"] and figures["throughput"] else None  # of the frontend, and of the worker
+
+        seen = eventually(heard)
         assert counts["hits"] > 0
         assert seen["cache_hit_rate"] == pytest.approx(counts["hits"] / counts["queries"])
-        assert seen["throughput"] > 0
         assert {"throughput", "latency", "gpu_utilization", "memory_usage", "cache_hit_rate"} <= set(seen)
         httpx.post(f"{stack.url}/v1/completions", json=body, timeout=30).raise_for_status()  # just before the end
         up.popen.send_signal(signal.SIGTERM)
