@@ -35,9 +35,10 @@ class Snapshot:
     values: Mapping[str, Mapping[Labels, float]] = field(default_factory=dict)
 
     def of(self, metric: str, **labels: str) -> float:
-        """The sum over all that have these labels; 0 if there are none."""
+        """The sum over all that have these labels; 0 if there are none. A metric's name is said without `pagewire_`."""
         wanted = frozenset(labels.items())
-        return sum(value for key, value in self.values.get(f"pagewire_{metric}", {}).items() if wanted <= key)
+        name = metric if ":" in metric else f"pagewire_{metric}"
+        return sum(value for key, value in self.values.get(name, {}).items() if wanted <= key)
 
     def labels(self, metric: str, label: str) -> list[str]:
         """All values of a label, sorted."""
@@ -91,8 +92,8 @@ def _speed(now: Snapshot, before: Snapshot) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     requests = (f"{now.of('requests', status=status):,.0f}" for status in ("waiting", "running", "finished", "failed"))
     table.add_row(
-        f"[bold]{rate(now, before, 'frontend_generation_tokens'):,.0f}[/]",
-        f"{rate(now, before, 'frontend_prompt_tokens'):,.0f}",
+        f"[bold]{rate(now, before, 'vllm:generation_tokens'):,.0f}[/]",
+        f"{rate(now, before, 'vllm:prompt_tokens'):,.0f}",
         *requests,
         f"{now.of('scheduler_preemptions'):,.0f}",
         f"{hits / queries:.0%}" if queries else "–",

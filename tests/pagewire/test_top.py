@@ -24,22 +24,27 @@ pagewire_worker_memory_bytes{{name="worker-0"}} 104857600
 pagewire_worker_steps{{name="worker-0"}} {steps}
 pagewire_worker_step_seconds{{name="worker-0"}} {step}
 pagewire_worker_idle_seconds{{name="worker-0"}} {idle}
-pagewire_frontend_generation_tokens{{name="frontend-0"}} {tokens}
+pagewire_frontend_generation_tokens{{name="frontend-0"}} 100
+# TYPE vllm:generation_tokens counter
+vllm:generation_tokens_total{{model_name="a",name="frontend-0"}} {tokens}
+vllm:generation_tokens_total{{model_name="b",name="frontend-0"}} 7
+# TYPE vllm:prompt_tokens counter
+vllm:prompt_tokens_total{{model_name="a",name="frontend-0"}} {prompts}
 pagewire_scheduler_prefix_hits{{name="scheduler-0"}} 25
 pagewire_scheduler_prefix_queries{{name="scheduler-0"}} 100
 """
 
 
 def looks() -> tuple[Snapshot, Snapshot]:
-    before = parse(METRICS.format(steps=100, step=5.0, idle=5.0, tokens=1000), at=10.0)
-    return parse(METRICS.format(steps=140, step=6.5, idle=5.5, tokens=3000), at=12.0), before
+    before = parse(METRICS.format(steps=100, step=5.0, idle=5.0, tokens=1000, prompts=300), at=10.0)
+    return parse(METRICS.format(steps=140, step=6.5, idle=5.5, tokens=3000, prompts=340), at=12.0), before
 
 
 def test_rates_are_what_counters_grew_per_second() -> None:
     now, before = looks()
-    assert rate(now, before, "frontend_generation_tokens") == 1000
-    assert rate(before, now, "frontend_generation_tokens") == 0
-    assert rate(now, Snapshot(), "frontend_generation_tokens") == 0, "one look gives no rate"
+    assert rate(now, before, "vllm:generation_tokens") == 1000
+    assert rate(before, now, "vllm:generation_tokens") == 0
+    assert rate(now, Snapshot(), "vllm:generation_tokens") == 0, "one look gives no rate"
     assert busy(now, before, "worker-0") == 0.75
     assert busy(now, now, "worker-0") == 0
 
@@ -47,7 +52,7 @@ def test_rates_are_what_counters_grew_per_second() -> None:
 def test_a_counter_that_began_anew_is_no_negative_rate() -> None:
     now, before = looks()
     again = Snapshot(14.0, before.values)
-    assert rate(again, now, "frontend_generation_tokens") == 0
+    assert rate(again, now, "vllm:generation_tokens") == 0
 
 
 def test_the_picture_shows_speed_services_and_blocks() -> None:
@@ -58,7 +63,7 @@ def test_the_picture_shows_speed_services_and_blocks() -> None:
     lines = capture.get().splitlines()
     assert "cannot reach it" in lines[1]
     figures = next(line.split() for line in lines if line.split()[:1] == ["1,000"])
-    assert figures == ["1,000", "0", "0", "7", "0", "0", "0", "25%"]
+    assert figures == ["1,000", "20", "0", "7", "0", "0", "0", "25%"]
     assert next(line.split() for line in lines if line.startswith("worker-0")) == [
         "worker-0",
         "worker",
