@@ -26,6 +26,7 @@ class Watch:
 
     def look(self, records: list[ServiceRecord], now: float) -> None:
         """Note who is there."""
+        first = not self._seen  # whoever is there then was there before
         here = {record.name: record for record in records}
         for name, record in here.items():
             known = self._seen.get(name)
@@ -33,7 +34,7 @@ class Watch:
                 if known[1].state != "gone":
                     self._event(known[1], "died")
                 self._event(record, "was started again")
-            elif known is None and self._seen:
+            elif known is None and not first:
                 self._event(record, "appeared")
             self._seen[name] = (now, record)
         for name, (at, record) in list(self._seen.items()):
