@@ -96,7 +96,7 @@ class Arrivals:
         return named
 
     def _route(self, choice: Choice, now: float) -> None:
-        worker = self._router.route(choice.request.model.workers, choice)
+        worker = self._router.route(choice.request.model.workers, choice, now)
         if worker is not None:
             worker.queue.add(choice)
             if not any(other.queue is choice.request.model.queue for other in choice.request.work):
@@ -129,7 +129,7 @@ class Arrivals:
     def leave(self, lost: Worker, choices: list[Choice], now: float) -> None:
         """The choices of a lost worker go to others at once, but for those that do better to wait for its return."""
         for choice in choices:
-            if self._awaits(lost, choice):
+            if self._awaits(lost, choice, now):
                 self._counters.add("scheduler_returns_awaited")
                 choice.request.model.queue.add(choice)
                 choice.request.held_since = now
@@ -138,8 +138,13 @@ class Arrivals:
             else:
                 self.enqueue(choice, now)
 
-    def _awaits(self, lost: Worker, choice: Choice) -> bool:
-        """Whether to compute what the lost worker may still hold takes every other worker longer than the move time."""
+    def _awaits(self, lost: Worker, choice: Choice, now: float) -> bool:
+        """Whether to compute what the lost worker may still hold takes every other worker longer than the move time.
+
+        A quarantined one waits for a worker that comes back, not to harm those that serve; if there is but one, in vain.
+        """
+        if choice.request.quarantined:
+            return not lost.leaving and choice.request.model.has_another(lost, now - self._settings.times.move)
         others = [worker for worker in choice.request.model.workers if worker.can_hold(choice)]
         if not others or lost.leaving or lost.hung:
             return False
@@ -175,7 +180,7 @@ class Arrivals:
 
     def _moves(self, other: Worker, worker: Worker) -> bool:
         """Move the first in line to another worker, if it waits for room there and finds it here."""
-        if other is worker or not other.queue or (other.slots.free and not other.is_full):
+        if other is worker or not other.queue or (other.slots.free and not other.is_full and not other.proving):
             return False
         choice = other.queue.first(lambda _: False, 0)
         size = worker.block_size

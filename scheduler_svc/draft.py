@@ -64,6 +64,7 @@ def assemble(worker: Worker, draft: Draft, frontends: Frontends, now: float) -> 
         pending=draft.pending,
         row_slots=decodes.slots,
         row_generations=decodes.generations,
+        decodes=len(decodes.slots),
         sent=now,
         alone=not worker.in_flight,
     )

@@ -242,7 +242,7 @@ class Engine:
                 self._integrity.verify(worker.check)
 
     def _plan(self, worker: Worker, now: float) -> bool:
-        if not worker.queue and len(worker.model.workers) > 1 and not worker.leaving and worker.slots.free:
+        if not worker.queue and len(worker.model.workers) > 1 and not worker.leaving and not worker.proving and worker.slots.free:
             self.arrivals.steal(worker)
         group = 0
         if self.suspects.active:

@@ -109,8 +109,7 @@ class Fleet:
         if worker.ready:
             self._counters.add("scheduler_workers_drained" if worker.drained else "scheduler_workers_lost")
             if not worker.leaving:
-                worker.model.workers.remove(worker)
-                worker.model.lost_at = now
+                worker.model.lose(worker, now)
             self._arrivals.leave(worker, self._strip(worker), now)
         self._fail(fatal, now)
         self._arrivals.review(now)

@@ -70,6 +70,7 @@ class Model:
         self.longest = 0  # tokens that the largest worker seen could hold
         self.max_model_len = 0
         self.lost_at = float("-inf")  # when a worker was last lost
+        self._absent: dict[str, float] = {}  # workers that were lost and have not come back, and when that was, by name
 
     def join(self, worker: Worker, ready: Ready) -> None:
         """A worker of this model can serve."""
@@ -77,8 +78,19 @@ class Model:
             self.ready = ready
             self.eos = unpack(ready.eos)
         self.workers.append(worker)
+        self._absent.pop(worker.name, None)
         self.longest = max(self.longest, worker.capacity)
         self.max_model_len = max(self.max_model_len, ready.geometry.max_model_len)
+
+    def lose(self, worker: Worker, now: float) -> None:
+        """A worker is gone, and did not mean to."""
+        self.workers.remove(worker)
+        self.lost_at = self._absent[worker.name] = now
+
+    def has_another(self, lost: Worker, since: float) -> bool:
+        """Whether there is another worker than the lost one, or was at a time and may come back."""
+        self._absent = {name: at for name, at in self._absent.items() if at >= since}
+        return bool(self.workers) or any(name != lost.name for name in self._absent)
 
     def refusal(self, ready: Ready) -> str:
         """Why a worker cannot be of this model, or nothing."""

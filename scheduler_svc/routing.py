@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler_svc.hits import found_tokens
-from scheduler_svc.requests import Choice
+from scheduler_svc.requests import Choice, Request
 from scheduler_svc.worker import Worker
 
 APART, TOGETHER = 0.25, 0.1  # difference in load (`Worker.load`) at which balancing begins, and ends
@@ -24,9 +24,12 @@ class Router:
         self._balancing: set[str] = set()  # models
         self._turn = 0
 
-    def route(self, workers: Sequence[Worker], choice: Choice) -> Worker | None:
-        """The worker to wait at. None if no ready one can hold the choice."""
+    def route(self, workers: Sequence[Worker], choice: Choice, now: float) -> Worker | None:
+        """The worker to wait at. None if no ready one can hold the choice, or it is quarantined and should not harm the only one yet."""
         able = [worker for worker in workers if worker.can_hold(choice)]
+        if choice.request.quarantined and able:
+            return _prover(able, choice.request) if len(able) > 1 or now >= choice.request.awaits_until else None
+        able = [worker for worker in able if not worker.proving] or able
         if len(able) < 2:
             return able[0] if able else None
         if self._policy == "round-robin":
@@ -44,3 +47,10 @@ class Router:
         elif apart < TOGETHER:
             self._balancing.discard(model)
         return model in self._balancing
+
+
+def _prover(able: Sequence[Worker], request: Request) -> Worker:
+    """Where a quarantined request harms the fewest: beside others like it, else where the fewest choices are."""
+    worker = min(able, key=lambda worker: (not worker.proving, worker.running + len(worker.queue)))
+    worker.quarantined.append(request)
+    return worker

@@ -47,6 +47,7 @@ class InFlight:
     pending: list[tuple[int, bytes]]  # prompt blocks that this step fills
     row_slots: Index  # every row's, sampling or not
     row_generations: Int32
+    decodes: int  # of these rows, the first ones; the others compute a chunk of a prefill
     sent: float  # when
     alone: bool  # nothing else was in flight then
     prefilled: int = 0  # tokens of rows that are no decodes

@@ -13,7 +13,7 @@ from scheduler_svc.blocks import BlockManager
 from scheduler_svc.costs import Costs
 from scheduler_svc.depth import Depth
 from scheduler_svc.prefix import Chain, Hasher
-from scheduler_svc.requests import Choice, State
+from scheduler_svc.requests import Choice, Request, State
 from scheduler_svc.settings import SchedulerSettings
 from scheduler_svc.slots import DRAIN, FREE, PREFILL, Index, Slots, blocks_for
 from scheduler_svc.steps import Copy, DecodeRows, InFlight, per_frontend
@@ -45,6 +45,7 @@ class Worker:
         self.version = 0  # moves when a slot loses its owner, or its owner changes frontends
         self.queue = Queue(shares)
         self.in_flight: deque[InFlight] = deque()
+        self.quarantined: list[Request] = []  # that were sent here
         self.step = 0
         self.records = 0
         # what the next plan says
@@ -94,6 +95,13 @@ class Worker:
     def is_full(self) -> bool:
         """Whether the first in line did not fit when last tried, and nothing has come free since."""
         return self.stuck is not None and bool(self.running) and self.blocks.available <= self.stuck[1]
+
+    @property
+    def proving(self) -> bool:
+        """Whether quarantined requests wait or run here."""
+        if self.quarantined:
+            self.quarantined = [request for request in self.quarantined if request.quarantined and not request.ended]
+        return bool(self.quarantined)
 
     @property
     def load(self) -> float:

@@ -34,6 +34,7 @@ class FakeWorker:
     session: int
     model: str = "m"
     incarnation: int = 1
+    name: str = ""
     fingerprint: bytes = b"f"
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     hashes: dict[int, bytes] = field(default_factory=dict)  # sealed
@@ -46,7 +47,8 @@ class FakeWorker:
     lag: int = 0  # steps by which copies are acknowledged late
 
     def open(self, now: float, failed_session: int = 0, failed_step: int = 0) -> None:
-        hello = Hello("worker", f"w{self.incarnation}", self.incarnation, 1, failed_session=failed_session, failed_step=failed_step)
+        self.name = self.name or f"w{self.incarnation}"  # another process may come back under it
+        hello = Hello("worker", self.name, self.incarnation, 1, failed_session=failed_session, failed_step=failed_step)
         self.records: dict[int, list] = {}
         self.slots: dict[int, Slot] = {}
         self.plans.clear()

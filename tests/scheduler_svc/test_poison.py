@@ -8,6 +8,7 @@ from protocol.columns import pack, unpack
 from protocol.messages import NAN
 from scheduler_svc.preemption import preempt
 from scheduler_svc.requests import State
+from tests.scheduler_svc.fake_worker import FakeWorker
 from tests.scheduler_svc.play import PROMPT, Stage
 
 
@@ -68,6 +69,61 @@ def test_a_session_reopened_by_the_same_process_makes_no_suspects() -> None:
         worker.ready(stage.now)
     stage.run()
     assert stream.complete
+    frontend.verify()
+
+
+def came_back(stage: Stage, worker: FakeWorker) -> None:
+    """Another process under the worker's name."""
+    worker.incarnation += 10
+    stage.reopen(worker)
+    worker.ready(stage.now)
+    stage.plan()
+
+
+def failed_twice(stage: Stage) -> tuple[FakeWorker, FakeWorker]:
+    """A request that has taken both workers along: the one where it failed first, and the other."""
+    workers = [stage.worker(incarnation=1), stage.worker(incarnation=2)]
+    stage.plan()
+    for _ in workers:
+        (at,) = [worker for worker in workers if worker.plans]
+        at.plans.clear()
+        stage.lose(at)
+        stage.plan()
+    return next(worker for worker in workers if worker is not at), at
+
+
+def test_who_failed_as_a_suspect_is_tried_where_nobody_else_is() -> None:
+    stage = Stage()
+    frontend = stage.frontend()
+    suspect = frontend.submit(PROMPT, stage.now, max_tokens=6, stop=False)
+    first, second = failed_twice(stage)
+    came_back(stage, first)
+    assert not first.plans, "the other one may come back: who else waits is served meanwhile"
+    came_back(stage, second)
+    (prover,) = [worker for worker in (first, second) if worker.plans]
+    other = second if prover is first else first
+    innocent = [frontend.submit([i + 1] * 9, stage.now, max_tokens=6, stop=False) for i in range(4)]
+    stage.plan()
+    apart, serving = (stage.engine.workers[worker.session] for worker in (prover, other))
+    assert (apart.running, serving.running) == (1, 4)
+    assert not apart.queue
+    stage.run()
+    assert not apart.proving, "a known token clears it"
+    assert all(stream.complete for stream in (suspect, *innocent))
+    frontend.verify()
+
+
+def test_who_failed_as_a_suspect_waits_the_move_time_at_most() -> None:
+    stage = Stage()
+    frontend = stage.frontend()
+    suspect = frontend.submit(PROMPT, stage.now, max_tokens=6, stop=False)
+    first, _ = failed_twice(stage)
+    came_back(stage, first)
+    stage.run()
+    assert not suspect.complete
+    stage.now += stage.settings.times.move
+    stage.run()
+    assert suspect.complete
     frontend.verify()
 
 

@@ -23,9 +23,11 @@ class Mix:
     host_blocks: int = 0
     preemption: str = "auto"
     slots: int = 8
+    step_tokens: int = 64
     credit: int = 0  # tokens that a frontend may have outstanding; 0: as many as the engine gives
     step_time: tuple[float, float] = (0.002, 0.01)
     worker_crashes: int = 0
+    worker_back: tuple[float, float] = (0.1, 1.5)  # seconds until a dead one is started again
     scheduler_crashes: int = 0
     scheduler_back: tuple[float, float] = (0.1, 3.0)  # seconds until a dead one is started again
     frontend_crashes: int = 0
@@ -39,6 +41,7 @@ class Mix:
     moves: int = 0  # clients that lose their connection to a living frontend, and go on at another
     leaving: float = 0.0  # share of the clients that leave early
     poison: str = ""  # what computing the poison token does to a worker
+    poison_from: int = 0  # crash and hang: not before its request is computed up to this position
     scoring: bool = False  # some requests ask for log probabilities of their prompts, a few for nothing else
     forks: float = 0.2  # share of requests with n > 1
     stops: float = 0.2  # share of requests with a stop string

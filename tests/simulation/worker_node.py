@@ -39,6 +39,7 @@ class WorkerNode(PeerNode):
         settings: WorkerSettings,
         step_time: Callable[[], float],
         marks: dict[int, str] | None = None,
+        poison_from: int = 0,
         on_crash: Callable[[WorkerNode], None] | None = None,
         on_leave: Callable[[WorkerNode], None] | None = None,
     ) -> None:
@@ -48,6 +49,7 @@ class WorkerNode(PeerNode):
             settings, marks={t: e for t, e in (marks or {}).items() if e not in ("crash", "hang")}, clock=lambda: 0.0
         )
         self._marks = marks or {}
+        self._poison_from = poison_from
         self._on_crash = on_crash
         self._on_leave = on_leave
         self.leaving = False
@@ -158,8 +160,9 @@ class WorkerNode(PeerNode):
         for slot, start, count in zip(unpack(plan.slots).tolist(), unpack(plan.starts).tolist(), unpack(plan.counts).tolist(), strict=True):
             held = self.core._slots.records[slot]
             id = bound.get(slot, held.id if held is not None else None)
-            for token in known.get(id, [])[start : start + count] if id is not None else []:
-                if token in fatal:
+            tokens = known.get(id, []) if id is not None else []
+            for token in fatal:
+                if token in tokens and start <= max(tokens.index(token), self._poison_from) < start + count:
                     return fatal[token]
         return ""
 

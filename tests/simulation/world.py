@@ -32,6 +32,7 @@ from tests.simulation.worker_node import WorkerNode
 
 RUN_DIR = Path("/nonexistent")
 CHECKED_EVERY = 16  # events
+TIMES = replace(Times(), grace=3.0, hold=20.0, move=2.0, progress=1.0)
 
 # Counted where one side has sent what the other cannot use; nothing that happens here excuses that.
 DEFECTS = (
@@ -51,14 +52,14 @@ DEFECTS = (
 class World:
     """One run. Everything random comes from `seed`."""
 
-    def __init__(self, seed: int, mix: Mix) -> None:
+    def __init__(self, seed: int, mix: Mix, times: Times = TIMES) -> None:
         self.seed = seed
         self.mix = mix
         self.rng = random.Random(f"{seed}/{mix.name}")
         self.clock = Clock()
         self.story: deque[str] = deque(maxlen=60)
         self.network = Network(self.clock, random.Random(f"{seed}/network"), mix.weather)
-        self.times = replace(Times(), grace=3.0, hold=20.0, move=2.0, progress=1.0)
+        self.times = times
         self.counters = Counters()  # of processes that have ended
         self.clients = Clients(self, self.rng, mix, self.clock, self.times)
         self._incarnations = 0
@@ -89,7 +90,12 @@ class World:
     def start_scheduler(self, name: str, standby: bool = False) -> None:
         """Start a scheduler, for the first time or again."""
         settings = SchedulerSettings(
-            RUN_DIR, name, max_num_seqs=self.mix.slots, max_num_batched_tokens=64, preemption=self.mix.preemption, times=self.times
+            RUN_DIR,
+            name,
+            max_num_seqs=self.mix.slots,
+            max_num_batched_tokens=self.mix.step_tokens,
+            preemption=self.mix.preemption,
+            times=self.times,
         )
         self.tell(f"{name} starts")
         rng = random.Random(f"{self.seed}/{name}/{self._incarnation()}")
@@ -110,7 +116,7 @@ class World:
             num_gpu_blocks=self.mix.blocks,
             num_cpu_blocks=self.mix.host_blocks,
             max_num_seqs=self.mix.slots,
-            max_num_batched_tokens=64,
+            max_num_batched_tokens=self.mix.step_tokens,
             max_model_len=128,
         )
         self.tell(f"{name} starts")
@@ -124,6 +130,7 @@ class World:
             settings,
             lambda: self.rng.uniform(*self.mix.step_time),
             self._marks(),
+            self.mix.poison_from,
             self.worker_died,
             self._worker_left,
         )
@@ -163,7 +170,7 @@ class World:
         node.crash()
         self._retire(node)
         if not node.leaving:
-            self.clock.after(self.rng.uniform(0.1, 1.5), lambda: self.start_worker(node.name))
+            self.clock.after(self.rng.uniform(*self.mix.worker_back), lambda: self.start_worker(node.name))
 
     def _worker_left(self, node: WorkerNode) -> None:
         self.tell(f"{node.name} has left")
