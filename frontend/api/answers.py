@@ -218,6 +218,15 @@ class Answer:
 
     # ---------------------------------------------------------------- whole
 
+    @property
+    def log_probabilities(self) -> int:
+        """How many of them `whole` may have to write; they take nearly all its time."""
+        return sum(
+            sum(len(choice.tokens) for choice in entry.choices) * (entry.new.params.logprobs + 1)
+            + len(entry.choices) * len(entry.scores) * (entry.new.params.prompt_logprobs + 1)
+            for entry in self._stream.entries
+        )
+
     def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed. Raises ApiError if a request failed."""
         choices: list[dict[str, Any]] = []
@@ -228,7 +237,7 @@ class Answer:
             if entry.moved:
                 raise ApiError(503, "another frontend answers this request now", code="moved")
             place, first = self._places[entry.handle]
-            best = self._form.best
+            best, told = self._form.best, self.prompt(entry)
             for nth, choice in enumerate(ranked(entry, best) if best else entry.choices):
                 text = choice.take()
                 body = (
@@ -240,7 +249,7 @@ class Answer:
                 if self._form.return_token_ids:
                     body |= {"token_ids": choice.tokens}
                 choices.append(body)
-                self.place_prompt(body, beside, self.prompt(entry))
+                self.place_prompt(body, beside, told)
         return {**self._about, "object": self.object, "choices": choices, "usage": self.usage(), **beside}
 
     def prompt(self, entry: Entry) -> dict[str, Any]:
