@@ -35,7 +35,7 @@ class Tokenizers:
         self._own: Tokenizer | None = None  # read from a path, used for every model
         self.by_hash: dict[bytes, Tokenizer] = {}  # those that are here
         self._unusable: dict[bytes, str] = {}  # files that arrived whole and are no tokenizer: why
-        self._building: set[asyncio.Task[None]] = set()
+        self._building: dict[bytes, asyncio.Task[None]] = {}  # of files that have arrived, or wait to be asked for again
         self._fetches: list[Fetch] = []
 
     async def read(self, path: str) -> None:
@@ -60,14 +60,15 @@ class Tokenizers:
 
     def close(self) -> None:
         """Stop building."""
-        for task in self._building:
+        for task in self._building.values():
             task.cancel()
 
     def _want(self) -> None:
         if self._own is not None:
             return
         for info in self._journal.models.values():
-            if info.tokenizer not in self.by_hash and info.tokenizer not in self._unusable and info.workers_ready:
+            known = (self.by_hash, self._unusable, self._building)
+            if info.workers_ready and not any(info.tokenizer in those for those in known):
                 fetch = self._journal.fetch(info.tokenizer)
                 if fetch not in self._fetches:
                     self._fetches.append(fetch)
@@ -78,9 +79,7 @@ class Tokenizers:
         over = [fetch for fetch in self._fetches if fetch.over]
         self._fetches = [fetch for fetch in self._fetches if not fetch.over]
         for fetch in over:
-            task = asyncio.get_running_loop().create_task(self._build(fetch))
-            self._building.add(task)
-            task.add_done_callback(self._building.discard)
+            self._building[fetch.tokenizer] = asyncio.get_running_loop().create_task(self._build(fetch))
 
     async def _build(self, fetch: Fetch) -> None:
         """Make the tokenizer of a bundle that has arrived; if it did not arrive whole, ask again after a while."""
@@ -99,4 +98,6 @@ class Tokenizers:
         except ValueError as error:
             log.error("the tokenizer files have not arrived: %s", error)
             await asyncio.sleep(RETRY_FETCH)
-            self._want()
+        finally:
+            del self._building[fetch.tokenizer]
+        self._want()
