@@ -9,7 +9,7 @@ import re
 import click
 
 from pagewire.plan.memory import BYTES, Setup
-from pagewire.plan.room import Room, largest_batch, largest_context, longest_served, room
+from pagewire.plan.room import MOST_SEQUENCES, Room, largest_batch, largest_context, longest_served, room
 from pagewire.plan.sizes import PlanError, Sizes, read_sizes
 from protocol.options import CONTEXT, Usage
 
@@ -38,7 +38,7 @@ def size(context: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--quantization", type=click.Choice(("auto", "fp8")), default="auto", show_default=True, help="Weights of linears.")
 @click.option("--kv-cache-dtype", type=click.Choice(("auto", "fp8")), default="auto", show_default=True, help="Cached keys and values.")
 @click.option("--block-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Tokens of one KV block.")
-@click.option("--max-num-seqs", type=click.IntRange(1, 1024), default=256, show_default=True, help="Sequences that run at once.")
+@click.option("--max-num-seqs", type=click.IntRange(1, MOST_SEQUENCES), default=256, show_default=True, help="Sequences that run at once.")
 @click.option(
     "--max-num-batched-tokens", type=click.IntRange(0), default=0, show_default="8192, on the CPU 512", help="Tokens of one step."
 )
@@ -53,7 +53,7 @@ def size(context: click.Context, param: click.Parameter, value: str) -> int:
     help="Share of the memory to use.",
 )
 @click.option("--context", type=click.IntRange(1), help="Only the largest batch at this context, in tokens.")
-@click.option("--batch", type=click.IntRange(1), help="Only the largest context of this batch, in sequences.")
+@click.option("--batch", type=click.IntRange(1, MOST_SEQUENCES), help="Only the largest context of this batch, in sequences.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(model: str, gpu_memory: int, context: int | None, batch: int | None, as_json: bool, **setup: object) -> None:
     """Say what a model needs and what fits on a device. Needs no GPU and reads no weights."""
@@ -107,7 +107,7 @@ def _print(sizes: Sizes, found: Room, by_context: dict[int, int], by_batch: dict
     if by_context:
         click.echo("\nlargest batch at a context of")
         for context, batch in by_context.items():
-            click.echo(f"{context:>12,} tokens  {batch:>6,}" + ("  (or more: one worker holds no more)" if batch == 1024 else ""))
+            click.echo(f"{context:>12,} tokens  {batch:>6,}" + ("  (or more: one worker holds no more)" if batch == MOST_SEQUENCES else ""))
     if by_batch:
         longest = longest_served(sizes)
         click.echo("\nlargest context of a batch of")

@@ -352,6 +352,14 @@ def test_the_table_names_everything_a_user_sizes_by() -> None:
         assert words in result.output
 
 
+@pytest.mark.parametrize("option", ["--batch", "--max-num-seqs"])
+def test_more_sequences_than_a_worker_holds_are_refused(option: str) -> None:
+    assert CliRunner().invoke(main, ["--model", str(QWEN), option, "1024"]).exit_code == 0
+    refused = CliRunner().invoke(main, ["--model", str(QWEN), option, "1025"])
+    assert refused.exit_code == 2
+    assert option in refused.output
+
+
 def test_json_has_the_same_figures() -> None:
     arguments = ["--model", str(QWEN), "--gpu-memory", "24GB", "--max-num-seqs", "64", "--context", "2048", "--batch", "8", "--json"]
     said = json.loads(CliRunner().invoke(main, arguments).output)
