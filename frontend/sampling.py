@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from frontend.errors import ApiError
@@ -54,17 +55,16 @@ def check_text(info: ModelInfo, tokenizer: Tokenizer, text: str, param: str) -> 
         raise ApiError(400, message, param, "context_length_exceeded")
 
 
-def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: int, logprobs: int, prompt_logprobs: int) -> SamplingParams:
-    """The parameters of a request's choices; what the client left open takes the model's defaults."""
+def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, logprobs: int, prompt_logprobs: int) -> SamplingParams:
+    """The parameters of a body's choices, but for `max_tokens`; what the client left open takes the model's defaults. Raises ApiError."""
     defaults = info.defaults
     bias = bias_of(body, info.vocab_size)
     stop_ids = [] if body.ignore_eos else unpack(info.eos).tolist()
     stop_ids += checked_ids(body.stop_token_ids or (), "stop_token_ids", info.vocab_size)
     if body.allowed_token_ids is not None:
         require(len(body.allowed_token_ids) > 0, "allowed_token_ids", "is empty")
-    require(body.min_tokens <= max_tokens, "min_tokens", f"is more than the {max_tokens} tokens that may be generated")
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=0,
         temperature=_or(body.temperature, defaults.temperature),
         top_p=_or(body.top_p, defaults.top_p),
         top_k=int(_or(body.top_k, defaults.top_k)),
@@ -81,6 +81,12 @@ def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, max_tokens: i
         allowed_ids=pack(sorted(set(checked_ids(body.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)))),
         bad_words=bad_words_of(body.bad_words or (), tokenizer),
     )
+
+
+def limited(params: SamplingParams, max_tokens: int) -> SamplingParams:
+    """The parameters of a prompt whose choices may have so many tokens. Raises ApiError."""
+    require(params.min_tokens <= max_tokens, "min_tokens", f"is more than the {max_tokens} tokens that may be generated")
+    return msgspec.structs.replace(params, max_tokens=max_tokens)
 
 
 def checked_ids(ids: Sequence[int], param: str, vocab_size: int) -> list[int]:

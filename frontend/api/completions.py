@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -19,7 +20,7 @@ from frontend.client import Client, Model
 from frontend.entries import NewRequest
 from frontend.errors import ApiError, from_failed
 from frontend.resume import Header, TextOptions, with_headers
-from frontend.sampling import check_text, packed_ids, resolve, room, seeds_of
+from frontend.sampling import check_text, limited, packed_ids, resolve, room, seeds_of
 from frontend.validation import (
     MAX_CHOICES,
     CompletionBody,
@@ -104,10 +105,8 @@ def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRe
         len(prompts) * (body.best_of or body.n or 1) <= MAX_CHOICES, "n", f"makes more than {MAX_CHOICES} choices of {len(prompts)} prompts"
     )
     logprobs = -1 if body.logprobs is None else body.logprobs
-    new = []
-    for ids in prompts:
-        max_tokens = room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt")
-        new.append(new_request(model, body, ids, max_tokens, logprobs, tenant, True, body.best_of, logprobs if body.echo else -1))
+    rooms = [room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt") for ids in prompts]
+    new = new_requests(model, body, prompts, rooms, logprobs, tenant, True, body.best_of, logprobs if body.echo else -1)
     return new, [model.tokenizer.decode(ids) for ids in prompts] if body.echo else []
 
 
@@ -127,41 +126,54 @@ def encode(model: Model, body: CompletionBody) -> list[list[int]]:
 
 
 def new_request(
+    model: Model, body: Sampling, ids: list[int], max_tokens: int, logprobs: int, tenant: str, continues: bool, best_of: int | None = None
+) -> NewRequest:
+    """What goes to the scheduler for a body of one prompt, as `new_requests`."""
+    [new] = new_requests(model, body, [ids], [max_tokens], logprobs, tenant, continues, best_of)
+    return new
+
+
+def new_requests(
     model: Model,
     body: Sampling,
-    ids: list[int],
-    max_tokens: int,
+    prompts: Sequence[list[int]],
+    rooms: Sequence[int],
     logprobs: int,
     tenant: str,
     continues: bool,
     best_of: int | None = None,
     echo_logprobs: int = -1,
-) -> NewRequest:
-    """What goes to the scheduler for one prompt. `continues`: the output goes on with the prompt's own text. Raises ApiError.
+) -> list[NewRequest]:
+    """What goes to the scheduler for each prompt (token ids); what they have in common is made once. Raises ApiError.
 
+    `rooms`: tokens that the choices of each prompt may have. `continues`: the output goes on with the prompt's own text.
     `best_of`: so many choices are made, of which the best `n` will be shown. `echo_logprobs`: alternatives to each prompt
     token that an echo will show, beside what the body asks for.
     """
     if best_of is not None:
         logprobs = max(logprobs, 0)  # they are ranked by them
     text = text_options(body, continues)
+    open_text = text.open(model.tokenizer)
     prompt_logprobs = max(-1 if body.prompt_logprobs is None else body.prompt_logprobs, echo_logprobs)
-    params = resolve(body, model.info, model.tokenizer, max_tokens, logprobs, prompt_logprobs)
-    return NewRequest(
-        request=os.urandom(16),
-        model=model.info.name,
-        prompt=packed_ids(ids, "prompt", model.info.vocab_size),
-        params=params,
-        seeds=seeds_of(body.seed, best_of or body.n or 1),
-        open_text=text.open(model.tokenizer),
-        has_stop_strings=bool(text.stops),
-        show_stop_ids=body.include_stop_str_in_output,
-        every_step=bool(body.stream),
-        deadline=body.queue_timeout or 0.0,
-        priority=body.priority,
-        tenant=tenant,
-        cache_salt=(body.cache_salt or "").encode(),
-    )
+    params = resolve(body, model.info, model.tokenizer, logprobs, prompt_logprobs)
+    return [
+        NewRequest(
+            request=os.urandom(16),
+            model=model.info.name,
+            prompt=packed_ids(ids, "prompt", model.info.vocab_size),
+            params=limited(params, max_tokens),
+            seeds=seeds_of(body.seed, best_of or body.n or 1),
+            open_text=open_text,
+            has_stop_strings=bool(text.stops),
+            show_stop_ids=body.include_stop_str_in_output,
+            every_step=bool(body.stream),
+            deadline=body.queue_timeout or 0.0,
+            priority=body.priority,
+            tenant=tenant,
+            cache_salt=(body.cache_salt or "").encode(),
+        )
+        for ids, max_tokens in zip(prompts, rooms, strict=True)
+    ]
 
 
 def text_options(body: Sampling, continues: bool) -> TextOptions:
