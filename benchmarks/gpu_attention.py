@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.gpu_prefill import prefill_rows
+from benchmarks.gpu_prefill import capability, prefill_rows
 from benchmarks.gpu_results import add_rows
 from benchmarks.gpu_timing import graph_time
-from gpu_worker.cuda.kernels.decode_attention import decode_attention
 from gpu_worker.cuda.state import least_tiles
 from gpu_worker.cuda.triton_kernel import TritonKernel
 
@@ -120,9 +119,9 @@ def decode_rows(repeats: tuple[int, ...], tune: bool, stream: torch.cuda.Stream)
     for (batch, context), repeat in itertools.product(CASES, repeats):
         case = Case(batch, context, repeat)
         variants = list(itertools.product((1, 2, 4) if batch < 64 else (4,), (33, 50))) if tune else [(least_tiles(batch), 33)]
-        b, i, f = torch.bfloat16, torch.int32, torch.float32
+        b, i, f = "*bf16", "*i32", "*fp32"
         kernel = TritonKernel(
-            decode_attention, [b, b, i, i, b, f, f, i, b, b, f, f, 1.0, 1.0], warps=4, pdl=True,
+            "decode_attention.decode_attention", [b, b, i, i, b, f, f, i, b, b, f, f, "fp32", "fp32"], capability(), warps=4, pdl=True,
             WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, RP=repeat, D=D, DP=D, PAGE=PAGE, TILE=TILE, STAGES=2,
             WINDOW=0, SOFTCAP=0, QK_NORM=1, PDL=1, kv_scales=None,
         )  # fmt: skip

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.gpu_timing import graph_time
+from gpu_worker.cuda.attention_kernels import HOPPER_STAGES, HOPPER_TILE, HOPPER_TURNS, box
 from gpu_worker.cuda.driver import tensor_map
 from gpu_worker.cuda.kernels import prefill_hopper
-from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
-from gpu_worker.cuda.triton_kernel import TritonKernel
+from gpu_worker.cuda.triton_kernel import Boxes, TritonKernel
 
 KV_HEADS, D, PAGE, WIDTH = 8, 128, 16, 513
 SCALE = D**-0.5 * math.log2(math.e)
@@ -33,6 +33,12 @@ SHORT = ("4x2048", "32x256", "4x8192")  # without --tune
 Launch = Callable[[int, "Case"], None]
 
 
+def capability() -> int:
+    """The card's, as Triton calls it."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 @dataclass(frozen=True)
 class Paged:
     """prefill_attention.py in one shape."""
@@ -44,9 +50,10 @@ class Paged:
     page: int = PAGE
 
     def build(self, repeat: int) -> tuple[TritonKernel, Launch]:
-        b, i = torch.bfloat16, torch.int32
+        b, i = "*bf16", "*i32"
         kernel = TritonKernel(
-            prefill_attention, [b, b, i, i, i, b, 1.0], warps=self.warps, pdl=False, WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, RP=repeat,
+            "prefill_attention.prefill_attention", [b, b, i, i, i, b, "fp32"], capability(), warps=self.warps, pdl=False,
+            WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, RP=repeat,
             D=D, DP=D, PAGE=self.page, ROWS=self.rows, TILE=self.tile, STAGES=self.stages, WINDOW=0, SOFTCAP=0, kv_scales=None,
         )  # fmt: skip
 
@@ -60,25 +67,24 @@ class Paged:
 class Hopper:
     """prefill_hopper.py in one shape."""
 
-    tile: int = prefill_hopper.TILE
-    stages: int = prefill_hopper.STAGES
-    turns: int = prefill_hopper.TURNS
+    tile: int = HOPPER_TILE
+    stages: int = HOPPER_STAGES
+    turns: int = HOPPER_TURNS
     stays: bool = True  # as many blocks as there are SMs, or one an item
     page: int = PAGE
     rows: int = prefill_hopper.ROWS
 
     def build(self, repeat: int) -> tuple[TritonKernel, Launch]:
-        b, i = torch.bfloat16, torch.int32
-        example = torch.empty(1, 2, KV_HEADS, self.page, D, device="cuda", dtype=b)
+        b, i = "*bf16", "*i32"
+        boxes = Boxes(b, box(self.page, self.tile))
         kernel = TritonKernel(
-            prefill_hopper.prefill_attention_hopper, [prefill_hopper.pages(example, self.tile), b, i, i, i, b, 1.0, 0], warps=4, pdl=False,
+            "prefill_hopper.prefill_attention_hopper", [boxes, b, i, i, i, b, "fp32", "i32"], 90, warps=4, pdl=False,
             WIDTH=WIDTH, KV_HEADS=KV_HEADS, R=repeat, D=D, PAGE=self.page, TILE=self.tile, STAGES=self.stages, TURNS=self.turns,
         )  # fmt: skip
-        box = prefill_hopper.box(self.page, self.tile)
         most = torch.cuda.get_device_properties("cuda").multi_processor_count if self.stays else 1 << 20
 
         def launch(stream: int, case: Case) -> None:
-            cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // D, D, box)
+            cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // D, D, boxes.box)
             number = len(case.tiles)
             kernel(stream, (min(most, KV_HEADS * number), 1), *cache, case.qkv.data_ptr(), *case.pointers, SCALE, number)
 

@@ -14,11 +14,14 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from gpu_worker.cuda.build import Build
+from gpu_worker.cuda.card import Card
 from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.filter import FilterKernel
-from gpu_worker.cuda.forward import Forward, Layers, arch_of
+from gpu_worker.cuda.forward import Forward, Layers
 from gpu_worker.cuda.general import Beside, General, report
 from gpu_worker.cuda.graphs import Graphs, Shape, bucket_of, likely_shapes, mixed_bucket
+from gpu_worker.cuda.kernels_of import Kernels
 from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.state import DeviceState, block_copies, is_decode
 from gpu_worker.cuda.weights import UnreadWeights
@@ -49,22 +52,37 @@ def angles(config: ModelConfig, length: int, device: torch.device) -> tuple[torc
     return table[:, 0, :half].contiguous(), table[:, 1, half:].contiguous()
 
 
+def card_of(device: torch.device) -> Card:
+    """What compilers must know of it."""
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.major, properties.minor, properties.multi_processor_count)
+
+
 class Engine:
     """The step on the card. `start` is called on one thread, in plan order; `finish` on another, in the same order."""
 
-    def __init__(self, config: ModelConfig, unread: UnreadWeights, options: Options, kv_scales: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        unread: UnreadWeights,
+        options: Options,
+        kv_scales: torch.Tensor | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
         """kv_scales: fp32 [layers, 4], units of keys and values, the rest unused (16 bytes a layer); with them the cache is fp8.
+        kernels: that were begun before; if they are for something else, others are.
 
         The cache is made last, of what is left under `options.utilization` beside the step that takes most, which is run for that.
         Raises LoadError if the card has no room for a single sequence of max_model_len.
         """
         self.config, self.options = config, options
         self.device, dtype = unread.device, unread.dtype
+        card = card_of(self.device)
+        build = Build(config, str(dtype).removeprefix("torch."), kv_scales is not None, options, card)
+        if kernels is None or kernels.build != build:
+            kernels = Kernels(build)
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        repeat = 1 << (config.heads // config.kv_heads - 1).bit_length()
-        tile_rows = 32 if dtype == torch.float32 else 128
-        properties = torch.cuda.get_device_properties(self.device)
-        spread = max(4, properties.multi_processor_count * 2 // config.kv_heads)  # items that fill the card, measured
+        spread = max(4, card.sms * 2 // config.kv_heads)  # items that fill the card, measured
         geometry = Geometry(
             block_size=options.block_size,
             blocks=1,
@@ -74,25 +92,19 @@ class Engine:
             max_step_tokens=options.max_num_batched_tokens,
             vocab_size=config.vocab_size,
         )
-        pack = max(1, 16 // (config.heads // config.kv_heads)) if options.pack_prefixes else 1
-        self.state = DeviceState(geometry, self.device, spread, max(1, tile_rows // repeat), pack=pack)
+        self.state = DeviceState(geometry, self.device, spread, build.tile_tokens, pack=build.pack)
         block = (2, config.kv_heads, options.block_size, config.head_dim)
         cached = dtype if kv_scales is None else torch.uint8
         # mapped: kernels copy to and from it
         self._host_cache = torch.zeros((config.layers, options.host_blocks, *block), dtype=cached, pin_memory=options.host_blocks > 0)
-        filter_kernel = FilterKernel(arch_of(self.device)) if options.filter_kernel else None
+        filter_kernel = FilterKernel(kernels.step.filter) if kernels.step.filter is not None else None
         self.forward = Forward(
-            config,
+            kernels,
             unread,
             self.state,
             torch.zeros((config.layers, geometry.blocks + 1, *block), dtype=cached, device=self.device),
             angles(config, options.max_model_len, self.device),
-            pdl=options.pdl,
-            few=options.few,
-            few_fp8=options.few_fp8,
-            few_attention=options.few_attention,
-            prefill_hopper=options.prefill_hopper,
-            kv_scales=kv_scales,
+            kv_scales,
         )
         self.graphs = Graphs(self._body, self.forward.layers, options.graphs, self.forward.one_of_each)
         self._likely = likely_shapes(geometry) if options.capture_idle else []

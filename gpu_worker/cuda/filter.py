@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from gpu_worker.cuda.driver import Kernel, Module
+from gpu_worker.cuda.driver import Kernel
 from gpu_worker.sampler import Filters
-
-THREADS = 1024
 
 
 class FilterKernel:
     """`kernels/filter.cu`, a block for each row with a filter."""
 
-    def __init__(self, arch: str) -> None:
-        self._kernel = Kernel(Module.of("filter.cu", arch), "filter", "PiPPPPP", THREADS, pdl=False)
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
 
     def __call__(self, logits: torch.Tensor, f: Filters) -> None:
         """Put −∞ in place of the logits (float32 [n, vocab], contiguous) that the filters do not leave; on the current stream."""

@@ -11,64 +11,39 @@ from collections.abc import Iterable
 import torch
 
 from gpu_worker.cuda.attention import Attention
-from gpu_worker.cuda.driver import Kernel, Module
 from gpu_worker.cuda.fp8 import Fp8Products
-from gpu_worker.cuda.linears import LinearKernel, best_cut, best_mid_cut
-from gpu_worker.cuda.state import INPUTS, MANY_ROWS, PREPARE, SLOTS, DeviceState
+from gpu_worker.cuda.kernels_of import Kernels
+from gpu_worker.cuda.state import MANY_ROWS, DeviceState
 from gpu_worker.cuda.weights import LayerWeights, Matrix, UnreadWeights
-from gpu_worker.loading.config import ModelConfig
-from gpu_worker.loading.source import FP8_GROUP, Fp8
+from gpu_worker.loading.source import Fp8
 
 Layers = Iterable[tuple[int, LayerWeights]]
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # macro DTYPE
 SAMPLE_SPLITS = 64  # programs over the vocabulary for few outputs
 
 
-def arch_of(device: torch.device) -> str:
-    """What kernels for a card are compiled for, as NVRTC calls it."""
-    properties = torch.cuda.get_device_properties(device)
-    return f"sm_{properties.major}{properties.minor}" + ("a" if properties.major == 9 else "")
-
-
 class Forward:
-    """One model's kernels on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim], fp8 or of the model's type."""
+    """One model on one card. `cache`: [layers, blocks + 1, 2, kv_heads, block_size, head_dim], fp8 or of the model's type."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        kernels: Kernels,
         unread: UnreadWeights,
         state: DeviceState,
         cache: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
-        *,
-        pdl: bool = True,
-        few: bool = True,
-        few_fp8: bool = True,
-        few_attention: int = 8,
-        prefill_hopper: bool = True,
         kv_scales: torch.Tensor | None = None,
     ) -> None:
-        """Kernels are begun before the weights are read, and compile meanwhile.
+        """The weights are read while the kernels are compiled.
 
-        angles: cosines and sines, fp32 [positions, head_dim / 2]. pdl, few, few_fp8, prefill_hopper: whether PDL, linear.cu, it with
-        fp8 weights and prefill_hopper.py are used, where they can be. few_attention: up to so many rows decode attention is
-        `decode_few.cu`'s. kv_scales: with an fp8 cache, fp32 [layers, 4]: units of keys and of values, then two words unused, since
-        kernels want 16 bytes."""
-        self.config, self.state, self.cache = config, state, cache
+        angles: cosines and sines, fp32 [positions, head_dim / 2]. kv_scales: with an fp8 cache, fp32 [layers, 4]: units of keys and of
+        values, then two words unused, since kernels want 16 bytes."""
+        self.config, self.kernels, self.state, self.cache = kernels.build.config, kernels.step, state, cache
+        self.linears, self.fp8_linears = kernels.step.linears, kernels.step.fp8_linears
         self.cosines, self.sines = angles
         self.kv_scales = kv_scales
-        g, device, dtype = state.geometry, cache.device, unread.dtype
-        properties = torch.cuda.get_device_properties(device)
-        hopper = properties.major == 9  # clusters, wgmma; elsewhere cuBLAS and Triton do it
-        self.pdl = pdl and properties.major >= 9
-        self.sms = properties.multi_processor_count
-        arch = self.arch = arch_of(device)
-        few = few and hopper and dtype == torch.bfloat16
-        self._compile(arch, dtype, few, few and few_fp8)
-        self.attention = Attention(
-            config, state, cache[0], dtype, angles, kv_scales, pdl=self.pdl, few=few_attention * hopper, hopper=prefill_hopper and hopper
-        )
+        config, g, device, dtype = self.config, state.geometry, cache.device, unread.dtype
+        self.attention = Attention(kernels.build, kernels.attention, state, device, angles, kv_scales)
 
         self.weights = weights = unread.read()
         self.layers = list(enumerate(weights.layers))
@@ -90,59 +65,17 @@ class Forward:
         self.one_of_each = list({tuple(isinstance(m, Fp8) for m in layer.matrices): (i, layer) for i, layer in self.layers}.values())
         self.fp8 = Fp8Products([m for m in matrices if isinstance(m, Fp8)], dtype, tokens, device)
 
-    def _compile(self, arch: str, dtype: torch.dtype, few: bool, few_fp8: bool) -> None:
-        """Begin all CUDA kernels, of which is compiled what the disk cache lacks."""
-        c = self.config
-        linears: dict[str, tuple[int, int, dict[str, bool]]] = {
-            "qkv": (c.q_size + 2 * c.kv_size, c.hidden, {"norm": True, "bias": c.qkv_bias}),
-            "o": (c.hidden, c.q_size, {"residual": True, "bias": c.o_bias}),
-            "gate_up": (2 * c.intermediate, c.hidden, {"norm": True, "silu": True}),
-            "down": (c.hidden, c.intermediate, {"residual": True}),
-            "head": (c.vocab_size, c.hidden, {}),
-        }
-
-        def begin(name: str, fp8: int) -> LinearKernel:
-            n, k, roles = linears[name]
-            cut = best_cut(n, k, "norm" in roles, self.sms, fp8) if few else None
-            return LinearKernel(cut, best_mid_cut(n, k) if few and not fp8 else None, arch, c.norm_eps, **roles)
-
-        self.linears = {name: begin(name, 0) for name in linears}
-        self.fp8_linears: dict[str, LinearKernel] = {}  # of few tokens, where a checkpoint's weights are fp8
-        if c.quantization is not None and few_fp8:
-            scales = FP8_GROUP if c.quantization.by_block else 1
-            self.fp8_linears = {name: begin(name, scales) for name in linears if name != "head"}
-        fp8 = self.kv_scales is not None
-        plan = Module.of("plan.cu", arch)
-        elementwise = Module.of("elementwise.cu", arch, {"DTYPE": DTYPES[dtype], "DIM": c.head_dim} | ({"KV8": 1} if fp8 else {}))
-        self.k_prepare = Kernel(plan, "prepare", PREPARE, 1024, pdl=False)
-        self.k_prepare_packed = self.k_prepare
-        if self.state.pack > 1:
-            packing = Module.of("plan.cu", arch, {"PACK": self.state.pack})
-            self.k_prepare_packed = Kernel(packing, "prepare", PREPARE, 1024, pdl=False)
-        self.k_expand = Kernel(plan, "expand", SLOTS + INPUTS + "Pii", 256, pdl=self.pdl)
-        self.k_copy = Kernel(plan, "copy_blocks", INPUTS + "PiiPiPii", 256, pdl=False)
-        self.k_mark = Kernel(plan, "mark", INPUTS + "Pi", 1, pdl=False)
-        self.k_embed = Kernel(elementwise, "embed", "PPPi", 128, pdl=self.pdl)
-        vectors = c.hidden * dtype.itemsize // 16
-        self.k_norm = Kernel(elementwise, "rms_norm", "PPPPif", min(256, -(-vectors // 32) * 32), pdl=self.pdl)
-        self.k_rotate = Kernel(elementwise, "rotate_and_store", "PPPPPPPPiiif" + "P" * fp8, 256, pdl=self.pdl)
-        self.k_silu = Kernel(elementwise, "silu_mul", "PPq", 256, pdl=self.pdl)
-        self.k_sample, self.k_sample_wide = (
-            Kernel(Module.of("sampler.cu", arch, {"DTYPE": DTYPES[of]}), "sample", "PPPPPPPPPiii", 256, pdl=self.pdl)
-            for of in (dtype, torch.float32)
-        )
-
     # ------------------------------------------------------------ the step's parts
 
     def prepare(self, stream: int, bucket: int, decode: bool, tokens: int = 0, tiles: int = 0) -> None:
         """Consume one ring entry: deltas, and `bucket` rows; for a decode step its inputs and work list, else the numbers of tokens and
         tiles that will be launched."""
-        kernel = self.k_prepare_packed if bucket >= MANY_ROWS else self.k_prepare
+        kernel = self.kernels.prepare_packed if bucket >= MANY_ROWS else self.kernels.prepare
         kernel(stream, (1, 1), *self.state.prepare_arguments(bucket, decode, tokens, tiles))
 
     def decode(self, stream: int, bucket: int, layers: Layers | None = None) -> None:
         """Embedding to logits of `bucket` rows, through all layers or those given."""
-        self.k_embed(
+        self.kernels.embed(
             stream, (bucket, 1), self.state.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), self.config.hidden
         )
         for index, layer in self.layers if layers is None else layers:
@@ -155,18 +88,22 @@ class Forward:
         """Copy `count` whole blocks, as the ring entry in use says from its copy `first` on, between caches of any place."""
         s, vectors = self.state, self.cache[0, 0].numel() * self.cache.element_size() // 16
         caches = (source.data_ptr(), source.shape[1], target.data_ptr(), target.shape[1])
-        self.k_copy(stream, (count, self.config.layers), *s.inputs_arguments, s.ring.data_ptr(), s.entry_words, first, *caches, vectors)
+        self.kernels.copy(
+            stream, (count, self.config.layers), *s.inputs_arguments, s.ring.data_ptr(), s.entry_words, first, *caches, vectors
+        )
 
     def prefill(self, stream: int, rows: int, tokens: int, tiles: int, logit_rows: int, layers: Layers | None = None) -> None:
         """Rows of any length, embedding to logits of the rows that sample, through all layers or those given."""
         s, c, g = self.state, self.config, self.state.geometry
         ring = (s.ring.data_ptr(), s.entry_words)
         lanes = 1 << (c.head_dim * self.h.element_size() // 16 - 1).bit_length()  # threads per head
-        self.k_expand(stream, (rows, max(1, min(64, tokens // rows // 256))), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size)
-        self.k_embed(stream, (tokens, 1), s.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), c.hidden)
+        self.kernels.expand(
+            stream, (rows, max(1, min(64, tokens // rows // 256))), *s.slots_arguments, *s.inputs_arguments, *ring, g.block_size
+        )
+        self.kernels.embed(stream, (tokens, 1), s.tokens.data_ptr(), self.weights.embedding.data_ptr(), self.h.data_ptr(), c.hidden)
         for index, layer in self.layers if layers is None else layers:
             self._qkv(stream, layer, tokens)
-            self.k_rotate(
+            self.kernels.rotate(
                 stream,
                 (tokens, -(-(c.heads + 2 * c.kv_heads) * lanes // 256)),
                 self.qkv.data_ptr(),
@@ -202,7 +139,7 @@ class Forward:
     def sample(self, stream: int, outputs: int, wide: torch.Tensor | None = None) -> None:
         """A token for each output, into the slots and the result ring; `wide`: of these logits instead of the step's own."""
         s = self.state
-        (self.k_sample if wide is None else self.k_sample_wide)(
+        (self.kernels.sample if wide is None else self.kernels.sample_wide)(
             stream,
             (max(1, min(SAMPLE_SPLITS, 1024 // outputs)), outputs),
             (self._logits if wide is None else wide).data_ptr(),
@@ -221,7 +158,7 @@ class Forward:
 
     def mark(self, stream: int) -> None:
         """The end of a step without outputs."""
-        self.k_mark(stream, (1, 1), *self.state.inputs_arguments, self.state.result_ring.data_ptr(), self.state.result_words // 2)
+        self.kernels.mark(stream, (1, 1), *self.state.inputs_arguments, self.state.result_ring.data_ptr(), self.state.result_words // 2)
 
     # ------------------------------------------------------------ the layer's parts
 
@@ -254,7 +191,7 @@ class Forward:
                 torch.mm(self.x[:tokens], gate_up.t(), out=self.gate_up[:tokens])
             count = tokens * self.config.intermediate
             per_block = 256 * 8 // self.h.element_size()
-            self.k_silu(stream, (-(-count // per_block), 1), self.gate_up.data_ptr(), activated, count)
+            self.kernels.silu(stream, (-(-count // per_block), 1), self.gate_up.data_ptr(), activated, count)
         self._add(stream, "down", self.activated, layer.down, None, tokens)
 
     def _fused(self, stream: int, name: str, weight: Matrix, norm: torch.Tensor | None, at: tuple[int, int, int, int], tokens: int) -> bool:
@@ -294,4 +231,4 @@ class Forward:
             torch.mm(self.x[:rows], self.weights.head.t(), out=self.logits[:rows])
 
     def _norm(self, stream: int, source: torch.Tensor, index: int, weight: int, rows: int) -> None:
-        self.k_norm(stream, (rows, 1), source.data_ptr(), index, weight, self.x.data_ptr(), self.config.hidden, self.config.norm_eps)
+        self.kernels.norm(stream, (rows, 1), source.data_ptr(), index, weight, self.x.data_ptr(), self.config.hidden, self.config.norm_eps)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from gpu_worker.cuda.kernels.round_fp8 import round_groups, round_rows
-from gpu_worker.cuda.triton_kernel import TritonKernel
+from gpu_worker.cuda.triton_kernel import POINTERS, TritonKernel
 from gpu_worker.layers.fp8 import FP8, multiply
 from gpu_worker.loading.source import FP8_GROUP, Fp8
 
@@ -41,9 +42,11 @@ def _key(weights: Fp8) -> tuple[int, bool, bool]:
 
 
 def _compile(dtype: torch.dtype, width: int, by_group: bool, static: bool) -> TritonKernel:
+    major, minor = torch.cuda.get_device_capability()
+    begin = partial(TritonKernel, capability=10 * major + minor, pdl=False, WIDTH=width)
+    arguments = [POINTERS[str(dtype).removeprefix("torch.")], "*fp8e4nv", "*fp32"]
     if by_group:
-        return TritonKernel(round_groups, [dtype, FP8, torch.float32], warps=4, pdl=False, WIDTH=width, SPAN=_SPAN)
-    arguments: list[torch.dtype | float] = [dtype, FP8, torch.float32]
+        return begin("round_fp8.round_groups", arguments, warps=4, SPAN=_SPAN)
     if static:
-        return TritonKernel(round_rows, [*arguments, torch.float32], warps=8, pdl=False, WIDTH=width, BLOCK=2048)
-    return TritonKernel(round_rows, arguments, warps=8, pdl=False, input_scale=None, WIDTH=width, BLOCK=2048)
+        return begin("round_fp8.round_rows", [*arguments, "*fp32"], warps=8, BLOCK=2048)
+    return begin("round_fp8.round_rows", arguments, warps=8, BLOCK=2048, input_scale=None)

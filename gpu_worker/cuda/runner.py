@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from gpu_worker.cuda.compiler import compilers
+from gpu_worker.cuda.kernels_of import begin_kernels
 from gpu_worker.errors import LoadError
 from gpu_worker.runner import Description, Outcome, Step
 from gpu_worker.settings import WorkerSettings
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from gpu_worker.cuda.engine import Engine
 
 log = logging.getLogger("worker")
+
+NEEDED = "a GPU needs torch with CUDA and triton, which come with the extra pagewire[worker]"
 
 
 def has_card() -> bool:
@@ -49,13 +54,21 @@ class CudaRunner:
     def load(self) -> Description:
         if not has_card():
             raise LoadError("no NVIDIA driver with a device is found (libcuda.so.1); --device cpu serves without one")
+        if importlib.util.find_spec("triton") is None:
+            raise LoadError(f"triton is not installed; {NEEDED}")
         threading.Thread(target=_open_context, name="context", daemon=True).start()  # while torch is imported
+        kernels = begin_kernels(self._settings)  # and they are compiled meanwhile
+        log.debug("start: kernels begun")
         try:
-            from gpu_worker.cuda.loading import load_engine
-        except ImportError as error:
-            raise LoadError(f"a GPU needs torch with CUDA and triton, which come with the extra pagewire[worker]: {error}") from error
-        log.debug("start: torch imported")
-        self._engine, description = load_engine(self._settings)
+            try:
+                from gpu_worker.cuda.loading import load_engine
+            except ImportError as error:
+                raise LoadError(f"{error}; {NEEDED}") from error
+            log.debug("start: torch imported")
+            self._engine, description = load_engine(self._settings, kernels)
+        except Exception:
+            compilers().stop()
+            raise
         return description
 
     def start(self, step: Step) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from msgspec import structs
 
+from gpu_worker.cuda.build import TILE
 from gpu_worker.runner import Record, Step
 from protocol.columns import Int32, UInt8, unpack
 from protocol.messages import Geometry, Plan
@@ -22,9 +23,6 @@ PARAMETERS = 32  # words of a slot: slot, temperature, seed (2), number of stop 
 MAX_STOP_IDS = PARAMETERS - 5
 MAX_ASSIGNMENTS = 16384  # of one ring entry; a plan with more takes several
 MAX_CHUNK = 16  # tiles of an item, unless the work list would grow beyond its bound
-TILE = 64  # cached tokens in a tile of the decode attention's work list
-SLOTS, INPUTS = "PPPPii", "PPPPPPPPP"  # plan.cu's structs in a signature (`driver.py`)
-PREPARE = SLOTS + INPUTS + "PiiPiiiiiiiiiii"  # of `prepare_arguments`
 _NO_ASSIGNMENTS: Int32 = np.zeros((0, 4), np.int32)
 MANY_ROWS = 9  # rows from which on neighbours that share a prefix are served together, where that is wanted
 

@@ -3,50 +3,58 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.cache import triton_key
 
 from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.driver import DESCRIPTOR, Kernel, Module
 
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}  # by torch's names
 _FIRST = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The type of a matrix of 16-bit elements that TMA copies in boxes: what `driver.tensor_map` makes."""
+
+    pointer: str  # to elements, as Triton calls it
+    box: tuple[int, int]  # rows and columns
+
+
+Type = str | Boxes
 
 
 class TritonKernel:
     """A Triton kernel whose compilation begins ahead of its first launch, and which is launched like any other.
 
     That takes a fraction of the Python time of Triton's own launcher (25 µs), needs no C compiler, and never compiles
-    between two steps.
-
-    `arguments` are given to the compiler as they will be to the kernel: a dtype for a pointer to it (16-byte aligned), a
-    float for a float, an int for an int32, a descriptor (the first one only) for what `driver.tensor_map` makes. Everything
-    else is a constant.
+    between two steps. Triton is imported by the thread that compiles, and torch by none: `JITFunction.warmup` would.
     """
 
     def __init__(
         self,
-        function: triton.JITFunction,
-        arguments: Sequence[object],
+        source: str,
+        arguments: Sequence[Type],
+        capability: int,
         *,
         warps: int,
         pdl: bool,
         waited_for: bool = True,
         **constants: float | None,
     ) -> None:
-        """warps: those that begin; a kernel that has others for other work gets them in addition. waited_for: whether a worker is not
+        """source: "round_fp8.round_rows", a module of `kernels/` and its function. arguments: their types as Triton calls them, "*bf16"
+        (16-byte aligned), "fp32", "i32", or Boxes (the first one only). capability: 90. constants: all other parameters without default.
+        warps: those that begin; a kernel that has others for other work gets them in addition. waited_for: whether a worker is not
         ready before it is compiled."""
-        formats = {float: "f", int: "i", torch.dtype: "P"}
+        formats = {"fp32": "f", "i32": "i"}
         # Triton adds two scratch pointers, unused here
-        self._signature = "".join(formats.get(type(a), DESCRIPTOR) for a in arguments) + "PP"
+        self._signature = "".join(DESCRIPTOR if isinstance(a, Boxes) else formats.get(a, "P") for a in arguments) + "PP"
         self._pdl = pdl
         begin = compilers().submit if waited_for else compilers().begin
-        self._compiled = begin(_compile, function, arguments, num_warps=warps, launch_pdl=pdl, **constants)
+        self._compiled = begin(_compile, source, arguments, capability, constants, {"num_warps": warps, "launch_pdl": pdl})
 
     def compiled(self) -> bool:
         """Whether its compilation has ended, well or not."""
@@ -82,26 +90,45 @@ class TritonKernel:
         self._kernel(stream, grid, *args, 0, 0)
 
 
-class _Compiling:
-    """What Triton asks its driver while it compiles. Its own, which would launch kernels too, is built by a C compiler at first."""
-
-    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-
-    @staticmethod
-    def get_current_target() -> GPUTarget:
-        """The card to compile for."""
-        major, minor = torch.cuda.get_device_capability()
-        return GPUTarget("cuda", 10 * major + minor, 32)
-
-
 def begin_triton() -> None:
     """What must be done before Triton finds or compiles its first kernel; it takes a hash of its own 400 MB."""
+    from triton.runtime.cache import triton_key
+
     with _FIRST:
-        triton.runtime.driver.set_active(_Compiling())
         triton_key()
 
 
-def _compile(function: triton.JITFunction, arguments: Sequence[object], **options: float | None) -> Any:
+def source_of(source: str, arguments: Sequence[Type], constants: Mapping[str, float | None]) -> Any:
+    """What Triton's compiler takes. Raises ImportError, and for a function that this version of Triton does not know whatever it raises."""
+    module, _, name = source.partition(".")
+    function = getattr(importlib.import_module(f"gpu_worker.cuda.kernels.{module}"), name)
+    names = [p.name for p in function.params]
+    constants = {p.name: p.default for p in function.params if p.is_constexpr and p.has_default} | dict(constants)
+    types = dict(zip((n for n in names if n not in constants), map(_type, arguments), strict=True))
+    signature = {n: types.get(n, "constexpr") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        from triton.compiler import ASTSource as Source
+    return Source(function, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
+
+
+def _type(argument: Type) -> str:
+    if isinstance(argument, str):
+        return argument
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return f"tensordesc<{argument.pointer[1:]}{list(argument.box)},{layout!r}>"
+
+
+def _compile(
+    source: str, arguments: Sequence[Type], capability: int, constants: Mapping[str, float | None], options: Mapping[str, int]
+) -> Any:
     """A Triton kernel's machine code and what is to be known about it; in any thread."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     begin_triton()
-    return function.warmup(*arguments, grid=(1,), **options)
+    return triton.compile(source_of(source, arguments, constants), target=GPUTarget("cuda", capability, 32), options=dict(options))

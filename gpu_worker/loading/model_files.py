@@ -19,7 +19,8 @@ from gpu_worker.loading.dummy import DummyTensors
 from gpu_worker.loading.generation import Generation
 from gpu_worker.loading.gguf import GgufFile
 from gpu_worker.loading.hub import fetch
-from gpu_worker.loading.online import ROUNDED, RoundedToFp8
+from gpu_worker.loading.online import RoundedToFp8
+from gpu_worker.loading.quantization import ROUNDED
 from gpu_worker.loading.safetensors import SafetensorsFolder
 from gpu_worker.loading.source import TensorSource
 from gpu_worker.loading.transformers_config import read_config

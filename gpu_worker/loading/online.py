@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from gpu_worker.layers.fp8 import round_groups, round_rows
-from gpu_worker.loading.quantization import Quantization
+from gpu_worker.loading.quantization import ROUNDED, Quantization
 from gpu_worker.loading.source import FP8_GROUP, FourBit, Fp8, Piece, TensorSource
 
-ROUNDED = Quantization("weight_scale", by_block=False, static=False)
 INPUT_SCALE = 1 / 16  # of random weights: inputs beyond ±28 are cut
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from gpu_worker.errors import LoadError
 
 SUPPORTED = "supported are fp8, compressed-tensors of format float-quantized, unquantised safetensors and GGUF"
-BLOCK = [128, 128]
+FP8_GROUP = 128  # weights of a row that may share a scale
+BLOCK = [FP8_GROUP, FP8_GROUP]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Quantization:
         return module.startswith("model.layers.") and not any(
             re.match(name[3:], module) is not None if name.startswith("re:") else f".{name}." in f".{module}." for name in self.left_out
         )
+
+
+ROUNDED = Quantization("weight_scale", by_block=False, static=False)  # by `online.py`
 
 
 def from_json(config: Mapping[str, Any]) -> Quantization | None:

@@ -9,8 +9,7 @@ import torch
 
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.config import ModelConfig
-
-FP8_GROUP = 128  # weights of a row that may share a scale
+from gpu_worker.loading.quantization import FP8_GROUP as FP8_GROUP
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,16 @@ multiples of TILE, so that results do not depend on where a prompt is cut into c
 # The bodies are Gluon's language, not Python's.
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gpu_worker.cuda.attention_kernels import BOX
 
 ROWS = 128  # of a tile: tokens times query heads of a KV head
-TILE, STAGES, TURNS = 64, 4, 1  # keys of a tile, tiles in a ring, whether the groups take turns with the tensor cores
-BOX = 64  # columns of a box: what one swizzled row of shared memory holds
 _ROWS, _BOX = gl.constexpr(ROWS), gl.constexpr(BOX)
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name until Triton 3.6, and since
 _LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-
-
-def box(page: int, tile: int) -> tuple[int, int]:
-    """Rows (tokens) and columns of what TMA copies at a time, for pages and tiles of so many tokens."""
-    return min(page, tile), BOX
-
-
-def pages(cache: torch.Tensor, tile: int) -> TensorDescriptor:
-    """What the kernel is compiled for: a layer's cache [blocks, 2, kv_heads, page, head_dim] of 16-bit elements."""
-    lines = cache.view(-1, cache.shape[-1])
-    return TensorDescriptor.from_tensor(lines, list(box(cache.shape[3], tile)), _LAYOUT.value)
 
 
 @gluon.jit(do_not_specialize=["number"])

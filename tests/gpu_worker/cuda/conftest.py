@@ -15,15 +15,6 @@ def has_card() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True)
-def triton_can_launch() -> None:
-    """Tests of single kernels launch them through Triton, whose own driver an engine of an earlier test has replaced."""
-    if has_card():
-        import triton
-
-        triton.runtime.driver.reset_active()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     mine = [item for item in items if here in item.path.parents and not item.path.name.startswith("test_host")]

@@ -239,7 +239,6 @@ def load_kernel(path: Path) -> ModuleType:
         "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=_jit, language=language)),
     }
     fakes |= {root: fakes["triton.experimental"].gluon, root + ".language": language, root + ".language.nvidia.hopper": hopper}
-    fakes[root + ".nvidia.hopper"] = SimpleNamespace(TensorDescriptor=Descriptor)
     kept = {name: sys.modules.get(name) for name in fakes}
     spec = importlib.util.spec_from_file_location(f"host_{path.stem}", path)
     assert spec is not None

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from gpu_worker.cuda.compiler import KERNELS
-from gpu_worker.cuda.state import PREPARE, DeviceState
+from gpu_worker.cuda.state import DeviceState
+from gpu_worker.cuda.step_kernels import PREPARE
 from gpu_worker.runner import Step
 from protocol.columns import EMPTY, Int32
 from protocol.messages import Geometry, Plan

@@ -19,9 +19,13 @@ import torch
 from tests.gpu_worker.cuda.played_card import Card
 Card()
 
+from gpu_worker.cuda.build import Build
+from gpu_worker.cuda.card import Card
 from gpu_worker.cuda.compiler import compilers
 from gpu_worker.cuda.driver import Kernel
 from gpu_worker.cuda.forward import Forward
+from gpu_worker.cuda.kernels_of import Kernels
+from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.state import DeviceState
 from gpu_worker.cuda.weights import LayerWeights, ModelWeights, UnreadWeights
 from gpu_worker.loading.config import ModelConfig
@@ -45,13 +49,14 @@ class Weights(UnreadWeights):
         return ModelWeights(table, table, norm, [layer])
 
 unread = Weights(None, config, meta, torch.bfloat16, None)
-forward = Forward(config, unread, state, bf16(1, 2, 2, 8, 16, 128), (bf16(4096, 64), bf16(4096, 64)))
+begun = Kernels(Build(config, "bfloat16", False, Options(filter_kernel=False), Card(9, 0, 132)))
+forward = Forward(begun, unread, state, bf16(1, 2, 2, 8, 16, 128), (bf16(4096, 64), bf16(4096, 64)))
 compilers().wait()
-kernels = [kernel for kernel in vars(forward).values() if isinstance(kernel, Kernel)]
+kernels = [kernel for kernel in vars(begun.step).values() if isinstance(kernel, Kernel)]
 kernels += [kernel for linear in forward.linears.values() for _, kernel, _ in linear.kernels]
 attention = forward.attention
-kernels += attention.decode_few.values()
-kernels += [kernel._kernel for kernel in (attention.decode_many, attention.prefill_hopper, *attention.prefill_plain)]
+kernels += begun.attention.decode_few.values()
+kernels += [kernel._kernel for kernel in (begun.attention.decode_many, attention.prefill_hopper, *begun.attention.prefill_plain)]
 assert all(kernel.module._cubin().startswith(bytes([127]) + b"ELF") for kernel in kernels)
 print(len(kernels))
 """
@@ -117,10 +122,10 @@ UNKNOWN = """
 import gpu_worker.cuda.triton_kernel as triton_kernel
 compile = triton_kernel._compile
 
-def of_another_version(function, *arguments, **options):
-    if function.__name__ == "prefill_attention_hopper":
+def of_another_version(source, *arguments):
+    if source == "prefill_hopper.prefill_attention_hopper":
         raise RuntimeError("no such word")
-    return compile(function, *arguments, **options)
+    return compile(source, *arguments)
 
 triton_kernel._compile = of_another_version
 """
@@ -128,12 +133,12 @@ triton_kernel._compile = of_another_version
 
 @pytest.mark.slow
 def test_a_triton_that_does_not_know_gluon_as_it_was_serves_by_the_other_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, rest = KERNELS.split("from gpu_worker.cuda.compiler", 1)
+    begin, rest = KERNELS.split("from gpu_worker.cuda.build", 1)
     rest = rest.replace("attention.prefill_hopper, ", "")
     rest = rest.replace(
         "attention = forward.attention\n", "attention = forward.attention\nattention.wait()\nassert attention.prefill_hopper is None\n"
     )
-    assert printed(f"{begin}{UNKNOWN}from gpu_worker.cuda.compiler{rest}", tmp_path, monkeypatch) == "34\n"
+    assert printed(f"{begin}{UNKNOWN}from gpu_worker.cuda.build{rest}", tmp_path, monkeypatch) == "34\n"
 
 
 @pytest.mark.slow
@@ -145,35 +150,3 @@ def test_an_engine_runs_its_largest_step_with_one_block_and_loads_nothing_within
     blocks = int(printed(ENGINE.replace("BLOCKS", str(asked)), cache, monkeypatch))
     block, left = 2 * 2 * 4 * 16 * 128 * 2, (int(0.9 * 4 * 2**30) - 2**30 - 2**29 - (256 << 20))
     assert blocks == (asked or left // block)
-
-
-PAGES = """
-import torch
-from tests.gpu_worker.cuda.played_card import Card
-Card()
-
-from gpu_worker.cuda.attention import Attention
-from gpu_worker.cuda.state import DeviceState
-from gpu_worker.loading.config import ModelConfig
-from protocol.messages import Geometry
-
-config = ModelConfig(
-    family="llama", vocab_size=256, hidden=256, intermediate=256, layers=1, heads=4, kv_heads=2, head_dim=64, max_length=4096,
-    norm_eps=1e-6, rope_theta=1e6, qk_norm=False, tied_embeddings=True,
-)
-meta = torch.device("meta")
-angle = torch.empty(4096, 32, device=meta)
-for page in (8, 16, 24, 48, 64, 80, 96, 192, 256):
-    state = DeviceState(Geometry(page, 1, 0, 8, 4096, 1024, 256), meta, 33, 64, pack=1)
-    cache = torch.empty(2, 2, 2, page, 64, dtype=torch.bfloat16, device=meta)
-    attention = Attention(config, state, cache, torch.bfloat16, (angle, angle), None, pdl=True, few=0, hopper=True)
-    print(page, attention.prefill_hopper is not None)
-    from gpu_worker.cuda.compiler import compilers
-    compilers().stop()
-"""
-
-
-@pytest.mark.slow
-def test_pages_that_tiles_do_not_divide_take_the_other_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = dict(line.split() for line in printed(PAGES, tmp_path, monkeypatch).splitlines())
-    assert {page for page, hopper in found.items() if hopper == "True"} == {"8", "16", "64", "192", "256"}

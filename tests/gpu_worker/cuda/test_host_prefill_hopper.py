@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_worker.cuda.attention_kernels import box
 from tests.gpu_worker.cuda.host_gluon import Descriptor, launch, load_kernel
 from tests.gpu_worker.cuda.prefill_case import KV_HEADS, PrefillCase
 
@@ -26,7 +27,7 @@ KERNEL = load_kernel(Path(__file__).parents[3] / "gpu_worker" / "cuda" / "kernel
 )
 def test_chunks_over_prefixes_match_float64(dim: int, repeat: int, page: int, tile: int, stages: int, turns: int, programs: int) -> None:
     case = PrefillCase(dim, repeat, page, KERNEL.ROWS, torch.float32)
-    cache = Descriptor(case.cache.view(-1, dim), KERNEL.box(page, tile))
+    cache = Descriptor(case.cache.view(-1, dim), box(page, tile))
     launch(
         KERNEL.prefill_attention_hopper,
         (programs, 1),

@@ -15,27 +15,15 @@ import pytest
 pytest.importorskip("triton")
 
 COMPILE = """
-import torch
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from triton.experimental.gluon._runtime import GluonASTSource
-from gpu_worker.cuda.kernels.decode_attention import decode_attention
-from gpu_worker.cuda.kernels.prefill_attention import prefill_attention
-from gpu_worker.cuda.kernels.prefill_hopper import pages, prefill_attention_hopper
-from gpu_worker.cuda.kernels.round_fp8 import round_groups, round_rows
-
-HOPPER = GPUTarget("cuda", 90, 32)
+from gpu_worker.cuda.attention_kernels import box
+from gpu_worker.cuda.triton_kernel import Boxes, source_of
 
 
-def ptx(function, types, warps, **constants):
-    names = [p.name for p in function.params]
-    given = [name for name in names if name not in constants]
-    assert len(given) == len(types), (given, types)
-    kinds = dict(zip(given, types)) | dict.fromkeys(constants, "constexpr")
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in given if kinds[n].startswith("*")}
-    kind = GluonASTSource if function.is_gluon() else ASTSource
-    source = kind(function, {n: kinds[n] for n in names}, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
+def ptx(source, types, warps, **constants):
+    made = source_of(source if "." in source else f"{source}.{source}", types, constants)
+    return triton.compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 
 i, f, b, e = "*i32", "*fp32", "*bf16", "*fp8e4nv"
@@ -45,23 +33,23 @@ for dim, repeat in ((128, 2), (64, 3)):
     decode = sizes | {"TILE": 64, "STAGES": 2, "QK_NORM": 1, "PDL": 1}
     for cache in (b, e):
         off, scales = ({"kv_scales": None}, []) if cache == b else ({}, [f])
+        given = [b, cache, i, i, b, f, f, i, b, b, f, f, "fp32", "fp32", *scales]
         for text in (
             *(
-                ptx(decode_attention, [b, cache, i, i, b, f, f, i, b, b, f, f, "fp32", "fp32", *scales], 4, PACKED=packed, **decode, **off)
+                ptx("decode_attention", given, 4, PACKED=packed, **decode, **off)
                 for packed in (0, 1)
             ),
-            ptx(prefill_attention, [b, cache, i, i, i, b, "fp32", *scales], 8, ROWS=128, TILE=32, STAGES=3, **sizes, **off),
+            ptx("prefill_attention", [b, cache, i, i, i, b, "fp32", *scales], 8, ROWS=128, TILE=32, STAGES=3, **sizes, **off),
         ):
             assert ("e4m3" in text) == (cache == e), (dim, cache)
 for dim, repeat, page, tile in ((128, 2, 16, 64), (64, 4, 32, 128)):
-    layout = pages(torch.empty(1, 2, 1, page, dim, dtype=torch.bfloat16), tile)
-    cache = f"tensordesc<bf16{list(layout.block_shape)},{layout.layout!r}>"
     sizes = {"WIDTH": 256, "KV_HEADS": 8, "R": repeat, "D": dim, "PAGE": page, "TILE": tile, "STAGES": 2, "TURNS": 1}
-    text = ptx(prefill_attention_hopper, [cache, b, i, i, i, b, "fp32", "i32"], 4, **sizes)
+    text = ptx("prefill_hopper.prefill_attention_hopper", [Boxes(b, box(page, tile)), b, i, i, i, b, "fp32", "i32"], 4, **sizes)
     assert "cp.async.bulk.tensor" in text and "wgmma.mma_async" in text
-assert "e4m3x2" in ptx(round_rows, [b, e, f], 8, WIDTH=14336, BLOCK=2048, input_scale=None)
-assert "e4m3x2" in ptx(round_rows, [b, e, f, f], 8, WIDTH=4096, BLOCK=2048)
-assert "e4m3x2" in ptx(round_groups, [b, e, f], 4, WIDTH=14336, SPAN=8)
+assert "e4m3x2" in ptx("round_fp8.round_rows", [b, e, f], 8, WIDTH=14336, BLOCK=2048, input_scale=None)
+assert "e4m3x2" in ptx("round_fp8.round_rows", [b, e, f, f], 8, WIDTH=4096, BLOCK=2048)
+assert "e4m3x2" in ptx("round_fp8.round_groups", [b, e, f], 4, WIDTH=14336, SPAN=8)
+import sys; assert "torch" not in sys.modules
 print("compiled")
 """
 

@@ -11,9 +11,10 @@ from tests.gpu_worker.cuda.reference import error
 from tests.gpu_worker.cuda.test_engine import CONFIGS, make, prompts, teacher
 
 if torch.cuda.is_available():
+    from gpu_worker.cuda.attention_kernels import box
     from gpu_worker.cuda.driver import tensor_map
     from gpu_worker.cuda.kernels import prefill_hopper
-    from gpu_worker.cuda.triton_kernel import TritonKernel
+    from gpu_worker.cuda.triton_kernel import Boxes, TritonKernel
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -34,13 +35,14 @@ def cases() -> dict[Shape, tuple[PrefillCase, TritonKernel]]:
     """All kernels, which are compiled side by side."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper card")
-    made, i32 = {}, torch.int32
+    made = {}
     for shape in SHAPES:
         dim, repeat, page, tile, stages, turns, _, dtype = shape
         case = PrefillCase(dim, repeat, page, prefill_hopper.ROWS, dtype, "cuda")
+        qkv = "*bf16" if dtype == BF16 else "*fp16"
         kernel = TritonKernel(
-            prefill_hopper.prefill_attention_hopper,
-            [prefill_hopper.pages(case.cache, tile), dtype, i32, i32, i32, dtype, case.scale, 0], warps=4, pdl=False,
+            "prefill_hopper.prefill_attention_hopper",
+            [Boxes(qkv, box(page, tile)), qkv, "*i32", "*i32", "*i32", qkv, "fp32", "i32"], 90, warps=4, pdl=False,
             WIDTH=case.width, KV_HEADS=KV_HEADS, R=repeat, D=dim, PAGE=page, TILE=tile, STAGES=stages, TURNS=turns,
         )  # fmt: skip
         made[shape] = case, kernel
@@ -51,7 +53,7 @@ def cases() -> dict[Shape, tuple[PrefillCase, TritonKernel]]:
 def test_chunks_over_prefixes_match_float64(cases: dict[Shape, tuple[PrefillCase, TritonKernel]], shape: Shape) -> None:
     case, kernel = cases[shape]
     dim, _, page, tile, _, _, programs, dtype = shape
-    cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // dim, dim, prefill_hopper.box(page, tile))
+    cache = tensor_map(case.cache.data_ptr(), case.cache.numel() // dim, dim, box(page, tile))
     pointers = [t.data_ptr() for t in (case.qkv, case.table, case.tiles, case.rows, case.out)]
     outs = []
     for _ in range(20):  # a race would not show each time
