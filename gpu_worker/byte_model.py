@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+from gpu_worker.errors import LoadError
 from gpu_worker.runner import Description
 from gpu_worker.settings import WorkerSettings
 from protocol.messages import Geometry
@@ -15,8 +16,11 @@ VOCAB = 258
 
 
 def byte_geometry(settings: WorkerSettings) -> Geometry:
-    """The sizes of a worker without a model: the settings', with 4,096 blocks and tokens where they name none."""
-    return Geometry(
+    """The sizes of a worker without a model: the settings', with 4,096 blocks and tokens where they name none.
+
+    Raises LoadError if the blocks hold no sequence of max_model_len.
+    """
+    geometry = Geometry(
         block_size=settings.block_size,
         blocks=settings.num_gpu_blocks or 4096,
         host_blocks=settings.num_cpu_blocks,
@@ -25,6 +29,12 @@ def byte_geometry(settings: WorkerSettings) -> Geometry:
         max_step_tokens=settings.step_tokens(),
         vocab_size=VOCAB,
     )
+    if geometry.blocks < geometry.table_width:
+        raise LoadError(
+            f"{geometry.blocks} blocks hold no sequence of max_model_len, which needs {geometry.table_width}: "
+            "lower --max-model-len or raise --num-gpu-blocks"
+        )
+    return geometry
 
 
 def describe_bytes(settings: WorkerSettings, kind: str) -> Description:

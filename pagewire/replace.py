@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pagewire.control import ask
 from protocol.files import RunDirError
+from protocol.locks import Busy, Lock
 from protocol.registration import ServiceRecord
 from protocol.rundir import RunDir
 from protocol.service import DRAIN_SIGNAL
@@ -82,7 +83,15 @@ def roll(rundir: RunDir, names: Sequence[str], drain_timeout: float, ready_timeo
     admin server is restarted: what it holds comes back from the others. If a new one does not get ready, or a signal ends
     the wait for it, it leaves again.
     """
-    records = [_find(rundir, name) for name in names] or rundir.services()
+    try:
+        with Lock(rundir.path / "roll.lock"):
+            _roll(rundir, [_find(rundir, name) for name in dict.fromkeys(names)], drain_timeout, ready_timeout, say)
+    except Busy as busy:
+        raise NotDone(f"another roll is under way: process {busy.pid}") from None
+
+
+def _roll(rundir: RunDir, named: list[ServiceRecord], drain_timeout: float, ready_timeout: float, say: Callable[[str], None]) -> None:
+    records = named or rundir.services()
     for record in sorted(records, key=lambda record: (ORDER.index(record.role), record.name)):
         began = time.monotonic()
         if record.role not in DRAINS:

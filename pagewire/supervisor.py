@@ -58,6 +58,7 @@ class _Child:
     renewed: bool = False  # it was told to stop, and is started again at once
     added: bool = False  # it was asked for while others serve, and has not been ready yet: if it cannot run, they go on
     failure: str = ""  # why it has been given up
+    twin: str = ""  # of a roll, which takes its place when it leaves
 
 
 class Supervisor:
@@ -149,15 +150,20 @@ class Supervisor:
             raise ValueError(f"{name} is leaving")
         match command:
             case "twin":
-                return {"name": self._add_twin(child.spec)}
+                child.twin = self._add_twin(child.spec)
+                return {"name": child.twin}
             case "start":
                 if not child.retired:
                     raise ValueError(f"{name} has not been drained: there is nothing to start")
+                if child.twin:
+                    raise ValueError(f"{name} was replaced by {child.twin}")
                 # One that is still leaving is started again when it has left.
                 child.retired, child.renewed, child.start_at = False, running, None if running else 0.0
                 child.added, child.failure, child.restarts = True, "", Restarts()
             case "retire":
                 child.retired, child.start_at = True, None
+                for other in self._children:
+                    other.twin = "" if other.twin == name and not other.retired else other.twin
                 if child.process is not None:
                     child.process.send_signal(DRAIN_SIGNAL)
             case "restart":

@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 import zmq
 
+from protocol.service import CannotRun
+
 VARIABLE = "PAGEWIRE_CHAOS"
 HELD = 0.125  # share of the messages that are sent late
 
@@ -34,6 +36,11 @@ class Chaos:
                 known[name] = float(value)
             except ValueError:
                 raise ValueError(f"{VARIABLE}: {value!r} is not a number") from None
+        for name in ("drop", "dup"):
+            if not 0 <= known[name] <= 1:
+                raise ValueError(f"{VARIABLE}: {name} is a share from 0 to 1, not {known[name]:g}")
+        if not 0 <= known["reorder"] < 1 << 16:
+            raise ValueError(f"{VARIABLE}: reorder is a number of messages, not {known['reorder']:g}")
         self._drop, self._duplicate, self._window = known["drop"], known["dup"], int(known["reorder"])
         self._random = random.Random(f"{known['seed']:g}/{os.getpid()}")
         self._late: WeakKeyDictionary[zmq.Socket[bytes], dict[bytes, list[tuple[int, Frames]]]] = WeakKeyDictionary()
@@ -57,6 +64,9 @@ class Chaos:
 
 
 def from_environment(environ: Mapping[str, str]) -> Chaos | None:
-    """The shim that the environment asks for."""
+    """The shim that the environment asks for. Raises CannotRun for a text that means nothing."""
     text = environ.get(VARIABLE, "")
-    return Chaos(text) if text else None
+    try:
+        return Chaos(text) if text else None
+    except ValueError as error:
+        raise CannotRun(str(error)) from None

@@ -66,6 +66,20 @@ EXTRAS = {"admin": "frontend"}  # where a role's libraries come from another's e
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
+class Output(click.Path):
+    """A file to write at the end of some work; whether there is a place for it is asked before that work."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """A Path. Raises BadParameter, one line."""
+        path = Path(str(super().convert(value, param, context)))
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            self.fail(f"{path.parent} is no folder that can be written to", param, context)
+        return path
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """A setting: its name, type and default as the dataclass has them."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from protocol.files import RunDirError, write
 from protocol.locks import PATIENCE, Lock
+
+log = logging.getLogger("service")
 
 LONGEST_NAME = 24  # of a service; its tap's socket has the longest path of all
 
@@ -60,18 +63,24 @@ class Registration:
     def state(self, state: str) -> None:
         """Tell what the service is doing: loading, waiting, ready, stopping."""
         if state != self.record.state:
-            self.record = replace(self.record, state=state)
-            self._store()
+            self._tell(replace(self.record, state=state))
 
     def serves(self, url: str) -> None:
         """Tell where the service answers HTTP."""
-        self.record = replace(self.record, url=url)
-        self._store()
+        self._tell(replace(self.record, url=url))
 
     def remove(self) -> None:
         """The service is gone. Harmless when repeated."""
         self._path.unlink(missing_ok=True)
         self._lock.release()
+
+    def _tell(self, record: ServiceRecord) -> None:
+        """Who serves goes on without being seen, be the disk full."""
+        self.record = record
+        try:
+            self._store()
+        except OSError as error:
+            log.warning("%s cannot be written, others see an old state: %s", self._path, error.strerror)
 
     def _store(self) -> None:
         write(self._path, json.dumps(asdict(self.record)).encode())

@@ -235,6 +235,11 @@ class _File(logging.handlers.RotatingFileHandler):
         faulthandler.register(signal.SIGUSR1, stream, all_threads=True, chain=False)
         return stream
 
+    def handleError(self, record: logging.LogRecord) -> None:  # logging names it so
+        """A disk that is full is no reason for a stack for each line: stderr has the line."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 def start_logging(path: Path, name: str, level: str, *, log_format: str = "text") -> None:
     """Send the process's logging to a rotated file and to stderr; fatal signals and SIGUSR1 write all stacks there."""

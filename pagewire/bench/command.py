@@ -8,7 +8,7 @@ import click
 
 from pagewire.bench.exchange import Record
 from pagewire.bench.figures import figures
-from pagewire.bench.options import LENGTHS, OUTPUT, PROMPTS, SERVER, objectives, with_options
+from pagewire.bench.options import LENGTHS, OUTPUT, PROMPTS, SERVER, objectives, some, with_options
 from pagewire.bench.running import compared, fail_if_any, measure_and_report, prepare, run_once, save, workload_requests
 from pagewire.bench.workloads import Request
 from protocol.options import CONTEXT
@@ -28,8 +28,8 @@ def main() -> None:
     "--request-rate",
     "--rate",
     "rate",
-    type=click.FloatRange(0),
-    default=0.0,
+    type=click.FloatRange(0, min_open=True),
+    callback=some,
     show_default="all at once",
     help="Requests/s (inf: all at once).",
 )
@@ -43,7 +43,13 @@ def main() -> None:
     show_default=True,
     help="1: Poisson; below: bunched; above: evener.",
 )
-@click.option("--seconds", type=click.FloatRange(0), default=0.0, show_default="all", help="Only what arrives within so many seconds.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    callback=some,
+    show_default="all",
+    help="Only what arrives within so many seconds.",
+)
 @click.option(
     "--max-concurrency", "--concurrency", "concurrency", type=click.IntRange(0), default=0, show_default="no bound", help="Most under way."
 )

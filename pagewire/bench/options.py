@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 from pagewire.bench.figures import OBJECTIVES
 from pagewire.bench.workloads import KINDS
 from pagewire.finding import api_option
-from protocol.options import run_dir_option
+from protocol.options import Output, run_dir_option
 
 
 def span(context: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -20,6 +21,13 @@ def span(context: click.Context, param: click.Parameter, value: str) -> tuple[in
     if not low.isdecimal() or not (high or low).isdecimal():
         raise click.BadParameter(f"{value!r} is neither a number nor LOW:HIGH", context, param)
     return int(low), int(high or low)
+
+
+def some(context: click.Context, param: click.Parameter, value: float | None) -> float:
+    """A rate or a span of time; 0 stands for no bound, which is what infinity and leaving it out mean."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number", context, param)
+    return 0.0 if value is None or math.isinf(value) else value
 
 
 def objectives(context: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, float]:
@@ -71,12 +79,8 @@ OUTPUT = [
     click.option(
         "--metric-percentiles", "percentiles", callback=percents, default="50,90,99", show_default=True, help="Which are printed."
     ),
-    click.option(
-        "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures, and each request's, here."
-    ),
-    click.option(
-        "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw the distributions and the throughput here."
-    ),
+    click.option("--json", "json_path", type=Output(), help="Write all figures, and each request's, here."),
+    click.option("--plot", "plot_path", type=Output(), help="Draw the distributions and the throughput here."),
     click.option(
         "--compare",
         type=(click.Path(exists=True, path_type=Path), click.Path(exists=True, path_type=Path)),

@@ -76,7 +76,10 @@ class Workload:
 def read_lengths(path: Path) -> list[tuple[int, int]]:
     """(prompt, output) pairs of a JSON list. Raises WorkloadError."""
     try:
-        return [(int(prompt), int(output)) for prompt, output in json.loads(path.read_text())]
+        found = json.loads(path.read_text())
+        if not isinstance(found, list) or not found:
+            raise TypeError("it is none, or empty")
+        return [(int(prompt), int(output)) for prompt, output in found]
     except (OSError, ValueError, TypeError) as error:
         raise WorkloadError(f"{path} is no JSON list of [prompt, output] lengths: {error}") from error
 

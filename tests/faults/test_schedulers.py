@@ -66,7 +66,7 @@ def test_nine_in_ten_sealed_blocks_that_lived_are_hit_after_the_scheduler_was_ki
 def test_what_was_swapped_out_is_brought_back_from_the_host_after_the_scheduler_was_killed() -> None:
     with fleet(step=0.02) as running:
         running.scheduler("scheduler-0", "--preemption", "swap")
-        running.worker("worker-0", "--num-gpu-blocks", "64", "--num-cpu-blocks", "256")
+        running.worker("worker-0", "--num-gpu-blocks", "64", "--max-model-len", "1024", "--num-cpu-blocks", "256")
         running.frontend()
         running.ready(1)
         # Short answers first, so that it expects them to be short and lets more begin than will fit.

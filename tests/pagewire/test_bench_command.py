@@ -223,6 +223,11 @@ def test_a_picture_is_drawn_of_a_run_and_of_two(tmp_path: Path) -> None:
         ["--metric-percentiles", "101"],
         ["--compare", __file__, __file__],
         ["--num-prompts", "0"],
+        ["--request-rate", "nan"],
+        ["--request-rate", "0"],
+        ["--seconds", "nan"],
+        ["--json", "/there/is/no/such/folder.json"],
+        ["--plot", "/there/is/no/such/folder.png"],
     ],
 )
 def test_a_mistake_gets_one_line_and_code_2(arguments: list[str]) -> None:

@@ -22,6 +22,7 @@ from pagewire.control import LONGEST, ask, control_path
 from pagewire.replace import drain, roll, start
 from pagewire.supervisor import Spec, Supervisor
 from protocol.files import RunDirError
+from protocol.locks import Lock
 from protocol.registration import ServiceRecord
 from protocol.rundir import RunDir
 from tests.pagewire.processes import Program, eventually, left_in, running
@@ -217,6 +218,24 @@ def test_a_rolled_service_has_the_first_name_that_nobody_bears(run_dir: Path) ->
             roll(RunDir(run_dir), [name], 10.0, 60.0, lambda _: None)
             program.read_until(f"{name} (pid {pid}) has left")
             assert [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", fresh]
+
+
+def test_one_that_a_roll_replaced_is_not_started_again(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=serve") as program:
+        program.read_until("ready: fakes")
+        roll(RunDir(run_dir), ["worker-0", "worker-0"], 10.0, 60.0, lambda _: None)
+        program.read_until("worker-0 (pid")
+        with pytest.raises(RunDirError, match="worker-0 was replaced by worker-1"):
+            start(RunDir(run_dir), "worker-0", 20.0, lambda _: None)
+        assert [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", "worker-1"]
+
+
+def test_two_rolls_at_once_are_kept_apart(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=serve") as program:
+        program.read_until("ready: fakes")
+        with Lock(run_dir / "roll.lock"), pytest.raises(RunDirError, match=f"another roll is under way: process {os.getpid()}"):
+            roll(RunDir(run_dir), [], 10.0, 60.0, lambda _: None)
+        assert [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", "worker-0"]
 
 
 def test_a_service_ended_in_order_by_somebody_else_is_started_again(run_dir: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from protocol.chaos import Chaos, from_environment
+from protocol.service import CannotRun
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def test_a_late_message_of_one_route_never_goes_out_with_another(socket):
         assert all(passed[0] == route for passed in chaos.passes(socket, [route, b"x"]))
 
 
-@pytest.mark.parametrize("text", ["drop", "drop=x", "loss=1"])
+@pytest.mark.parametrize("text", ["drop", "drop=x", "loss=1", "drop=2", "dup=nan", "reorder=-1", "reorder=inf"])
 def test_a_text_that_means_nothing_is_refused(text):
     with pytest.raises(ValueError, match="PAGEWIRE_CHAOS"):
         Chaos(text)
+    with pytest.raises(CannotRun, match="PAGEWIRE_CHAOS"):
+        from_environment({"PAGEWIRE_CHAOS": text})

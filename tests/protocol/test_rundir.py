@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -16,7 +17,7 @@ import pytest
 
 from protocol.files import RunDirError
 from protocol.locks import Busy, Guard, ipc_path
-from protocol.registration import new_incarnation, process_start
+from protocol.registration import Registration, new_incarnation, process_start
 from protocol.rundir import RunDir, default_run_dir
 
 
@@ -171,6 +172,23 @@ def test_no_epoch_is_claimed_twice(short: Path) -> None:
     (short / "epoch").write_text("many")
     with pytest.raises(RunDirError, match="does not hold a number"):
         rundir.epoch()
+
+
+def test_who_serves_goes_on_though_its_state_cannot_be_written(
+    short: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registration = Registration(short, "worker", "worker-0", 7)
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("protocol.registration.write", full)
+        registration.state("ready")
+    assert "No space left on device" in caplog.text
+    registration.serves("http://127.0.0.1:1")
+    assert json.loads((short / "worker-0.json").read_text())["state"] == "ready"
+    registration.remove()
 
 
 def test_a_zombie_counts_as_dead() -> None:
