@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.ending import end_in_order
 from benchmarks.worker_loop import WARM_UP, plans
 from protocol.codec import decode, encode
 from protocol.messages import Geometry, Ready, Result
@@ -167,6 +168,7 @@ def threads(rows: int, steps: int, step_time: float) -> dict[str, float]:
 
 def main() -> None:
     """Both tables for each number of rows."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,64", help="sequences in a step, one after another")
     parser.add_argument("--steps", type=int, default=3000)
