@@ -123,11 +123,8 @@ class AsyncLLMEngine:
         eos = frozenset(unpack(self.model().info.eos).tolist())
         client = self.client
         stream = client.open()
-        asked: list[Prepared] = []
         try:
-            async for part in parts:
-                client.submit([prepared.new for prepared in part], stream=stream)
-                asked += part
+            asked = await _submit(client, parts, stream)
             places = {entry.handle: i for i, entry in enumerate(stream.entries)}
             texts: list[dict[int, str]] = [{} for _ in asked]
             while True:
@@ -167,3 +164,18 @@ class AsyncLLMEngine:
                 return await asyncio.wait_for(stream.news(), LIVE_EVERY)
             except TimeoutError:
                 self.check()
+
+
+async def _submit(client: Client, parts: AsyncIterator[list[Prepared]], stream: Stream) -> list[Prepared]:
+    """Submit all parts, and return what was asked: less than all if the stream is ended with an error meanwhile."""
+    asked: list[Prepared] = []
+    try:
+        async for part in parts:
+            if stream.error is not None:
+                break
+            client.submit([prepared.new for prepared in part], stream=stream)
+            asked += part
+    except (RuntimeError, asyncio.CancelledError):  # how the parts end once the client has no threads
+        if stream.error is None:
+            raise
+    return asked

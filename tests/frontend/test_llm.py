@@ -209,23 +209,6 @@ def test_an_async_engine_streams_and_joins_a_running_stack():
         assert made.service("worker").pid, "the services that were joined go on"
 
 
-def test_closing_an_async_engine_ends_who_waits_for_an_output():
-    async def consume(engine: AsyncLLMEngine, got: list[object]) -> None:
-        async for output in engine.generate("long", SamplingParams(max_tokens=2000, ignore_eos=True)):
-            got.append(output)
-
-    async def scenario() -> None:
-        got: list[object] = []
-        async with AsyncLLMEngine(runner="oracle", step_time=0.05) as engine:
-            task = asyncio.create_task(consume(engine, got))
-            while not got:
-                await asyncio.sleep(0.01)
-        with pytest.raises(RequestFailed, match="closed"):
-            await asyncio.wait_for(task, 20)
-
-    asyncio.run(scenario())
-
-
 def test_closing_an_engine_ends_a_step_that_waits():
     engine = LLMEngine(runner="oracle", step_time=0.05)
     engine.add_request("long", SamplingParams(max_tokens=2000, ignore_eos=True))
