@@ -9,8 +9,9 @@ from typing import Any
 
 from frontend.client import Client, Model
 from frontend.errors import ApiError, from_failed
-from frontend.offline import Prepared, Prompt, RequestOutput, SamplingParams, output_of, prepare
+from frontend.offline import Prepared, RequestOutput, SamplingParams, output_of, prepare
 from frontend.own_services import OwnServices
+from frontend.prompts import Prompt
 from frontend.settings import FrontendSettings
 from frontend.streams import Stream
 from protocol.columns import unpack

@@ -18,8 +18,9 @@ from frontend.async_engine import AsyncLLMEngine, RequestFailed
 from frontend.background import Program
 from frontend.client import Model
 from frontend.llm_engine import LLMEngine, StepOutput
-from frontend.offline import CompletionOutput, Prepared, Prompt, RequestOutput, SamplingParams, prepare, prepare_chat
+from frontend.offline import CompletionOutput, Prepared, RequestOutput, SamplingParams, prepare, prepare_chat
 from frontend.own_services import ServiceDied
+from frontend.prompts import Prompt, each
 
 __all__ = [
     "LLM",
@@ -45,16 +46,16 @@ class LLM(Program):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """The outputs of each prompt (texts, or lists of token ids), in order. `use_tqdm`: show progress on a terminal.
+        """The outputs of each prompt, in order. `use_tqdm`: show progress on a terminal.
 
+        A prompt is a text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
         Raises ValueError for what cannot be asked, RequestFailed, ServiceDied.
         """
-        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        every: list[Any] = [prompts] if alone else list(prompts)
+        every = each(prompts)
         params = _spread(sampling_params, len(every))
 
         def make(model: Model, i: int) -> Prepared:
-            return prepare(model, every[i], params[i], False)
+            return prepare(model, every[i], params[i], False, "prompts")
 
         return self._background.run(self._all(make, len(every), use_tqdm))
 
@@ -69,6 +70,8 @@ class LLM(Program):
 
         options: `add_generation_prompt`, `continue_final_message`, `chat_template_kwargs`.
         """
+        if not isinstance(messages, list | tuple):
+            raise ValueError(f"messages: a list of messages, or a list of such lists, not {type(messages).__name__}")
         every: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         params = _spread(sampling_params, len(every))
 
@@ -118,6 +121,8 @@ class _Progress:
 def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
+        raise ValueError(f"sampling_params: SamplingParams, or a list with one for each prompt, not {params!r}"[:200])
     if len(params) != count:
         raise ValueError(f"sampling_params: {len(params)} of them for {count} prompts")
     return list(params)

@@ -10,8 +10,9 @@ from typing import Any
 
 from frontend.async_engine import RequestFailed
 from frontend.background import Program
-from frontend.offline import Prepared, Prompt, SamplingParams, prepare
+from frontend.offline import Prepared, SamplingParams, prepare
 from frontend.own_services import ServiceDied
+from frontend.prompts import Prompt
 
 
 @dataclass(frozen=True)

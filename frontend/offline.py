@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +13,10 @@ from frontend.api.answers import ranked
 from frontend.client import Model
 from frontend.entries import Choice, Entry, NewRequest, TokenLogprobs
 from frontend.errors import ApiError
+from frontend.prompts import Prompt, parts
 from frontend.sampling import check_text, room
 from frontend.validation import ChatBody, CompletionBody, check_chat, check_completion, parse
 from protocol.columns import unpack
-
-Prompt = str | Sequence[int]
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
@@ -88,19 +86,21 @@ class Prepared:
     prompt: str | None = None  # its text, where it was one
 
 
-def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool) -> Prepared:
-    """The request that a prompt makes. Raises ValueError, naming the field."""
+def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool, name: str = "prompt") -> Prepared:
+    """The request that a prompt makes. Raises ValueError, naming the field; `name`: the argument that the prompt is."""
     fields = _fields(params)
+    text, given = parts(prompt, name)
     try:
         body = parse(msgspec.json.encode({**fields, "prompt": "", "stream": every_step}), CompletionBody)
         if every_step and body.best_of not in (None, body.n):
             raise ApiError(400, "best_of: cannot be told before the end; use LLM.generate", "best_of")
         check_completion(msgspec.structs.replace(body, stream=None))
-        if isinstance(prompt, str):
-            check_text(model.info, model.tokenizer, prompt, "prompt")
-            [ids] = model.tokenizer.encode_batch([prompt])
+        if given is not None:
+            ids = given if isinstance(given, list) else list(given)
         else:
-            ids = prompt if isinstance(prompt, list) else list(prompt)
+            assert text is not None
+            check_text(model.info, model.tokenizer, text, "prompt")
+            [ids] = model.tokenizer.encode_batch([text])
         if not ids:
             raise ApiError(400, "prompt: is empty", "prompt")
         max_tokens = room(model.info, len(ids), body.max_tokens, None, "prompt")
@@ -108,7 +108,7 @@ def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bo
         new = completions.new_request(model, body, ids, max_tokens, logprobs, "", True, body.best_of)
     except ApiError as error:
         raise ValueError(error.message) from None
-    return Prepared(new, params, list(ids), prompt if isinstance(prompt, str) else None)
+    return Prepared(new, params, list(ids), text)
 
 
 def prepare_chat(model: Model, messages: list[dict[str, Any]], params: SamplingParams, options: dict[str, Any]) -> Prepared:
