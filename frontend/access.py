@@ -18,7 +18,7 @@ from protocol.service import CannotRun
 OPEN_PATHS = frozenset(("/health", "/ping", "/ready"))  # answered without a key
 KEY_NAME = "pagewire.key"  # where the scope says whose key it was
 ENDING = "pagewire.ending"  # where it says how the request ended, if otherwise than with the answer (`accounts.py`)
-MAX_HEADERS = 64 << 10  # bytes of all names and values
+MAX_HEADERS = 64 << 10  # bytes of all names and values, and of the URL; `http_protocol.py` bounds what is not yet complete
 LEAST_KEY = 16  # characters
 
 Scope = MutableMapping[str, Any]
@@ -112,8 +112,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADERS:
-            return ApiError(431, f"the headers have more than {MAX_HEADERS} bytes", code="headers_too_large")
+        url = len(scope["path"]) + len(scope["query_string"])
+        if url + sum(len(name) + len(value) for name, value in headers) > MAX_HEADERS:
+            return ApiError(431, f"URL and headers have more than {MAX_HEADERS} bytes together", code="headers_too_large")
         if self._keys is None or scope["path"] in OPEN_PATHS:
             return None
         given = [value for name, value in headers if name == b"authorization"]

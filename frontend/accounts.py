@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Sequence
 from starlette.routing import Route
 
 from frontend.access import ENDING, App, Message, Receive, Scope, Send
+from frontend.errors import ApiError
 from protocol.series import Histogram, Series
 
 BEGUN = "pagewire.begun"  # where the scope says when the request came, on the monotonic clock
@@ -43,9 +44,9 @@ class Accounts:
             self._seconds[path] = Histogram("pagewire_http_request_duration_seconds")
         self._seconds[path].observe(time.monotonic() - scope[BEGUN])
 
-    def malformed(self) -> None:
-        """Something came that is no HTTP request, and was refused."""
-        self._ended[OTHER, "400", NO_HTTP] += 1
+    def refused(self, error: ApiError) -> None:
+        """Something came that is no HTTP request, or too long for one, and was refused."""
+        self._ended[OTHER, str(error.status), error.code] += 1
 
     def series(self) -> list[Series]:
         """Samples of the families."""

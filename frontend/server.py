@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Iterator
 
-import msgspec
 import psutil
 import uvicorn
 import uvloop
@@ -19,14 +18,14 @@ import zmq
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from frontend.access import ApiKeys, Guard, check_exposure, check_tls
-from frontend.accounts import NO_HTTP, Accounts, Counted
+from frontend.accounts import Accounts, Counted
 from frontend.api.handling import HANDLERS
 from frontend.api.routes import ROUTES
 from frontend.client import Client
 from frontend.errors import ApiError
+from frontend.http_protocol import HttpProtocol
 from frontend.settings import FrontendSettings
 from frontend.spans import RequestSpans
 from frontend.tokenizer import TokenizerError
@@ -116,17 +115,6 @@ class ProcessRecorder:
         self._tap.close()
 
 
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, which answers what is no HTTP in JSON like every other error."""
-
-    def send_400_response(self, msg: str) -> None:
-        body = msgspec.json.encode(ApiError(400, msg, code=NO_HTTP).body())
-        self.config.app.state.accounts.malformed()  # type: ignore[union-attr]  # it is what `make_app` made
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(head.encode() + body)
-        self.transport.close()
-
-
 class _Server(uvicorn.Server):
     """uvicorn, without its signal handling (the process has its own) and without looking ten times a second whether to stop."""
 
@@ -181,7 +169,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
     server = _Server(
         uvicorn.Config(
             app,
-            http=_Protocol,
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
