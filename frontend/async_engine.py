@@ -16,6 +16,7 @@ from frontend.settings import FrontendSettings
 from frontend.streams import Stream
 from protocol.columns import unpack
 from protocol.registration import new_incarnation
+from protocol.rundir import RunDir
 from protocol.service import CannotRun
 
 LOOK_EVERY = 0.02  # seconds between two looks at whether the model is ready
@@ -50,9 +51,14 @@ class AsyncLLMEngine:
         await self.close()
 
     async def start(self) -> None:
-        """Start or join the services, and wait until they can be asked. Raises ServiceDied, CannotRun."""
+        """Start or join the services, and wait until they can be asked.
+
+        Raises ServiceDied, CannotRun (among its reasons: no service runs in the run directory that was named).
+        """
         if self._run_dir is None:
             self._own = OwnServices(self._settings)
+        else:
+            self._look()  # before the client makes a run directory of any folder
         run_dir = self._run_dir or self._own.run_dir  # type: ignore[union-attr]
         incarnation = new_incarnation()
         settings = FrontendSettings(run_dir, name=f"llm-{incarnation:013x}", tokenizer=self._tokenizer)
@@ -61,6 +67,7 @@ class AsyncLLMEngine:
             await self._client.start()
             while self._client.why_not_ready():
                 self.check()
+                self._look()
                 if why := self._client.why_never_ready():
                     raise CannotRun(why)
                 await asyncio.sleep(LOOK_EVERY)
@@ -158,6 +165,11 @@ class AsyncLLMEngine:
         if self._client is None:
             raise RuntimeError("the engine is not started, or closed")
         return self._client
+
+    def _look(self) -> None:
+        """Raise CannotRun if no service is left in the run directory that is to be joined."""
+        if self._run_dir is not None and not RunDir(self._run_dir, make=False).services():
+            raise CannotRun(f"no service runs in {self._run_dir}")
 
     async def _news(self, stream: Stream) -> None:
         while True:

@@ -38,6 +38,8 @@ from protocol.messages import (
     Tokens,
     Welcome,
 )
+from protocol.registration import new_incarnation
+from protocol.rundir import RunDir
 from protocol.times import Times
 from protocol.tokenizer_files import bundle_hash, byte_bundle
 
@@ -265,6 +267,18 @@ def scheduler_thread(endpoint: str, engine: Engine, interval: float = 0.002, tim
     finally:
         scheduler.stop.set()
         thread.join(10)
+
+
+@contextlib.contextmanager
+def scheduler_in(run_dir: Path, engine: Engine, interval: float = 0.002):
+    """A `SocketScheduler` at work in a thread, to be found in a run directory as a scheduler's process is."""
+    folder = RunDir(run_dir)
+    registration = folder.register("scheduler", "scheduler-0", new_incarnation())
+    try:
+        with scheduler_thread(folder.frontends, engine, interval) as scheduler:
+            yield scheduler
+    finally:
+        registration.remove()
 
 
 def settings_for(run_dir: Path, **changes: object) -> FrontendSettings:

@@ -12,8 +12,7 @@ import pytest
 
 from frontend.async_engine import AsyncLLMEngine, RequestFailed
 from frontend.offline import Prepared, SamplingParams, prepare
-from protocol.rundir import RunDir
-from tests.frontend.fakes import Engine, scheduler_thread
+from tests.frontend.fakes import Engine, scheduler_in
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 
@@ -30,7 +29,7 @@ def run(run_dir: Path, scenario: Callable[[AsyncLLMEngine], Awaitable[None]]) ->
         async with AsyncLLMEngine(run_dir=run_dir) as engine:
             await asyncio.wait_for(scenario(engine), 20)
 
-    with scheduler_thread(RunDir(run_dir).frontends, Engine(), interval=0.05):
+    with scheduler_in(run_dir, Engine(), interval=0.05):
         asyncio.run(main())
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from frontend.llm import LLM, SamplingParams
-from protocol.registration import new_incarnation
-from protocol.rundir import RunDir
-from tests.frontend.fakes import Engine, scheduler_thread, text
+from protocol.service import CannotRun
+from tests.frontend.fakes import Engine, scheduler_in, text
 
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 
@@ -20,11 +19,8 @@ SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 def run_dir() -> Iterator[Path]:
     """Where a scripted scheduler runs; its path is short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as path:
-        folder = RunDir(path)
-        registration = folder.register("scheduler", "scheduler-0", new_incarnation())
-        with scheduler_thread(folder.frontends, Engine()):
-            yield folder.path
-        registration.remove()
+        with scheduler_in(Path(path), Engine()):
+            yield Path(path)
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +71,12 @@ def test_what_are_no_sampling_parameters_is_refused_by_name(llm, wrong):
 def test_what_is_no_conversation_is_refused_by_name(llm, wrong):
     with pytest.raises(ValueError, match=r"^messages: "):
         llm.chat(wrong, SHORT)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["", "none"])
+def test_a_run_directory_where_nothing_runs_is_said_at_once_and_none_is_made(tmp_path, name):
+    folder = tmp_path / name
+    with pytest.raises(CannotRun, match=f"^no service runs in {folder}$"):
+        LLM(run_dir=folder)
+    assert list(tmp_path.iterdir()) == []
