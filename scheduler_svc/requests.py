@@ -174,7 +174,7 @@ class Request:
         self.awaits_until = 0.0  # until when some of it waits for a lost worker's return
         self.strikes = 0  # failures it was part of since its last known token
         self.trial = 0  # suspected of breaking steps: runs only beside those of the same number
-        self.quarantined = False  # its group of suspects has failed: it is tried at a worker apart (suspects.py)
+        self.quarantined = False  # likely to break its next step too: tried at a worker apart (suspects.py)
         self.chains: dict[int, Chain] = {}  # block size -> names of the prompt's full blocks, for all fresh choices
         self.choices = [Choice(self, c.index, c.seed, unpack(c.known) if c.known else EMPTY) for c in submit.choices]
         self.scored = submit.scored  # the first prompt position whose log probabilities have not been told

@@ -5,8 +5,9 @@ suspects. They come back in groups, each in steps of its own with nothing else i
 at each failure, and are cleared by a token that becomes known. Those which failed least recently come first, so that
 the innocent ones of a failed group are cleared before its guilty one breaks another step.
 
-A request whose group has failed is quarantined: all such go to one worker, one that has just come back if there are
-several, and nobody else is sent there meanwhile. The fleet serves the others (`routing.py`, `Arrivals.leave`).
+A request whose group has failed is quarantined, and so is one that was prefilled in a step that hung: all such go to
+one worker, one that has just come back if there are several, and nobody else is sent there meanwhile. The fleet serves
+the others (`routing.py`, `Arrivals.leave`).
 
 Failures of a plan that held one request alone are counted: a lost session is one, a HELLO that names the step makes
 it two; four in a row end the request.
@@ -69,7 +70,7 @@ class Suspects:
         plans = {flight.step: _rows(worker, flight) for flight in worker.in_flight}
         oldest = worker.in_flight[0].step
         for request in plans[oldest].living:
-            request.quarantined = request.trial > 0
+            request.quarantined = request.trial > 0 or (hung and request in plans[oldest].prefilling)
         self._losses[worker.incarnation] = Loss(worker.session, hung, oldest, plans)
         while len(self._losses) > 64:
             del self._losses[next(iter(self._losses))]

@@ -17,7 +17,7 @@ from tests.simulation.neighbours import Neighbours
         pytest.param("hang", 1, 0, 25.0, 32.0, id="the only worker hangs at once"),
         pytest.param("crash", 2, 0, 2.0, 2.0, id="one of two dies at once"),
         pytest.param("crash", 2, 50, 2.0, 5.0, id="one of two dies after 50 tokens"),
-        pytest.param("hang", 2, 0, 5.0, 7.5, id="one of two hangs at once"),
+        pytest.param("hang", 2, 0, 2.5, 3.0, id="one of two hangs at once"),
         pytest.param("hang", 2, 50, 5.0, 10.0, id="one of two hangs after 50 tokens"),
         pytest.param("hang", 3, 0, 2.5, 3.0, id="one of three hangs at once"),
     ],
@@ -29,6 +29,6 @@ def test_innocent_streams_wait_no_longer(effect: str, workers: int, after: int, 
 
 
 def test_one_worker_alone_tries_who_has_failed() -> None:
-    """The first failure may be an accident, and its requests go on at once elsewhere; from then on others are spared."""
+    """A first death may be an accident, and its requests go on at once elsewhere; from then on others are spared."""
     deaths = Neighbours("crash", 2).cost().deaths
-    assert sorted(deaths.values())[0] == 1, deaths
+    assert min(deaths.values()) == 1, deaths
