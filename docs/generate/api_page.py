@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from frontend.api.openapi import description
-from frontend.validation import MAX_BAD_WORD_LENGTH, MAX_STOP_LENGTH, MAX_STOPS_LENGTH, MAX_TOKENIZED
+from frontend.validation import MAX_BAD_WORD_LENGTH, MAX_STOP_LENGTH, MAX_STOPS_LENGTH, MAX_TOKENIZED, MAX_VALUES
 from protocol.messages import MAX_WORD
 from tables import code, table
 
@@ -74,11 +74,12 @@ NARROWER = {  # by body, where a field takes less than elsewhere
     "TokenizeBody": {"prompt": f"a text of at most {MAX_TOKENIZED:,} characters; either this or `messages`, rendered no longer"},
 }
 
-INTRO = """# The HTTP API
+INTRO = f"""# The HTTP API
 
 OpenAI's, and what vLLM adds to it; made from the types that decode requests (`make docs`), as `/openapi.json` is. A field
 that is not listed is refused by name (400, `unknown_parameter`), and so is a value outside its bounds. Where no default is
-named, a field that is left out, or null, asks for nothing, or the model's own default counts. How it is used:
+named, a field that is left out, or null, asks for nothing, or the model's own default counts. A body has at most {MAX_VALUES:,}
+strings (names of fields too), lists and objects (413, `body_too_large`). How it is used:
 [user guide](../guide.md#the-api).
 """
 

@@ -229,7 +229,7 @@ class Answer:
 
     def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed. Raises ApiError if a request failed."""
-        choices: list[dict[str, Any]] = []
+        choices: list[msgspec.Raw] = []
         beside: dict[str, Any] = {}
         for entry in self._stream.entries:
             if entry.error is not None:
@@ -248,8 +248,8 @@ class Answer:
                 body |= {"finish_reason": choice.finish_reason, "stop_reason": self.stop_reason(choice)}
                 if self._form.return_token_ids:
                     body |= {"token_ids": choice.tokens}
-                choices.append(body)
                 self.place_prompt(body, beside, told)
+                choices.append(msgspec.Raw(_encode(body)))  # a long one is thousands of objects, which need not wait for the others
         return {**self._about, "object": self.object, "choices": choices, "usage": self.usage(), **beside}
 
     def prompt(self, entry: Entry) -> dict[str, Any]:
