@@ -16,11 +16,8 @@ VOCAB = 258
 
 
 def byte_geometry(settings: WorkerSettings) -> Geometry:
-    """The sizes of a worker without a model: the settings', with 4,096 blocks and tokens where they name none.
-
-    Raises LoadError if the blocks hold no sequence of max_model_len.
-    """
-    geometry = Geometry(
+    """The sizes of a worker without a model: the settings', with 4,096 blocks and tokens where they name none."""
+    return Geometry(
         block_size=settings.block_size,
         blocks=settings.num_gpu_blocks or 4096,
         host_blocks=settings.num_cpu_blocks,
@@ -29,12 +26,16 @@ def byte_geometry(settings: WorkerSettings) -> Geometry:
         max_step_tokens=settings.step_tokens(),
         vocab_size=VOCAB,
     )
+
+
+def check_room(settings: WorkerSettings) -> None:
+    """Raise LoadError if the blocks of a worker without a model hold no sequence of max_model_len."""
+    geometry = byte_geometry(settings)
     if geometry.blocks < geometry.table_width:
         raise LoadError(
             f"{geometry.blocks} blocks hold no sequence of max_model_len, which needs {geometry.table_width}: "
             "lower --max-model-len or raise --num-gpu-blocks"
         )
-    return geometry
 
 
 def describe_bytes(settings: WorkerSettings, kind: str) -> Description:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpu_worker.byte_model import check_room
 from gpu_worker.loading.config import FAMILIES, architecture
 from gpu_worker.oracle import OracleRunner
 from gpu_worker.runner import Runner
@@ -14,7 +15,7 @@ from gpu_worker.simulated import SimulatedRunner, StepTime
 
 
 def make_runner(settings: WorkerSettings, environ: Mapping[str, str]) -> Runner:
-    """The runner named in the settings. Raises ValueError, one line, for one that does not exist.
+    """The runner named in the settings. Raises ValueError or LoadError, one line, for one that does not exist or cannot be.
 
     Options that only tests and benchmarks have come from the environment: PAGEWIRE_ORACLE_STEP_TIME (seconds),
     PAGEWIRE_ORACLE_MARKS (`TOKEN=EFFECT,…`, effects as in `oracle.MARKS`), PAGEWIRE_SIMULATED_PER_TOKEN and
@@ -22,9 +23,11 @@ def make_runner(settings: WorkerSettings, environ: Mapping[str, str]) -> Runner:
     """
     match settings.runner:
         case "oracle":
+            check_room(settings)
             marks = environ.get("PAGEWIRE_ORACLE_MARKS", "")
             return OracleRunner(settings, _seconds(environ, "PAGEWIRE_ORACLE_STEP_TIME"), _marks(marks))
         case "simulated":
+            check_room(settings)
             per_token = _seconds(environ, "PAGEWIRE_SIMULATED_PER_TOKEN")
             per_kv_token = _seconds(environ, "PAGEWIRE_SIMULATED_PER_KV_TOKEN")
             return SimulatedRunner(settings, StepTime(settings.step_time, per_token, per_kv_token))

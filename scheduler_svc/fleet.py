@@ -57,7 +57,12 @@ class Fleet:
         if refusal:
             self.fence(worker, refusal)
             return
-        worker.open(model, message.geometry, self._arrivals.hasher, self._settings)
+        try:
+            worker.open(model, message.geometry, self._arrivals.hasher, self._settings)
+        except MemoryError:
+            slots, length = message.geometry.slots, message.geometry.max_model_len
+            self.fence(worker, f"{slots} slots of {length} tokens take more memory than the scheduler has")
+            return
         worker.phase, worker.heard = "serving", now
         if worker.caching:
             for block, name in _named(message.blocks, message.hashes):

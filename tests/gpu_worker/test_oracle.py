@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.core import WorkerCore
+from gpu_worker.errors import LoadError
 from gpu_worker.oracle import OracleRunner, StepError, expected, expected_with_logprobs
+from gpu_worker.runners import make_runner
 from gpu_worker.settings import WorkerSettings
 from protocol.codec import decode, encode
 from protocol.columns import pack, unpack, unpack_floats
@@ -341,3 +343,11 @@ def test_rows_of_one_step_may_read_what_another_row_of_it_writes_in_any_row_orde
         admits = [Admit(i, pack(prompt), b"", 7, params) for i, prompt in enumerate(prompts)]
         result = worker.run(Plan(1, admits=admits, **columns))
         assert unpack(result.ids).tolist() == [expected(prompts[i], 7, 1, ())[0] for i in order]
+
+
+@pytest.mark.parametrize("runner", ["oracle", "simulated"])
+def test_a_worker_whose_blocks_hold_no_sequence_is_refused(runner: str) -> None:
+    sizes = {"runner": runner, "block_size": 16, "max_model_len": 4096}
+    with pytest.raises(LoadError, match="255 blocks hold no sequence of max_model_len, which needs 256"):
+        make_runner(WorkerSettings(run_dir=Path(), num_gpu_blocks=255, **sizes), {})
+    make_runner(WorkerSettings(run_dir=Path(), num_gpu_blocks=256, **sizes), {})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from protocol.columns import pack
-from protocol.messages import Result, SamplingParams
+from protocol.messages import Geometry, Result, SamplingParams
 from scheduler_svc.requests import Choice
+from scheduler_svc.slots import Slots
 from scheduler_svc.waiting import Queue
 from tests.scheduler_svc.fake_frontend import Stream
 from tests.scheduler_svc.fake_worker import FakeWorker
@@ -108,6 +109,27 @@ def test_results_that_answer_no_plan_end_the_session() -> None:
         stage.run()
         assert stream.complete
         frontend.verify()
+
+
+def test_a_worker_whose_columns_no_memory_holds_is_refused_and_the_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    stage.worker()
+
+    def columns(geometry: Geometry, slots: int) -> Slots:
+        if geometry.max_model_len > 1000:
+            raise MemoryError
+        return Slots(geometry, slots)
+
+    monkeypatch.setattr("scheduler_svc.worker.Slots", columns)
+    huge = stage.worker(max_model_len=1 << 30)
+    ((session, reason),) = stage.engine.fleet.ending
+    assert session == huge.session
+    assert reason == f"8 slots of {1 << 30} tokens take more memory than the scheduler has"
+    stage.deliver()
+    assert huge.session not in stage.workers
+    stream = stage.frontend().submit(PROMPT, stage.now, max_tokens=5, stop=False)
+    stage.run()
+    assert stream.complete
 
 
 def test_logprobs_are_split_among_frontends() -> None:
