@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from frontend.client import Client, Model
 from frontend.errors import ApiError, from_failed
-from frontend.offline import Prepared, RequestOutput, SamplingParams, output_of, prepare
+from frontend.offline import Prepared, RequestOutput, SamplingParams, check_types, output_of, prepare
 from frontend.own_services import OwnServices
 from frontend.prompts import Prompt
 from frontend.settings import FrontendSettings
@@ -21,6 +22,7 @@ from protocol.service import CannotRun
 
 LOOK_EVERY = 0.02  # seconds between two looks at whether the model is ready
 LIVE_EVERY = 0.5  # seconds between two looks at whether the services live
+CLOSED = "the engine is not started, or closed"
 PREPARED = 32  # requests made at most before they are submitted
 
 
@@ -101,16 +103,18 @@ class AsyncLLMEngine:
             self._own.check()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, every_step: bool = True
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *, every_step: bool = True
     ) -> AsyncIterator[RequestOutput]:
         """The request's outputs so far, again and again until they are finished. Leaving the iteration aborts it.
 
-        Raises ValueError for what cannot be asked, RequestFailed, ServiceDied.
+        `request_id`: what the outputs call the request. `every_step`: false tells the finished ones alone.
+        Raises TypeError and ValueError for what cannot be asked, RequestFailed, ServiceDied.
         """
+        check_types(sampling_params, request_id)
         params = sampling_params or SamplingParams()
         model = self.model()
         async for _, output in self.outputs(self.prepared(lambda _: prepare(model, prompt, params, every_step), 1)):
-            yield output
+            yield output if request_id is None else dataclasses.replace(output, request_id=request_id)
 
     async def prepared(self, make: Callable[[int], Prepared], count: int) -> AsyncIterator[list[Prepared]]:
         """make(0), …, make(count − 1), made in a thread: one at first, then ever more at a time.
@@ -163,7 +167,7 @@ class AsyncLLMEngine:
     def client(self) -> Client:
         """The connection. Raises RuntimeError before `start` and after `close`."""
         if self._client is None:
-            raise RuntimeError("the engine is not started, or closed")
+            raise RuntimeError(CLOSED)
         return self._client
 
     def _look(self) -> None:
@@ -174,7 +178,8 @@ class AsyncLLMEngine:
     async def _news(self, stream: Stream) -> None:
         while True:
             try:
-                return await asyncio.wait_for(stream.news(), LIVE_EVERY)
+                async with asyncio.timeout(LIVE_EVERY):  # `wait_for` would lose a cancellation that comes with the news
+                    return await stream.news()
             except TimeoutError:
                 self.check()
 

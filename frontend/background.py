@@ -8,7 +8,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from frontend.async_engine import AsyncLLMEngine
+from frontend.async_engine import CLOSED, AsyncLLMEngine
 
 T = TypeVar("T")
 
@@ -30,7 +30,13 @@ class Background:
             raise
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end in the thread; an interrupt here cancels it there."""
+        """Run to the end in the thread; an interrupt here cancels it there. Raises RuntimeError after `close`, and what the work does."""
+        if self._closed:
+            work.close()
+            raise RuntimeError(CLOSED)
+        return self._run(work)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -42,13 +48,18 @@ class Background:
         """Let it run in the thread."""
         asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def check(self) -> None:
+        """Raise RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError(CLOSED)
+
     def close(self) -> None:
         """Close the engine and end the thread. Harmless when repeated."""
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self.run(self._leave())
+        self._run(self._leave())
         self.engine.end_services()  # here: at the program's end no executor takes work any more
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -49,7 +49,7 @@ class LLM(Program):
         """The outputs of each prompt, in order. `use_tqdm`: show progress on a terminal.
 
         A prompt is a text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
-        Raises ValueError for what cannot be asked, RequestFailed, ServiceDied.
+        Raises TypeError and ValueError for what cannot be asked, RequestFailed, ServiceDied; RuntimeError after `close`.
         """
         every = each(prompts)
         params = _spread(sampling_params, len(every))
@@ -122,7 +122,7 @@ def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
-        raise ValueError(f"sampling_params: SamplingParams, or a list with one for each prompt, not {params!r}"[:200])
+        raise TypeError("sampling_params: SamplingParams, or a list with one for each prompt")
     if len(params) != count:
         raise ValueError(f"sampling_params: {len(params)} of them for {count} prompts")
     return list(params)

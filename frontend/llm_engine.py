@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from frontend.async_engine import RequestFailed
 from frontend.background import Program
-from frontend.offline import Prepared, SamplingParams, prepare
+from frontend.offline import Prepared, SamplingParams, check_types, prepare
 from frontend.own_services import ServiceDied
 from frontend.prompts import Prompt
 
@@ -22,7 +22,7 @@ class StepOutput:
     request_id: str
     text: str  # new text
     tokens: list[int]  # new tokens
-    finish_reason: str | None  # None while it goes on; "error" with the reason as text
+    finish_reason: str | None  # None while it goes on; "error" with the reason as text, "abort"
     index: int = 0  # which of the request's n outputs
 
 
@@ -33,11 +33,16 @@ class LLMEngine(Program):
         super().__init__(model, **settings)
         self._steps: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         self._unfinished: dict[str, int] = {}  # request → outputs that go on
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # request → who follows it; the background's thread alone looks at them
         self._added = 0
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> str:
-        """Take a request; returns its id. Raises ValueError for what cannot be asked (log probabilities among it: a step
-        has none), and for an id that is in use."""
+        """Take a request; returns its id.
+
+        Raises TypeError and ValueError for what cannot be asked (log probabilities among it: a step has none), and for an id that
+        is in use; RuntimeError after `close`.
+        """
+        check_types(sampling_params, request_id)
         params = sampling_params or SamplingParams()
         for field in ("logprobs", "prompt_logprobs"):
             if getattr(params, field) is not None:
@@ -53,13 +58,21 @@ class LLMEngine(Program):
         self._background.begin(self._follow(request_id, prepared))
         return request_id
 
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """End a request, or several: the last step of each has the reason "abort". Ids that are not in use are passed over."""
+        self._background.run(self._abort({request_id} if isinstance(request_id, str) else {*request_id}))
+
     def has_unfinished_requests(self) -> bool:
         """Whether a step would bring something."""
         return bool(self._unfinished)
 
     def step(self) -> list[StepOutput]:
-        """Wait for something to come, and return all that has. Empty if nothing is unfinished."""
+        """Wait for something to come, and return all that has. Empty if nothing is unfinished.
+
+        Raises RuntimeError after `close`, once every request's last step has been told.
+        """
         if not self._unfinished:
+            self._background.check()
             return []
         steps = [self._steps.get()]
         while not self._steps.empty():
@@ -67,13 +80,16 @@ class LLMEngine(Program):
         for step in steps:
             if step.finish_reason is not None and step.request_id in self._unfinished:
                 self._unfinished[step.request_id] -= 1
-                if not self._unfinished[step.request_id] or step.finish_reason == "error":
+                if not self._unfinished[step.request_id] or step.finish_reason in ("error", "abort"):
                     del self._unfinished[step.request_id]
         return steps
 
     async def _follow(self, request_id: str, prepared: Prepared) -> None:
         told: dict[int, tuple[int, int]] = {}
         ended: set[int] = set()
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[request_id] = task
         try:
             async for _, output in self._background.engine.outputs(_alone(prepared)):
                 for one in output.outputs:
@@ -88,8 +104,18 @@ class LLMEngine(Program):
         except (RequestFailed, ServiceDied, RuntimeError) as error:
             self._steps.put(StepOutput(request_id, str(error), [], "error"))
         except asyncio.CancelledError:
-            self._steps.put(StepOutput(request_id, "the engine was closed", [], "error"))
+            aborted = request_id not in self._tasks  # `_abort` has taken it out
+            text, reason = ("", "abort") if aborted else ("the engine was closed", "error")
+            self._steps.put(StepOutput(request_id, text, [], reason))
             raise
+        finally:
+            self._tasks.pop(request_id, None)
+
+    async def _abort(self, request_ids: set[str]) -> None:
+        tasks = [self._tasks.pop(one) for one in request_ids & self._tasks.keys()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _alone(prepared: Prepared) -> AsyncIterator[list[Prepared]]:

@@ -86,6 +86,15 @@ class Prepared:
     prompt: str | None = None  # its text, where it was one
 
 
+def check_types(sampling_params: object, request_id: object) -> None:
+    """Refuse arguments in another order than (prompt, sampling_params, request_id). Raises TypeError, naming the argument."""
+    if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+        said = f"sampling_params: SamplingParams or None, not {type(sampling_params).__name__}"
+        raise TypeError(f"{said}; the order is prompt, sampling_params, request_id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise TypeError(f"request_id: a text or None, not {type(request_id).__name__}; the order is prompt, sampling_params, request_id")
+
+
 def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bool, name: str = "prompt") -> Prepared:
     """The request that a prompt makes. Raises ValueError, naming the field; `name`: the argument that the prompt is."""
     fields = _fields(params)

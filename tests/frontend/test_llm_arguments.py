@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from frontend.llm import LLM, SamplingParams
+from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, SamplingParams, StepOutput
 from protocol.service import CannotRun
 from tests.frontend.fakes import Engine, scheduler_in, text
 
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def run_dir() -> Iterator[Path]:
-    """Where a scripted scheduler runs; its path is short enough for sockets."""
-    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as path:
-        with scheduler_in(Path(path), Engine()):
-            yield Path(path)
+@contextlib.contextmanager
+def scheduler() -> Iterator[Path]:
+    """The run directory of a scripted scheduler, which has one frontend at a time; its path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as path, scheduler_in(Path(path), Engine()):
+        yield Path(path)
 
 
 @pytest.fixture(scope="module")
-def llm(run_dir: Path) -> Iterator[LLM]:
-    with LLM(run_dir=run_dir) as made:
+def llm() -> Iterator[LLM]:
+    with scheduler() as run_dir, LLM(run_dir=run_dir) as made:
         yield made
 
 
@@ -63,7 +65,7 @@ def test_what_is_no_prompt_is_refused_by_name(llm, wrong):
 
 @pytest.mark.parametrize("wrong", [5, "SamplingParams", {"max_tokens": 3}, [None], [{"max_tokens": 3}], [SHORT, SHORT]])
 def test_what_are_no_sampling_parameters_is_refused_by_name(llm, wrong):
-    with pytest.raises(ValueError, match=r"^sampling_params: "):
+    with pytest.raises((TypeError, ValueError), match=r"^sampling_params: "):
         llm.generate("x", wrong)
 
 
@@ -80,3 +82,88 @@ def test_a_run_directory_where_nothing_runs_is_said_at_once_and_none_is_made(tmp
     with pytest.raises(CannotRun, match=f"^no service runs in {folder}$"):
         LLM(run_dir=folder)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LLMEngine]:
+    with scheduler() as run_dir, LLMEngine(run_dir=run_dir) as made:
+        yield made
+
+
+def steps(engine: LLMEngine) -> list[StepOutput]:
+    told = []
+    while engine.has_unfinished_requests():
+        told += engine.step()
+    return told
+
+
+@pytest.mark.parametrize("wrong", [("id", "a prompt", SHORT), ("a prompt", SHORT, 7), ("a prompt", {"max_tokens": 3}, "id")])
+def test_arguments_in_another_order_are_refused_with_the_order(engine, wrong):
+    with pytest.raises(TypeError, match=r"^(sampling_params|request_id): .*the order is prompt, sampling_params, request_id$"):
+        engine.add_request(*wrong)
+    assert not engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("wrong", [None, 5, {}, SHORT])
+def test_an_engine_refuses_what_is_no_prompt_by_name(engine, wrong):
+    with pytest.raises(ValueError, match=r"^prompt: "):
+        engine.add_request(wrong)
+    assert not engine.has_unfinished_requests()
+
+
+def test_an_engine_takes_dictionaries(engine):
+    engine.add_request({"prompt_token_ids": [97]}, SHORT, "ids")
+    assert "".join(step.text for step in steps(engine)) == text(3)
+
+
+def test_an_aborted_request_ends_with_a_step_that_says_so_and_others_go_on(engine):
+    endless = SamplingParams(max_tokens=400, ignore_eos=True, n=2)
+    for name in ("a", "b", "c"):
+        engine.add_request("x", endless, name)
+    engine.add_request("x", SHORT, "goes on")
+    engine.abort_request("a")
+    engine.abort_request(["b", "c", "unknown"])
+    told = steps(engine)
+    for name in ("a", "b", "c"):
+        mine = [step.finish_reason for step in told if step.request_id == name]
+        assert mine[-1] == "abort"
+        assert set(mine[:-1]) <= {None}
+    assert [step.finish_reason for step in told if step.request_id == "goes on"][-1] == "length"
+    assert engine._background.engine.client.journal.entries() == []
+    engine.abort_request("a")  # harmless
+    engine.add_request("x", SHORT, "a")
+    assert [step.finish_reason for step in steps(engine)][-1] == "length"
+
+
+def test_an_async_engine_names_a_request_as_it_is_told_to():
+    async def ask(run_dir: Path) -> set[str]:
+        async with AsyncLLMEngine(run_dir=run_dir) as engine:
+            for wrong in (("id", "x", SHORT), ("x", SHORT, True)):
+                with pytest.raises(TypeError, match="the order is prompt, sampling_params, request_id"):
+                    await anext(engine.generate(*wrong))
+            return {output.request_id async for output in engine.generate("x", SHORT, "mine")}
+
+    with scheduler() as run_dir:
+        assert asyncio.run(ask(run_dir)) == {"mine"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_closed_engine_says_so():
+    with scheduler() as run_dir:
+        llm = LLM(run_dir=run_dir)
+        llm.close()
+        engine = LLMEngine(run_dir=run_dir)
+        engine.add_request("x", SamplingParams(max_tokens=400, ignore_eos=True))
+        engine.close()
+    assert steps(engine)[-1].finish_reason == "error"
+    asked = (
+        lambda: llm.generate("x", SHORT),
+        lambda: llm.chat([{"role": "user", "content": "x"}], SHORT),
+        lambda: engine.add_request("x", SHORT),
+        lambda: engine.abort_request("x"),
+        engine.step,
+    )
+    for ask in asked:
+        with pytest.raises(RuntimeError, match=r"^the engine is not started, or closed$"):
+            ask()
+    gc.collect()  # a coroutine that was never awaited would warn
