@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -177,11 +178,10 @@ class AsyncLLMEngine:
 
     async def _news(self, stream: Stream) -> None:
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LIVE_EVERY):  # `wait_for` would lose a cancellation that comes with the news
                     return await stream.news()
-            except TimeoutError:
-                self.check()
+            self.check()  # behind the `with`: an error of it shall not drag the timeout along
 
 
 async def _submit(client: Client, parts: AsyncIterator[list[Prepared]], stream: Stream) -> list[Prepared]:
