@@ -23,6 +23,8 @@ from frontend.validation import CompletionBody, parse
         ({"prompt": []}, False),
         ({"prompt": [1, 2], "echo": True}, False),
         ({"prompt": [1, 2], "bad_words": ["word"]}, False),
+        ({"prompt": [1, 2], "stop": "\n"}, True),
+        ({"prompt": [1, 2], "stop": ["\n", "x" * MAX_READY]}, False),
         ({"prompt": [1, 2], "logit_bias": {"3": 1.0}}, False),
     ],
 )
