@@ -9,7 +9,8 @@ from pathlib import Path
 
 import uvicorn
 
-from frontend.server import _Protocol, make_app
+from frontend.http_protocol import HttpProtocol
+from frontend.server import make_app
 from tests.frontend.fakes import Engine, LocalClient, settings_for
 
 
@@ -30,7 +31,7 @@ def test_the_connection_ends_with_the_answer_and_the_server_goes_on(tmp_path: Pa
         client = LocalClient(settings_for(tmp_path), Engine())
         await client.start()
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(make_app(client), http=_Protocol, ws="none", lifespan="off", log_config=None, access_log=False)
+        config = uvicorn.Config(make_app(client), http=HttpProtocol, ws="none", lifespan="off", log_config=None, access_log=False)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve([listener]))
         entries, client.journal.entries = client.journal.entries, raise_defect  # type: ignore[method-assign, assignment]
