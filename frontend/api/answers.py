@@ -228,7 +228,7 @@ class Answer:
         )
 
     def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed. Raises ApiError if a request failed."""
+        """The body of an answer that is not streamed, its choices encoded. Raises ApiError if a request failed."""
         choices: list[msgspec.Raw] = []
         beside: dict[str, Any] = {}
         for entry in self._stream.entries:

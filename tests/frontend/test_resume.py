@@ -157,7 +157,7 @@ def test_an_alternative_that_reads_like_the_token_does_not_hide_its_value():
     answer = CompletionAnswer(
         Stream([entry], lambda stream: None, 0.0), TOKENIZER, Form("m", 1, logprobs=True, echo_logprobs=1, echoes=["A\ufffd"])
     )
-    [choice] = answer.whole()["choices"]
+    [choice] = map(msgspec.json.decode, answer.whole()["choices"])
     assert choice["logprobs"]["top_logprobs"] == [None, {"\ufffd": -0.5}]
 
 
