@@ -22,8 +22,9 @@ SCHEDULER = (
     *("max_num_partial_prefills", "max_waiting_requests", "max_waiting_tokens"),
 )
 WORKER = (
-    *("model", "runner", "device", "dtype", "load_format", "attention", "enforce_eager", "block_size", "num_gpu_blocks", "num_cpu_blocks"),
-    *("pack_prefixes", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "seed", "threads", "step_time"),
+    *("model", "runner", "device", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "load_format", "attention", "enforce_eager"),
+    *("block_size", "num_gpu_blocks", "num_cpu_blocks", "pack_prefixes", "gpu_memory_utilization", "max_num_seqs"),
+    *("max_num_batched_tokens", "max_model_len", "seed", "threads", "step_time"),
     *("filter_kernel", "quantization", "kv_cache_dtype", "served_model_name"),
 )
 

@@ -24,6 +24,8 @@ class WorkerSettings:
     served_model_name: str = ""
     runner: str = "torch"  # torch, oracle, simulated
     device: str = "auto"  # auto, cpu, cuda
+    tensor_parallel_size: int = 1  # the only size, as of pipeline_parallel_size: vLLM's names are taken, and others refused
+    pipeline_parallel_size: int = 1
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantization: str = "auto"  # auto: as the checkpoint is; fp8: linears are rounded to it
     kv_cache_dtype: str = "auto"  # auto: dtype; fp8

@@ -20,9 +20,9 @@ OF_ROLE = {  # what each role reads under its own name as well; the protocol imp
     "scheduler": f"{_TRAFFIC} bind_frontends bind_workers allow_file policy depth max_num_seqs max_num_batched_tokens enable_prefix_caching"
     " long_prefill_token_threshold max_num_partial_prefills preemption routing check_when_idle max_waiting_requests max_waiting_tokens"
     " hash_key_file standby",
-    "worker": f"{_TRAFFIC} schedulers server_key model served_model_name runner device dtype quantization kv_cache_dtype load_format"
-    " attention enforce_eager filter_kernel pack_prefixes block_size num_gpu_blocks num_cpu_blocks gpu_memory_utilization max_num_seqs"
-    " max_num_batched_tokens max_model_len seed threads step_time",
+    "worker": f"{_TRAFFIC} schedulers server_key model served_model_name runner device tensor_parallel_size pipeline_parallel_size dtype"
+    " quantization kv_cache_dtype load_format attention enforce_eager filter_kernel pack_prefixes block_size num_gpu_blocks"
+    " num_cpu_blocks gpu_memory_utilization max_num_seqs max_num_batched_tokens max_model_len seed threads step_time",
     "admin": f"{_EACH} admin_port admin_hosts listen_fd api",
 }
 

@@ -65,6 +65,8 @@ FLAGS: dict[str, Flag] = {
     "model": Flag("Model folder, .gguf file or hub id.", empty="the packaged SmolLM2-135M-Instruct"),
     "runner": Flag("What computes the steps.", choices=("torch", "oracle", "simulated")),
     "device": Flag("Device of the model.", choices=("auto", "cpu", "cuda")),
+    "tensor_parallel_size": Flag("Ranks that share every layer; only 1 today.", low=1, high=1),
+    "pipeline_parallel_size": Flag("Ranks that have some layers each; only 1 today.", low=1, high=1),
     "dtype": Flag("Type of weights and activations; auto keeps 4-bit files packed.", choices=("auto", "float32", "bfloat16", "float16")),
     "quantization": Flag("Weights of linears; fp8 rounds those of an unquantised model.", choices=("auto", "fp8")),
     "kv_cache_dtype": Flag("Type of cached keys and values; auto is that of activations.", choices=("auto", "fp8")),

@@ -80,6 +80,17 @@ class Output(click.Path):
         return path
 
 
+class OnlySize(click.types.IntParamType):
+    """A size of which one alone is supported: 1."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """1. Raises BadParameter for all else."""
+        size = super().convert(value, param, context)
+        if size != 1:
+            self.fail(f"1 is the only size supported, not {size}", param, context)
+        return size
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """A setting: its name, type and default as the dataclass has them."""
@@ -111,7 +122,6 @@ def options(role: str, fields: Iterable[Field]) -> list[click.Parameter]:
     for field in fields:
         params.append(_option(role, field, FLAGS[field.name]))
         if field.name == "device":
-            params += [_only_one("--tensor-parallel-size"), _only_one("--pipeline-parallel-size")]
             params += [_refused("--trust-remote-code", "remote code is never run"), _refused("--worker-use-ray", "workers are processes")]
     return params
 
@@ -137,6 +147,8 @@ def _option(role: str, field: Field, flag: Flag) -> click.Option:
         return click.Option(["--run-dir"], **RUN_DIR)
     elif flag.choices:
         extra["type"] = click.Choice(flag.choices)
+    elif flag.low == flag.high == 1:
+        extra["type"] = OnlySize()
     elif field.type is int:
         low, high = (None if bound is None else int(bound) for bound in (flag.low, flag.high))
         extra["type"] = click.IntRange(low, high)
@@ -202,15 +214,6 @@ def _read_config(context: click.Context, role: str, path: Path | None) -> None:
                 raise click.BadParameter(f"{path}: {table} has no setting {key!r}")
             values[name] = value
     context.default_map = {**(context.default_map or {}), **values}
-
-
-def _only_one(name: str) -> click.Option:
-    def check(context: click.Context, param: click.Parameter, value: int) -> int:
-        if value != 1:
-            raise click.BadParameter("1 is the only size supported", context, param)
-        return value
-
-    return click.Option([name], type=int, default=1, show_default=True, callback=check, expose_value=False, help="Ranks; only 1 today.")
 
 
 def _refused(name: str, why: str) -> click.Option:

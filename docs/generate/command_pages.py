@@ -95,7 +95,7 @@ def bounds(low: float | None, high: float | None) -> str:
             return f" {low:,} or more."
         case None, _:
             return f" {high:,} at most."
-    return f" From {low:,} to {high:,}."
+    return f" From {low:,} to {high:,}." if low != high else f" {low:,}."
 
 
 def settings_page() -> str:

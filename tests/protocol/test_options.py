@@ -31,6 +31,8 @@ class Sample:
     schedulers: tuple[str, ...] = ()
     model: str = ""
     device: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -116,6 +118,15 @@ def test_a_bad_flag_is_named(arguments: list[str], message: str) -> None:
     assert settings is None
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_the_only_size_is_a_setting_like_any_other(config: Any, name: str) -> None:
+    for size, code in (("1", 0), ("2", 2)):
+        for arguments, env in (((), {f"PAGEWIRE_{name.upper()}": size}), (("--config", config(f"{name} = {size}\n")), None)):
+            result, settings = invoke(*arguments, env=env)
+            assert result.exit_code == code
+            assert (settings is None) == ("1 is the only size supported, not 2" in result.output) == (code == 2)
 
 
 @pytest.mark.parametrize("flag", ["--trust-remote-code", "--worker-use-ray"])
