@@ -13,6 +13,7 @@ from frontend.client import Client, Model
 from frontend.errors import ApiError, from_failed
 from frontend.offline import Prepared, RequestOutput, SamplingParams, check_types, output_of, prepare
 from frontend.own_services import OwnServices
+from frontend.own_settings import checked
 from frontend.prompts import Prompt
 from frontend.settings import FrontendSettings
 from frontend.streams import Stream
@@ -34,13 +35,15 @@ class RequestFailed(RuntimeError):
 class AsyncLLMEngine:
     """Streams of outputs under asyncio. Use it as `async with AsyncLLMEngine() as engine`.
 
-    settings: those of worker and scheduler, as `max_model_len=…`, where it starts its own. Raises TypeError for an unknown one.
+    settings: those of worker and scheduler, as `max_model_len=…`, where it starts its own.
+
+    Raises TypeError for an unknown one, ValueError for one whose value cannot be, before anything is started.
     """
 
     def __init__(self, model: str = "", *, run_dir: str | Path | None = None, tokenizer: str = "", **settings: Any) -> None:
         if run_dir is not None and (settings or model):
             raise TypeError("a run directory's services have their settings already: give none beside run_dir")
-        self._settings = {**settings, **({"model": model} if model else {})}
+        self._settings = checked({**settings, "model": model or None})
         self._run_dir = Path(run_dir) if run_dir is not None else None
         self._tokenizer = tokenizer
         self._own: OwnServices | None = None

@@ -12,21 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from frontend.own_settings import SCHEDULER, WORKER
 from protocol.flags import FLAGS
 from protocol.guardian import Guardian
 from protocol.service import PARENT
 
 END_WITHIN = 6.0  # seconds from SIGTERM to SIGKILL
-SCHEDULER = (
-    *("policy", "depth", "preemption", "enable_prefix_caching", "long_prefill_token_threshold"),
-    *("max_num_partial_prefills", "max_waiting_requests", "max_waiting_tokens"),
-)
-WORKER = (
-    *("model", "runner", "device", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "load_format", "attention", "enforce_eager"),
-    *("block_size", "num_gpu_blocks", "num_cpu_blocks", "pack_prefixes", "gpu_memory_utilization", "max_num_seqs"),
-    *("max_num_batched_tokens", "max_model_len", "seed", "threads", "step_time"),
-    *("filter_kernel", "quantization", "kv_cache_dtype", "served_model_name"),
-)
 
 
 class ServiceDied(RuntimeError):
@@ -37,13 +28,10 @@ class OwnServices:
     """Started by the constructor, in a run directory of their own; `close` ends them and removes it.
 
     The kernel ends them when the thread that made them does, so make it in one that lives as long as the program.
-    Raises TypeError for a setting that neither service has.
+    settings: `checked` ones.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        unknown = settings.keys() - {*SCHEDULER, *WORKER}
-        if unknown:
-            raise TypeError(f"there is no setting {sorted(unknown)[0]!r}")
         self.run_dir = Path(tempfile.mkdtemp(prefix="pagewire-llm-"))
         self._guardian = Guardian(self.run_dir, passing=True)  # removes it even if this program is killed
         self._processes: dict[str, subprocess.Popen[bytes]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, SamplingParams, StepOutput
+from frontend.own_settings import SCHEDULER, TEXTS, WORKER, checked
+from gpu_worker.settings import WorkerSettings
+from protocol.flags import FLAGS
+from protocol.options import settings_fields
 from protocol.service import CannotRun
+from scheduler_svc.settings import SchedulerSettings
 from tests.frontend.fakes import Engine, scheduler_in, text
 
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
@@ -167,3 +173,39 @@ def test_a_closed_engine_says_so():
         with pytest.raises(RuntimeError, match=r"^the engine is not started, or closed$"):
             ask()
     gc.collect()  # a coroutine that was never awaited would warn
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("max_num_seqs", value) for value in (-1, 0, 65537, "8", 1.5, True)),
+        *(("gpu_memory_utilization", value) for value in (-0.1, 1.5, math.nan, "much")),
+        *(("tensor_parallel_size", 2), ("pipeline_parallel_size", 0), ("max_model_len", -1), ("step_time", -1.0)),
+        *(("dtype", "float64"), ("policy", "lifo"), ("runner", "magic"), ("dtype", [])),
+        *(("enforce_eager", "yes"), ("enable_prefix_caching", 1), ("served_model_name", 5)),
+        *(("model", "/nope"), ("model", "nope"), ("model", "no/such.gguf"), ("model", 5)),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name_before_anything_is_started(monkeypatch, name, wrong):
+    monkeypatch.setattr("subprocess.Popen", None)
+    monkeypatch.setattr("tempfile.mkdtemp", None)
+    for made in (LLM, LLMEngine, AsyncLLMEngine):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            made(**{name: wrong})
+
+
+def test_settings_that_can_be_are_taken_as_they_are_and_none_is_the_default(tmp_path):
+    given = {"max_num_seqs": 8, "gpu_memory_utilization": 1, "tensor_parallel_size": 1, "enforce_eager": True, "model": tmp_path}
+    assert checked({**given, "quantization": None, "max_model_len": None}) == given
+    assert checked({"model": "owner/name"}) == {"model": "owner/name"}
+    assert checked({"model": "a name", "runner": "oracle"}) == {"model": "a name", "runner": "oracle"}
+    with pytest.raises(TypeError, match="no setting 'max_seqs'"):
+        checked({"max_seqs": None})
+
+
+def test_what_is_checked_as_a_text_a_switch_or_a_number_is_one():
+    kinds = {f.name: f.type for settings in (SchedulerSettings, WorkerSettings) for f in settings_fields(settings)}
+    numbers = {name: type(FLAGS[name].low) for name in (*WORKER, *SCHEDULER) if not FLAGS[name].choices and FLAGS[name].low is not None}
+    assert numbers == {name: kinds[name] for name in numbers}
+    texts = {name for name in (*WORKER, *SCHEDULER) if kinds[name] is str and not FLAGS[name].choices}
+    assert texts == set(TEXTS)
