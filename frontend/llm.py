@@ -21,10 +21,12 @@ from frontend.llm_engine import LLMEngine, StepOutput
 from frontend.offline import CompletionOutput, Prepared, RequestOutput, SamplingParams, prepare, prepare_chat
 from frontend.own_services import ServiceDied
 from frontend.prompts import Prompt, each
+from protocol.service import CannotRun
 
 __all__ = [
     "LLM",
     "AsyncLLMEngine",
+    "CannotRun",
     "CompletionOutput",
     "LLMEngine",
     "RequestFailed",
@@ -38,7 +40,10 @@ Messages = list[dict[str, Any]]
 
 
 class LLM(Program):
-    """Prompts in, outputs out: `LLM(model).generate(prompts, SamplingParams(max_tokens=64))`. Settings as `AsyncLLMEngine`'s."""
+    """Prompts in, outputs out: `LLM(model).generate(prompts, SamplingParams(max_tokens=64))`.
+
+    Settings as `AsyncLLMEngine`'s. Raises TypeError and ValueError for those, ServiceDied, CannotRun.
+    """
 
     def generate(
         self,

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, SamplingParams, StepOutput
+from frontend.llm import LLM, AsyncLLMEngine, CannotRun, LLMEngine, SamplingParams, StepOutput
 from frontend.own_settings import SCHEDULER, TEXTS, WORKER, checked
 from gpu_worker.settings import WorkerSettings
 from protocol.flags import FLAGS
 from protocol.options import settings_fields
-from protocol.service import CannotRun
 from scheduler_svc.settings import SchedulerSettings
 from tests.frontend.fakes import Engine, scheduler_in, text
 
