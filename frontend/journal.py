@@ -360,6 +360,7 @@ class Journal:
         except LookupError as error:
             self._failed(Failed(submit.request, 404, "stream_gone", f"the stream cannot be resumed: {error}", "Last-Event-ID"))
             return
+        self._put_off.pop(entry.handle, None)
         for choice in entry.adopt(new, submit, self._measures(new.model), now):
             self._choice_ended(entry, choice)
         self.touched[entry.handle] = entry

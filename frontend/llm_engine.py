@@ -59,7 +59,10 @@ class LLMEngine(Program):
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
-        """End a request, or several: the last step of each has the reason "abort". Ids that are not in use are passed over."""
+        """End a request, or several; ids that are not in use are passed over.
+
+        The last step of each has the reason "abort"; with that its id is free again.
+        """
         self._background.run(self._abort({request_id} if isinstance(request_id, str) else {*request_id}))
 
     def has_unfinished_requests(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -154,7 +155,14 @@ def parse(body: bytes, kind: type[T]) -> T:
 @functools.cache
 def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
     """Fractions in what has no type of ours are read by Python: the decoder takes up to 8 µs for one with a large negative exponent."""
-    return msgspec.json.Decoder(kind, float_hook=float)
+    return msgspec.json.Decoder(kind, float_hook=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("Number out of range")
+    return value
 
 
 def _check_values(body: bytes) -> None:

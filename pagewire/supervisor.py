@@ -155,8 +155,8 @@ class Supervisor:
             case "start":
                 if not child.retired:
                     raise ValueError(f"{name} has not been drained: there is nothing to start")
-                if child.twin:
-                    raise ValueError(f"{name} was replaced by {child.twin}")
+                if (successor := self._successor(child)) is not None:
+                    raise ValueError(f"{name} was replaced by {successor.spec.name}")
                 # One that is still leaving is started again when it has left.
                 child.retired, child.renewed, child.start_at = False, running, None if running else 0.0
                 child.added, child.failure, child.restarts = True, "", Restarts()
@@ -175,6 +175,12 @@ class Supervisor:
             case _:
                 raise ValueError(f"there is no command {command!r}")
         return {}
+
+    def _successor(self, child: _Child) -> _Child | None:
+        """Who has taken a service's place, after however many rolls, and has not left."""
+        while child.retired and child.twin:
+            child = next(other for other in self._children if other.spec.name == child.twin)
+        return None if child.retired else child
 
     def _add_twin(self, spec: Spec) -> str:
         """Have another service like this one, under the first name of its role that nobody bears."""

@@ -12,6 +12,7 @@ from scheduler_svc.requests import Request
 from scheduler_svc.waiting import Queue, Shares
 from scheduler_svc.worker import Worker
 
+REMEMBERED = 64  # lost workers, by name
 RECENT = 256  # outputs that a prediction looks back on
 TRACED = 10_000  # admissions of traced requests that are kept until they are exported
 GUESS = 256  # tokens expected before any output has ended
@@ -86,6 +87,8 @@ class Model:
         """A worker is gone, and did not mean to."""
         self.workers.remove(worker)
         self.lost_at = self._absent[worker.name] = now
+        if len(self._absent) > REMEMBERED:
+            del self._absent[next(iter(self._absent))]
 
     def has_another(self, lost: Worker, since: float) -> bool:
         """Whether there is another worker than the lost one, or was at a time and may come back."""

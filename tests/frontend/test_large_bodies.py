@@ -54,7 +54,7 @@ def test_numbers_of_template_arguments_are_read_by_python() -> None:
     body = b'{"messages": [{"role": "user"}], "chat_template_kwargs": {"numbers": [%b]}}'
     read = parse(body % ",".join(numbers).encode(), ChatBody).chat_template_kwargs
     assert read == {"numbers": [float(number) for number in numbers]}
-    assert validation._decoder(ChatBody).float_hook is float
+    assert validation._decoder(ChatBody).float_hook is validation._finite
 
 
 @pytest.mark.parametrize("end", [b"", b"\\"])
@@ -104,3 +104,9 @@ def test_the_refusal_of_a_long_answer_is_told(tmp_path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Answer, "whole", refuse)
     assert error(complete(tmp_path, max_tokens=500, logprobs=2), 503, None)["code"] == "moved"
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_that_no_float_holds_is_refused_where_fields_have_no_type(number: str, tmp_path) -> None:
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"a": %b}}' % number.encode()
+    assert error(post("/v1/chat/completions", body, tmp_path), 400, "chat_template_kwargs")["code"] == "invalid_value"

@@ -117,6 +117,8 @@ def test_stale_files_are_removed_at_the_next_start(run_dir: Path) -> None:
         program.read_until("ready: fakes")
         family = program.family()
         for process in family:
+            process.suspend()  # else the guardian might clean up before it is killed
+        for process in family:
             process.kill()
         eventually(lambda: gone(family))
     assert (run_dir / "services" / "worker-0.json").exists()
@@ -228,6 +230,12 @@ def test_one_that_a_roll_replaced_is_not_started_again(run_dir: Path) -> None:
         with pytest.raises(RunDirError, match="worker-0 was replaced by worker-1"):
             start(RunDir(run_dir), "worker-0", 20.0, lambda _: None)
         assert [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", "worker-1"]
+        roll(RunDir(run_dir), ["worker-1"], 10.0, 60.0, lambda _: None)
+        with pytest.raises(RunDirError, match="worker-1 was replaced by worker-0"):
+            start(RunDir(run_dir), "worker-1", 20.0, lambda _: None)
+        drain(RunDir(run_dir), "worker-0", 10.0, lambda _: None)
+        start(RunDir(run_dir), "worker-1", 20.0, lambda _: None)  # its place is free again
+        eventually(lambda: [r.name for r in RunDir(run_dir).services()] == ["scheduler-0", "worker-1"])
 
 
 def test_two_rolls_at_once_are_kept_apart(run_dir: Path) -> None:
