@@ -182,6 +182,7 @@ class Entry:
         self.moved = False  # another frontend answers it now
         self.finished = False  # the client has everything, or has gone
         self.attaching: Attach | None = None  # asked for with this, not yet answered
+        self.put_off = False  # answered, but could not be revived yet: to be asked for once more
         self.listener: object = None  # the shell's: whom to wake
         self.span: object = None  # the shell's: the span of a request that it traces
         self.choices: list[Choice] = []
@@ -205,7 +206,7 @@ class Entry:
     def adopt(self, new: NewRequest, submit: Submit, measures: Measures, now: float) -> list[Choice]:
         """Take over the request from another frontend, as its SUBMIT tells it. Returns the choices that end with that."""
         self.fill(new)
-        self.attaching = None
+        self.attaching, self.put_off = None, False
         self.measures = measures
         self.owner = submit.owner
         self.admitted = submit.admitted

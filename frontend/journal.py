@@ -77,7 +77,6 @@ class Journal:
         self._next_handle = 0
         self._by_handle: dict[int, Entry] = {}
         self._by_id: dict[bytes, Entry] = {}
-        self._put_off: dict[int, Entry] = {}  # attached ones that could not be revived yet, by handle
 
     # ---------------------------------------------------------------- what the API asks for
 
@@ -103,9 +102,9 @@ class Journal:
 
     def attach_again(self) -> None:
         """Ask once more for what came and could not be revived yet; what a scheduler has told of it meanwhile, it tells again."""
-        waiting, self._put_off = self._put_off, {}
-        for entry in waiting.values():
-            if entry.attaching and not entry.ended:
+        for entry in self._by_handle.values():
+            if entry.put_off and entry.attaching and not entry.ended:
+                entry.put_off = False
                 self._send(entry.attaching)
 
     def abort(self, entry: Entry, choices: Sequence[int] | None = None, now: float = 0.0) -> None:
@@ -128,7 +127,6 @@ class Journal:
             self.abort(entry)
         del self._by_id[entry.request]
         self.touched.pop(entry.handle, None)
-        self._put_off.pop(entry.handle, None)
         if not entry.moved:
             self._send(Done(entry.request))
 
@@ -253,7 +251,7 @@ class Journal:
         self._admissions(message)
         for handle, index, first, ids, logprobs in rows(message):
             entry = self._by_handle.get(handle)
-            if handle in self._put_off:
+            if entry is not None and entry.put_off:
                 continue
             if entry is None or not 0 <= index < len(entry.choices):
                 self.counters.add("journal_unknown")
@@ -298,7 +296,7 @@ class Journal:
 
     def _scores(self, message: PromptScores) -> None:
         entry, scores = self._by_handle.get(message.handle), message.scores
-        if message.handle in self._put_off:
+        if entry is not None and entry.put_off:
             return
         if entry is None or not entry.unscored:
             self.counters.add("journal_unknown")
@@ -355,12 +353,11 @@ class Journal:
         try:
             new = self._revive(submit)
         except NotYet:
-            self._put_off[entry.handle] = entry
+            entry.put_off = True
             return
         except LookupError as error:
             self._failed(Failed(submit.request, 404, "stream_gone", f"the stream cannot be resumed: {error}", "Last-Event-ID"))
             return
-        self._put_off.pop(entry.handle, None)
         for choice in entry.adopt(new, submit, self._measures(new.model), now):
             self._choice_ended(entry, choice)
         self.touched[entry.handle] = entry

@@ -90,6 +90,27 @@ class TestMoves:
         journal.attach_again()
         assert sent(journal) == []
 
+    def test_a_new_session_asks_for_what_was_put_off_and_tokens_count_again(self):
+        answers = iter((NotYet(), None))
+
+        def revived(submit: Submit) -> NewRequest:
+            if (refusal := next(answers)) is not None:
+                raise refusal
+            return self.revived(submit)
+
+        journal = Journal(2, TIMES, Counters(), revived)
+        journal.opened(WELCOME, 0.0)
+        entry = journal.attach(bytes(16), 1.0)
+        params = SamplingParams(5, stop_ids=pack([EOS]))
+        told = JournalMessage(Submit(bytes(16), entry.handle, "oracle", pack([1]), params, [Choice(0, 9, pack(b"abc"))], 3, True, 2.0))
+        journal.message(told, 2.0)
+        journal.closed(3.0)
+        journal.opened(WELCOME, 4.0)
+        assert sent(journal) == [Attach(bytes(16), entry.handle), Resumed(1)]
+        journal.message(told, 5.0)
+        give(journal, entry, "de")
+        assert entry.choices[0].take() == "abcde"
+
     def test_a_pending_attach_is_asked_again_before_resumed(self):
         journal = Journal(2, TIMES, Counters(), self.revived)
         entry = journal.attach(bytes(16), 1.0)
