@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ def ranked(entry: Entry, count: int) -> list[Choice]:
     return sorted(entry.choices, key=cumulative, reverse=True)[:count]
 
 
-class Answer:
+class Answer(ABC):
     """Base of the two kinds. Says nothing twice: a choice's role, its end, and each token are told once."""
 
     id_prefix = ""
@@ -177,16 +178,17 @@ class Answer:
             self._begun.add((entry.handle, choice.index))
             self.begin(entry, place, first, choice, out)
 
+    @abstractmethod
     def begin(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         """Append the event that comes before a choice's first token, if this kind of answer has one."""
 
+    @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
         """The part of a chunk's choice that holds its text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, choice: Choice, place: int) -> dict[str, Any] | None:
         """The log probabilities of the tokens since the last call; None if none were asked for."""
-        raise NotImplementedError
 
     def _full_event(self, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         body: dict[str, Any] = {}
@@ -261,9 +263,9 @@ class Answer:
             told["prompt_token_ids"] = unpack(entry.new.prompt).tolist()
         return told
 
+    @abstractmethod
     def place_prompt(self, body: dict[str, Any], beside: dict[str, Any], told: dict[str, Any]) -> None:
         """Put what is told about a prompt into a choice's `body`, or `beside` the choices."""
-        raise NotImplementedError
 
     def _by_id(self, item: TokenLogprobs) -> dict[str, Any]:
         shown = self._form.prompt_logprobs + 1
@@ -272,9 +274,9 @@ class Answer:
             told.setdefault(str(id), {"logprob": value, "rank": rank or item.rank, "decoded_token": self._token(id)})
         return told
 
+    @abstractmethod
     def body(self, text: str, place: int) -> dict[str, Any]:
         """The part of a whole choice that holds its text."""
-        raise NotImplementedError
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage, of all prompts and choices together."""
