@@ -24,6 +24,15 @@ __device__ __forceinline__ u32 pair(float first, float second) {
   return r;
 }
 
+// Sum of the squares of eight bf16.
+__device__ __forceinline__ float squares(uint4 v) {
+  const u32 e[4] = {v.x, v.y, v.z, v.w};
+  float q = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) q = fmaf(low(e[i]), low(e[i]), fmaf(high(e[i]), high(e[i]), q));
+  return q;
+}
+
 // One element of the model's type: DTYPE 0 bf16, 1 fp16, 2 fp32
 #ifndef DTYPE
 #define DTYPE 0

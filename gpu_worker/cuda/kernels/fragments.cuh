@@ -34,13 +34,6 @@ __device__ __forceinline__ float2 peer_read(const float2* here, int rank) {  // 
 __device__ __forceinline__ uint4 load_tokens(const u16* p, bool live) {
   return live ? __ldcg((const uint4*)p) : make_uint4(0u, 0u, 0u, 0u);
 }
-__device__ __forceinline__ float squares(uint4 v) {
-  const u32 e[4] = {v.x, v.y, v.z, v.w};
-  float q = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) q = fmaf(low(e[i]), low(e[i]), fmaf(high(e[i]), high(e[i]), q));
-  return q;
-}
 
 template <int Groups, int Tokens>
 __device__ __forceinline__ void clear(float (&sums)[Groups][Tokens][4]) {

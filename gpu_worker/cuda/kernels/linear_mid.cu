@@ -59,13 +59,6 @@ __device__ __forceinline__ void send(float* here, int rank, float a, float b) {
 __device__ __forceinline__ void send(float* here, int rank, float a) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(peer_address(here, rank)), "f"(a) : "memory");
 }
-__device__ __forceinline__ float squares(uint4 v) {
-  const u32 e[4] = {v.x, v.y, v.z, v.w};
-  float q = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) q = fmaf(low(e[i]), low(e[i]), fmaf(high(e[i]), high(e[i]), q));
-  return q;
-}
 
 #define FOUR(m) "+f"(d[m][0]), "+f"(d[m][1]), "+f"(d[m][2]), "+f"(d[m][3])
 // d += A B: A 64 x 16 from registers, B 16 x TOKENS: core matrices 128 bytes apart between 8 tokens, MT * 128 between 8 columns
