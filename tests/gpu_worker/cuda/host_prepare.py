@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from gpu_worker.cuda.compiler import KERNELS
@@ -19,6 +17,7 @@ from gpu_worker.cuda.step_kernels import PREPARE
 from gpu_worker.runner import Step
 from protocol.columns import EMPTY, Int32
 from protocol.messages import Geometry, Plan
+from tests.gpu_worker.cuda.host_compiler import compiler
 
 HERE = Path(__file__).parent
 BLOCK_SIZE, SPREAD, LEFT = 16, 33, -7  # LEFT: what the list holds where nothing was written
@@ -28,12 +27,9 @@ _folder = tempfile.TemporaryDirectory(prefix="pagewire-prepare-")
 @functools.cache
 def _prepare(pack: int) -> ctypes._NamedFuncPointer:
     """The function of host_prepare.cpp. Skips the test where there is no C++ compiler."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
     library = Path(_folder.name) / f"pack{pack}.so"
     macros = [f"-DPACK={pack}"] if pack > 1 else []
-    command = [compiler, "-O1", "-w", "-shared", "-fPIC", "-std=c++17", *macros, f"-I{KERNELS}", "-o", str(library)]
+    command = [compiler(), "-O1", "-w", "-shared", "-fPIC", "-std=c++17", *macros, f"-I{KERNELS}", "-o", str(library)]
     subprocess.run([*command, str(HERE / "host_prepare.cpp")], check=True, timeout=120)
     function = ctypes.CDLL(str(library)).host_prepare
     function.argtypes = [ctypes.c_int, ctypes.c_uint, *({"P": ctypes.c_void_p, "i": ctypes.c_int}[kind] for kind in PREPARE)]

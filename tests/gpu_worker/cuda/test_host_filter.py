@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from gpu_worker.runner import Record
 from gpu_worker.sampler import Filters, Sampler
 from protocol.columns import EMPTY
 from protocol.messages import SamplingParams
+from tests.gpu_worker.cuda.host_compiler import compiler
 
 CPU = torch.device("cpu")
 ROWS = 8
@@ -29,11 +29,8 @@ _folder = tempfile.TemporaryDirectory(prefix="pagewire-filter-")
 @functools.cache
 def _function() -> ctypes._NamedFuncPointer:
     """The function of host_filter.cpp. Skips the test where there is no C++ compiler."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
     library = Path(_folder.name) / "filter.so"
-    command = [compiler, "-O1", "-w", "-shared", "-fPIC", "-std=c++17", f"-I{KERNELS}", "-o", str(library)]
+    command = [compiler(), "-O1", "-w", "-shared", "-fPIC", "-std=c++17", f"-I{KERNELS}", "-o", str(library)]
     subprocess.run([*command, str(Path(__file__).parent / "host_filter.cpp")], check=True, timeout=120)
     function = ctypes.CDLL(str(library)).host_filter
     number, pointer = ctypes.c_int, ctypes.c_void_p

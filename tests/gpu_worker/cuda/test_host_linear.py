@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
 import subprocess
 import tempfile
 from dataclasses import replace
@@ -19,6 +18,7 @@ from gpu_worker.cuda.linears import Cut
 from gpu_worker.layers import fp8
 from gpu_worker.layers.fp8 import as_factor
 from gpu_worker.loading.source import Fp8
+from tests.gpu_worker.cuda.host_compiler import compiler
 from tests.gpu_worker.cuda.reference import error
 
 HERE = Path(__file__).parent
@@ -30,15 +30,12 @@ _folder = tempfile.TemporaryDirectory(prefix="pagewire-linear-")
 @functools.cache
 def _function(cut: Cut, role: str, token_groups: int) -> ctypes._NamedFuncPointer:
     """The function of host_linear.cpp for one cut. Skips the test where there is no C++ compiler."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
     folder = Path(tempfile.mkdtemp(dir=_folder.name))
     source, shared = (KERNELS / "linear.cu").read_text(), "extern __shared__ __align__(16) float shared[];"
     assert shared in source
     (folder / "linear_on_host.cu").write_text(source.replace(shared, "float* shared = shared_memory();"))
     macros = [f"-D{k}={v}" for k, v in (cut.macros | ROLES[role] | {"MT": token_groups}).items()]
-    command = [compiler, "-O1", "-w", "-shared", "-fPIC", "-std=c++17", f"-I{folder}", f"-I{KERNELS}", *macros]
+    command = [compiler(), "-O1", "-w", "-shared", "-fPIC", "-std=c++17", f"-I{folder}", f"-I{KERNELS}", *macros]
     library = folder / "linear.so"
     subprocess.run([*command, "-o", str(library), str(HERE / "host_linear.cpp")], check=True, timeout=120)
     function = ctypes.CDLL(str(library)).host_linear
