@@ -193,6 +193,7 @@ def test_a_step_that_raises_ends_the_session_and_the_next_hello_names_it(start, 
     scheduler.expect(Ready)
     failed = scheduler.session
     scheduler.send(first_plan(PROMPT))
+    assert unpack(scheduler.expect(Result).ids).tolist() == expected(PROMPT, 11, 1)  # what has not left yet ends with the session
     scheduler.send(
         Plan(
             2,
@@ -213,7 +214,6 @@ def test_a_step_that_raises_ends_the_session_and_the_next_hello_names_it(start, 
             ),
         )
     )
-    assert unpack(scheduler.expect(Result).ids).tolist() == expected(PROMPT, 11, 1)
     scheduler.expect(Ready)
     assert (scheduler.hellos[-1].failed_session, scheduler.hellos[-1].failed_step) == (failed, 2)
     scheduler.send(first_plan(PROMPT))  # it serves again, from step 1
