@@ -102,6 +102,7 @@ class WorkerCore:
         if plan.step != self._step + 1:
             raise PlanError(plan.step, "step", f"does not follow {self._step}")
         self._step = plan.step
+        after_rest = not self._slots.bound
         self._release(plan)
         self._seal(plan)
         self._seal_copies()
@@ -111,7 +112,7 @@ class WorkerCore:
         if plan.assign_blocks:
             self._sealed.forget(unpack(plan.assign_blocks))
         self._copy(plan)
-        return self._rows(plan, bind_slots, bind_records)
+        return self._rows(plan, bind_slots, bind_records, after_rest)
 
     def _release(self, plan: Plan) -> None:
         if plan.drops:
@@ -180,7 +181,7 @@ class WorkerCore:
             self._host_sealed.forget(target)
             self._copies.append(_CopyOut(plan.step, source, target, *self._sealed.lookup(source)))
 
-    def _rows(self, plan: Plan, bind_slots: Int32, bind_records: list[Record]) -> Step:
+    def _rows(self, plan: Plan, bind_slots: Int32, bind_records: list[Record], after_rest: bool) -> Step:
         rows = self._slots.rows_of(plan)
         starts, counts, outputs = unpack(plan.starts), unpack(plan.counts), unpack(plan.outputs)
         known = np.minimum(np.maximum(rows.known - starts, 0), counts)
@@ -202,6 +203,7 @@ class WorkerCore:
             bind_slots=bind_slots,
             bind_records=bind_records,
             scores=_scores(plan, rows) if plan.scores else EMPTY,
+            after_rest=after_rest,
         )
 
     def _check_rows(self, plan: Plan, rows: Rows, ends: Int32, outputs: Int32, unknown: Int32) -> None:
@@ -244,7 +246,7 @@ class WorkerCore:
             flags=outcome.flags.tobytes(),
             copied=outcome.copied,
             seconds=outcome.seconds,
-            idle=outcome.idle,
+            idle=0.0 if step.after_rest else outcome.idle,
             lp_counts=pack(outcome.lp_counts),
             lp_ids=pack(outcome.lp_ids),
             lp_values=pack_floats(outcome.lp_values),

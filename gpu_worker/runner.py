@@ -68,6 +68,7 @@ class Step:
     bind_slots: Int32  # slots bound by this plan, their records beside them
     bind_records: list[Record]
     scores: Int32 = field(default_factory=lambda: EMPTY)  # per row: the first prompt position it reports, 0 for none; or empty
+    after_rest: bool = False  # no slot was bound when its plan came: until then there was no work
 
     @classmethod
     def nothing(cls) -> Step:
@@ -114,7 +115,7 @@ class Outcome:
     tokens: Int32  # −1 where there is none
     flags: UInt8  # STOPPED, NAN, DEAD of protocol.messages
     seconds: float = 0.0
-    idle: float = 0.0
+    idle: float = 0.0  # of the device, in seconds, since the step before, whether or not there was work
     copied: int = 0
     lp_counts: Int32 = field(default_factory=lambda: EMPTY)
     lp_ids: Int32 = field(default_factory=lambda: EMPTY)

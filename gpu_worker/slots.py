@@ -73,6 +73,7 @@ class Slots:
         self.generation: Int32 = np.full(slots, UNBOUND, dtype=np.int32)
         self.known: Int32 = np.zeros(slots, dtype=np.int32)
         self.capacity: Int32 = np.zeros(slots, dtype=np.int32)
+        self.bound = 0  # slots that are
         self._named: tuple[bytes, bytes] | None = None  # the slots and generations that were asked for last, and their rows
         self._rows: Rows
 
@@ -101,6 +102,7 @@ class Slots:
 
     def bind(self, slot: int, generation: int, record: Record) -> None:
         """Let `record` run in `slot`; rows name the slot with this generation from now on."""
+        self.bound += self.records[slot] is None
         self.records[slot] = record
         self.generation[slot] = generation
         self.known[slot] = record.length
@@ -109,6 +111,7 @@ class Slots:
 
     def free(self, slot: int) -> None:
         """Unbind a slot. A free slot stays free."""
+        self.bound -= self.records[slot] is not None
         self.records[slot] = None
         self.generation[slot] = UNBOUND
         self._named = None
@@ -116,6 +119,7 @@ class Slots:
     def clear(self) -> None:
         """Unbind all slots: the session is over, and generations with it."""
         self.records = [None] * len(self.records)
+        self.bound = 0
         self.generation.fill(UNBOUND)
         self._named = None
 

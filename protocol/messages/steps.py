@@ -155,7 +155,7 @@ class Result(Message, tag="result", frozen=True):
     flags: bytes  # uint8 per output: STOPPED, NAN, DEAD
     copied: int = 0  # swap copies of all steps up to this one are complete
     seconds: float = 0.0  # device time of the step
-    idle: float = 0.0  # device time without work before it
+    idle: float = 0.0  # device time since the step before it; 0 if no slot was bound meanwhile
     lp_counts: bytes = b""  # pairs per token of each output; empty: no output has logprobs
     lp_ids: bytes = b""
     lp_values: bytes = b""  # float32

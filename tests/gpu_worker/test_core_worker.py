@@ -312,6 +312,23 @@ def test_another_hash_key_drops_all_hashes_and_the_same_one_none(core):
 # ---------------------------------------------------------------- files
 
 
+def test_the_device_is_idle_only_while_a_slot_is_bound(core):
+    def idle(plan: Plan, tokens: tuple[int, ...], seconds: float) -> float:
+        found = outcome(*tokens)
+        found.idle = seconds
+        return core.result(apply(core, plan), found).idle
+
+    assert idle(Plan(1, admits=[admit()], **bound(), **row(0, 5)), (99,), 60.0) == 0.0
+    assert idle(Plan(2, **row(5, 1)), (98,), 0.25) == 0.25
+    assert idle(Plan(3, frees=pack([0]), drops=pack([1])), (), 0.5) == 0.5
+    assert idle(Plan(4, admits=[admit(2)], **bound(2, slot=1), **row(0, 5, slot=1)), (97,), 60.0) == 0.0, "nobody had asked for anything"
+    # one request behind another in one plan: the second had waited
+    next = {**bound(3, slot=1, generation=2), "frees": pack([1]), "drops": pack([2])}
+    assert idle(Plan(5, admits=[admit(3)], **next, **row(0, 5, slot=1, generation=2)), (96,), 0.75) == 0.75
+    core.reset()
+    assert idle(Plan(1, admits=[admit()], **bound(), **row(0, 5)), (99,), 60.0) == 0.0, "of another session nothing is known"
+
+
 def test_tokenizer_files_are_served_in_pieces(core):
     bundle = bytes(range(256)) * 3000
     d = core.description
