@@ -37,6 +37,7 @@ class Tokenizers:
         self._unusable: dict[bytes, str] = {}  # files that arrived whole and are no tokenizer: why
         self._building: dict[bytes, asyncio.Task[None]] = {}  # of files that have arrived, or wait to be asked for again
         self._fetches: list[Fetch] = []
+        self._closed = False
 
     async def read(self, path: str) -> None:
         """Use the tokenizer at `path` for every model. Raises BundleError or TokenizerError if it cannot be read."""
@@ -52,6 +53,8 @@ class Tokenizers:
 
     def follow(self) -> None:
         """Ask for what new models need, and build what has arrived; to be called when the journal has news."""
+        if self._closed:
+            return
         if self._journal.models_changed:
             self._journal.models_changed = False
             self._want()
@@ -59,7 +62,8 @@ class Tokenizers:
             self._take()
 
     def close(self) -> None:
-        """Stop building."""
+        """Stop building, for good."""
+        self._closed = True
         for task in self._building.values():
             task.cancel()
 

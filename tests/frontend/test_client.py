@@ -80,11 +80,17 @@ def test_requests_are_answered_with_every_token(folder):
         assert run(folder, scenario) == [text(50, choice) for _ in range(20) for choice in range(2)]
 
 
-def test_the_tokenizer_comes_over_the_wire(folder):
-    async def scenario(client: Client) -> list[int]:
+def test_without_a_scheduler_nothing_can_be_asked(folder):
+    async def scenario(client: Client) -> None:
         assert client.why_not_ready() == "no scheduler has answered yet"
         with pytest.raises(ApiError, match="not ready"):
             client.model(None)
+
+    run(folder, scenario)
+
+
+def test_the_tokenizer_comes_over_the_wire(folder):
+    async def scenario(client: Client) -> list[int]:
         await until(lambda: not client.why_not_ready())
         return client.model("oracle").tokenizer.encode_batch(["hi"])[0]
 

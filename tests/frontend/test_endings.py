@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from frontend.access import MAX_HEADERS
 from frontend.errors import ApiError
@@ -34,9 +35,17 @@ class Server:
         self.engine = engine
         self.client = LocalClient(settings_for(folder, **settings), engine)
         self.app = make_app(self.client)
-        self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test", timeout=20
-        )
+        self.answered = asyncio.Event()  # set once part of an answer has been sent
+        transport = httpx.ASGITransport(self._watched, raise_app_exceptions=False)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20)
+
+    async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def seen(message: Message) -> None:
+            await send(message)
+            if message.get("body"):
+                self.answered.set()
+
+        await self.app(scope, receive, seen)
 
     def counters(self) -> Counter[Sample]:
         samples = self.client.series() + self.app.state.accounts.series()
@@ -70,7 +79,9 @@ class Server:
         """A request that would go on for ever, and something that happens to it."""
         self.engine.paused = not stream
         asked = asyncio.ensure_future(self.complete(max_tokens=500, ignore_eos=True, stream=stream))
-        while not self.client.journal.entries() or (stream and not self.client.journal.entries()[0].first_token):
+        if stream:
+            await self.answered.wait()
+        while not self.client.journal.entries():
             await asyncio.sleep(0.001)
         act()
         with contextlib.suppress(AssertionError):  # httpx's transport objects to a stream that is cut off: one that moved is

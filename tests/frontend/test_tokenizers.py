@@ -115,3 +115,13 @@ def test_what_was_not_built_for_a_defect_of_ours_is_fetched_again_with_the_next_
         assert scene.fetched == 2
 
     run(scenario)
+
+
+def test_once_closed_nothing_is_built_of_what_still_arrives() -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.tokenizers.close()
+        await scene.workers(1)
+        scene.pump()
+        assert (scene.fetched, scene.begun) == (0, 0)
+
+    run(scenario)
