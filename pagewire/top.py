@@ -1,9 +1,10 @@
-"""`pagewire top`: services, speed, queue and blocks in the terminal, from the admin server's /metrics."""
+"""`pagewire top`: what the live page shows, in the terminal, from the admin server's /metrics and /state."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import select
 import sys
@@ -23,16 +24,17 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Labels = frozenset[tuple[str, str]]
-BLOCKS = (("used", "red"), ("cached", "yellow"), ("free", "green"))
-BAR = 30  # characters of a bar of blocks
+BLOCKS = (("shared", "3", "magenta"), ("used", "2", "red"), ("cached", "1", "yellow"), ("free", "0", "green"))  # as /state counts them
+BAR = 24  # characters of a bar of blocks
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What /metrics said at one moment: the value of each metric's labels."""
+    """What /metrics said at one moment, the value of each metric's labels, and /state beside it."""
 
     at: float = 0.0
     values: Mapping[str, Mapping[Labels, float]] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, metric: str, **labels: str) -> float:
         """The sum over all that have these labels; 0 if there are none. A metric's name is said without `pagewire_`."""
@@ -40,21 +42,16 @@ class Snapshot:
         name = metric if ":" in metric else f"pagewire_{metric}"
         return sum(value for key, value in self.values.get(name, {}).items() if wanted <= key)
 
-    def labels(self, metric: str, label: str) -> list[str]:
-        """All values of a label, sorted."""
-        keys = self.values.get(f"pagewire_{metric}", {})
-        return sorted({value for key in keys for name, value in key if name == label})
 
-
-def parse(text: str, at: float) -> Snapshot:
-    """A snapshot of Prometheus' text. Raises ValueError for anything else."""
+def parse(text: str, at: float, state: Mapping[str, Any] | None = None) -> Snapshot:
+    """A snapshot of Prometheus' text and /state's object. Raises ValueError for another text."""
     from prometheus_client.parser import text_string_to_metric_families
 
     values: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             values.setdefault(sample.name.removesuffix("_total"), {})[frozenset(sample.labels.items())] = sample.value
-    return Snapshot(at, values)
+    return Snapshot(at, values, state or {})
 
 
 def rate(now: Snapshot, before: Snapshot, metric: str) -> float:
@@ -79,8 +76,8 @@ def screen(now: Snapshot, before: Snapshot, where: str, problem: str = "") -> Re
         title.append(f"\n{problem}", "bold red")
     if not now.values:
         return title
-    blocks = list(_blocks(now))
-    return Group(title, Text(), _speed(now, before), Text(), _services(now, before), Text(), Text("blocks", "bold"), *blocks)
+    parts = (_speed(now, before), _latency(now), _services(now, before), Text("blocks", "bold"))
+    return Group(title, *(piece for part in parts for piece in (Text(), part)), *_blocks(now))
 
 
 def _speed(now: Snapshot, before: Snapshot) -> RenderableType:
@@ -101,25 +98,51 @@ def _speed(now: Snapshot, before: Snapshot) -> RenderableType:
     return table
 
 
+def _latency(now: Snapshot) -> RenderableType:
+    """Of the last minute, the shares of the last seconds: what the live page calls so."""
+    from rich.table import Table
+
+    minute, recent, totals = (now.state.get(part, {}) for part in ("minute", "now", "totals"))
+    shown = {
+        "TTFT": _duration(minute.get("time_to_first_token", 0.0)),
+        "TPOT": _duration(minute.get("time_per_output_token", 0.0)),
+        "plans": f"{totals.get('plans_in_flight', 0):.0f}",
+        "depth": f"{totals.get('depth', 0):.0f}",
+        "busy": f"{recent['busy_share']:.0%}" if recent.get("busy_share") else "–",
+        "device in use": f"{recent.get('gpu_utilization', 0.0):.0%}",
+        "blocks in use": f"{recent.get('memory_usage', 0.0):.0%}",
+    }
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*shown.values())
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms" if seconds else "–"
+
+
 def _services(now: Snapshot, before: Snapshot) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("service", "role", "state"):
         table.add_column(name, no_wrap=True)
-    for name in ("memory", "trip", "busy", "plans", "steps/s"):
+    for name in ("epoch", "memory", "trip", "busy", "plans", "steps/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for key in sorted(now.values.get("pagewire_service", {}), key=sorted):
         labels = dict(key)
         name, role, state = labels["name"], labels["role"], labels["state"]
+        epoch = now.of(f"{role}_epoch", name=name)
         memory = now.of(f"{role}_memory_bytes", name=name)
         trip = now.of(f"{role}_link_round_trip_seconds", name=name)
-        row = [f"{memory / 2**20:,.0f} MiB" if memory else "", f"{trip * 1e3:.1f} ms" if trip else "", "", "", ""]
+        row = [f"{epoch:.0f}" if epoch else "", f"{memory / 2**20:,.0f} MiB" if memory else "", _duration(trip) if trip else "", "", "", ""]
         if role == "worker":
             steps = now.of("worker_steps", name=name) - before.of("worker_steps", name=name)
             per_second = max(0.0, steps) / max(now.at - before.at, 1e-9) if before.values else 0.0
-            row[2:] = [f"{busy(now, before, name):.0%}", f"{now.of('worker_plans_in_flight', name=name):.0f}", f"{per_second:,.0f}"]
+            row[3:] = [f"{busy(now, before, name):.0%}", f"{now.of('worker_plans_in_flight', name=name):.0f}", f"{per_second:,.0f}"]
         table.add_row(name, role, Text(state, "green" if state == "ready" else "yellow"), *row)
     return table
 
@@ -127,16 +150,17 @@ def _services(now: Snapshot, before: Snapshot) -> RenderableType:
 def _blocks(now: Snapshot) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    for name in now.labels("blocks", "name"):
-        counts = [now.of("blocks", name=name, state=state) for state, _ in BLOCKS]
-        total = sum(counts) or 1
-        line = Text(f"{name}  ", overflow="ellipsis", no_wrap=True)
+    for worker in now.state.get("blocks", ()):
+        cells, stride = worker["cells"], worker["stride"]
+        counts = [cells.count(digit) for _, digit, _ in BLOCKS]
+        line = Text(f"{worker['worker']}  ", overflow="ellipsis", no_wrap=True)
         shown = 0
-        for i, ((_, colour), count) in enumerate(zip(BLOCKS, counts, strict=True)):
-            width = BAR - shown if i == len(BLOCKS) - 1 else min(BAR - shown, -int(-count * BAR // total))
+        for i, ((_, _, colour), count) in enumerate(zip(BLOCKS, counts, strict=True)):
+            width = BAR - shown if i == len(BLOCKS) - 1 else min(BAR - shown, -(-count * BAR // len(cells)))
             shown += width
             line.append("█" * width, colour)
-        line.append("  " + " ".join(f"{count:,.0f} {state}" for (state, _), count in zip(BLOCKS, counts, strict=True)))
+        told = " ".join(f"{count * stride:,} {name}" for (name, _, _), count in zip(BLOCKS, counts, strict=True))
+        line.append(("  ≈ " if stride > 1 else "  ") + told)  # beyond 1024 blocks /state has a sample
         yield line
 
 
@@ -174,14 +198,21 @@ def main(admin: str, run_dir: Path, interval: float, once: bool) -> None:
 
 
 def _look(admin: str) -> Snapshot:
-    address = admin.rstrip("/") + "/metrics"
+    metrics, at, state = _get(admin, "/metrics"), time.monotonic(), _get(admin, "/state")
+    try:
+        return parse(metrics.decode(), at, json.loads(state))
+    except ValueError as error:
+        raise click.ClickException(f"{admin} is no admin server: {error}") from None
+
+
+def _get(admin: str, path: str) -> bytes:
+    address = admin.rstrip("/") + path
     try:
         with urllib.request.urlopen(address, timeout=5) as answer:
-            return parse(answer.read().decode(), time.monotonic())
+            content: bytes = answer.read()
+            return content
     except (OSError, http.client.HTTPException) as error:
         raise click.ClickException(f"cannot reach {address}: {getattr(error, 'reason', error)}; is `pagewire up` running?") from None
-    except ValueError as error:
-        raise click.ClickException(f"{address} gives no metrics: {error}") from None
 
 
 @contextlib.contextmanager

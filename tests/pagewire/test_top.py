@@ -16,11 +16,9 @@ from tests.pagewire.terminals import terminal
 METRICS = """
 pagewire_requests{{name="frontend-0",status="running"}} 3.0
 pagewire_requests{{name="frontend-1",status="running"}} 4.0
-pagewire_blocks{{name="scheduler-0",state="free"}} 50.0
-pagewire_blocks{{name="scheduler-0",state="cached"}} 30.0
-pagewire_blocks{{name="scheduler-0",state="used"}} 20.0
 pagewire_service{{name="worker-0",role="worker",state="ready"}} 1.0
 pagewire_worker_memory_bytes{{name="worker-0"}} 104857600
+pagewire_worker_epoch{{name="worker-0"}} 7
 pagewire_worker_steps{{name="worker-0"}} {steps}
 pagewire_worker_step_seconds{{name="worker-0"}} {step}
 pagewire_worker_idle_seconds{{name="worker-0"}} {idle}
@@ -33,11 +31,20 @@ vllm:prompt_tokens_total{{model_name="a",name="frontend-0"}} {prompts}
 pagewire_scheduler_prefix_hits{{name="scheduler-0"}} 25
 pagewire_scheduler_prefix_queries{{name="scheduler-0"}} 100
 """
+STATE = {
+    "now": {"busy_share": 0.98, "gpu_utilization": 0.5, "memory_usage": 0.25},
+    "minute": {"time_to_first_token": 0.0123, "time_per_output_token": 1.5},
+    "totals": {"plans_in_flight": 3.0, "depth": 4.0},
+    "blocks": [
+        {"worker": "worker-0", "stride": 1, "cells": "3" * 5 + "2" * 15 + "1" * 30 + "0" * 50},
+        {"worker": "worker-1", "stride": 20, "cells": "0" * 100},
+    ],
+}
 
 
 def looks() -> tuple[Snapshot, Snapshot]:
     before = parse(METRICS.format(steps=100, step=5.0, idle=5.0, tokens=1000, prompts=300), at=10.0)
-    return parse(METRICS.format(steps=140, step=6.5, idle=5.5, tokens=3000, prompts=340), at=12.0), before
+    return parse(METRICS.format(steps=140, step=6.5, idle=5.5, tokens=3000, prompts=340), 12.0, STATE), before
 
 
 def test_rates_are_what_counters_grew_per_second() -> None:
@@ -64,17 +71,22 @@ def test_the_picture_shows_speed_services_and_blocks() -> None:
     assert "cannot reach it" in lines[1]
     figures = next(line.split() for line in lines if line.split()[:1] == ["1,000"])
     assert figures == ["1,000", "20", "0", "7", "0", "0", "0", "25%"]
+    assert next(line.split() for line in lines if "12.3 ms" in line) == ["12.3", "ms", "1.50", "s", "3", "4", "98%", "50%", "25%"]
     assert next(line.split() for line in lines if line.startswith("worker-0")) == [
         "worker-0",
         "worker",
         "ready",
+        "7",
         "100",
         "MiB",
         "75%",
         "0",
         "20",
     ]
-    assert next(line for line in lines if "scheduler-0" in line).endswith("20 used 30 cached 50 free")
+    assert [line.split("█  ")[1].strip() for line in lines if "█" in line] == [
+        "5 shared 15 used 30 cached 50 free",
+        "≈ 0 shared 0 used 0 cached 2,000 free",
+    ]
 
 
 def test_a_picture_of_nothing_has_its_title() -> None:
@@ -92,7 +104,7 @@ def test_in_a_terminal_it_follows_a_running_stack_until_q() -> None:
         assert httpx.post(f"{running.url}/v1/completions", json=body, timeout=30).status_code == 200
         with terminal("top", "--admin", running.admin, "--interval", "0.3") as top:
             top.read(r"worker-0 +worker +ready")
-            top.read(r"scheduler-0 .*free")
+            top.read(r"worker-0 +█.*shared .*free")
             top.type("q")
             assert top.wait() == 0
         with terminal("top", "--admin", running.admin, "--interval", "0.3") as top:
