@@ -123,7 +123,6 @@ def bias_of(body: Sampling, vocab_size: int) -> dict[int, float]:
     for key, value in (body.logit_bias or {}).items():
         require(key.isascii() and key.isdigit() and len(key) < 10, "logit_bias", f"{key[:20]!r} is no token id")
         bias[checked_ids([int(key)], "logit_bias", vocab_size)[0]] = value
-    require(len(bias) <= 4096, "logit_bias", "has more than 4096 entries")
     return bias
 
 

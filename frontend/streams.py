@@ -53,7 +53,7 @@ class Stream:
             self._waiter = None
 
     async def end(self) -> None:
-        """Wait for all entries to end, or for the client or the server to give up; `raise_for` says which."""
+        """Wait for all entries to end, or for the client or the server to give up (`gone`, `error`)."""
         while not (self.ended or self.gone or self.error is not None):
             await self.news()
             self.quiet = False

@@ -26,7 +26,7 @@ FIELDS = {
     "include_obfuscation": IGNORED,
     "include_stop_str_in_output": "whether the stop string is part of the output",
     "include_usage": "a last event with `usage`",
-    "logit_bias": "by token id, added to its logit",
+    "logit_bias": "by token id, added to its logit, each −100 … 100",
     "logprobs": "log probabilities: how many alternatives (completions), or whether (chat)",
     "max_completion_tokens": "OpenAI's newer name of `max_tokens`",
     "max_tokens": "of each output; 0, with `echo` or `prompt_logprobs`, asks for the prompt alone",
@@ -133,6 +133,8 @@ def _kind(kind: dict[str, Any]) -> str:
         case "array":
             most = f", at most {kind['maxItems']:,}" if "maxItems" in kind else ""
             return f"list of {_type(kind.get('items', {}))}{most}"
+        case "object" if "maxProperties" in kind:
+            return f"object of at most {kind['maxProperties']:,} fields"
         case "string" if "maxLength" in kind:
             return f"string of {kind['minLength']:,} to {kind['maxLength']:,} characters"
         case "integer" | "number" as name:

@@ -210,6 +210,7 @@ BAD = [
     ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias"),
     ({"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias"),
     ({"prompt": "x", "logit_bias": {"999": 1}}, "logit_bias"),
+    ({"prompt": "x", "logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias"),
     ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids"),
     ({"prompt": "x", "bad_words": [" "]}, "bad_words"),
     ({"prompt": "x", "bad_words": ["a" * 257]}, "bad_words"),
