@@ -24,6 +24,7 @@ from protocol.registration import process_start
 from protocol.rundir import RunDir
 
 PATIENCE = 4.5  # seconds that services get to end themselves
+DYING = 60.0  # seconds that a killed one gets to be gone: until then its files count as somebody's
 
 
 class Guardian:
@@ -98,11 +99,13 @@ def main() -> None:
             watched.pop(pid, None)
     deadline = time.monotonic() + PATIENCE
     while watched:
-        late = time.monotonic() >= deadline
+        now = time.monotonic()
         for pid, started in list(watched.items()):
-            if late or process_start(pid) != started:  # its helpers, if any, end with it
+            ended = not started or process_start(pid) != started
+            if ended or now >= deadline:  # its helpers, if any, end with it
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
+            if ended or now >= deadline + DYING:
                 del watched[pid]
         time.sleep(0.05)
     run_dir = Path(sys.argv[2])
