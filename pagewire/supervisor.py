@@ -28,6 +28,7 @@ from protocol.service import DRAIN_SIGNAL, EXIT_FAILED, PARENT, stop_signals
 READY = ("ready", "waiting")  # states of a service that has started well
 STOP_MARGIN = 0.9  # seconds from the streams' end to SIGKILL
 LAST_FIGURES = 0.4  # of these, the admin server waits so long for what the others say at their end
+LAST_STACKS = 0.1  # seconds that one which hangs gets to log its stacks before SIGKILL
 LOOK_EVERY = 0.05  # seconds between two looks at `probe` and at dying processes
 
 
@@ -254,7 +255,7 @@ class Supervisor:
         for process in left:
             process.send_signal(signal.SIGUSR1)  # its log gets the stacks of what hangs
         if left:
-            time.sleep(0.1)
+            time.sleep(LAST_STACKS)
         for child in self._children:
             if child.process is not None:
                 self._end_group(child.process)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
 T = TypeVar("T")
+PATIENCE = 100.0  # seconds to wait for what must come; only what never comes takes them
 
 
 class Program:
@@ -31,10 +34,10 @@ class Program:
     def pid(self) -> int:
         return self.process.pid
 
-    def read_until(self, text: str, timeout: float = 60.0) -> str:
-        """The output up to and with the line that holds `text`."""
+    def read_until(self, text: str, timeout: float = PATIENCE, lines: int = 1) -> str:
+        """The output up to and with the line that holds `text`, or so many of them."""
         deadline = time.monotonic() + timeout
-        while not any(text in line for line in self.output.splitlines(keepends=True) if line.endswith("\n")):
+        while sum(text in line for line in self.output.splitlines(keepends=True) if line.endswith("\n")) < lines:
             assert self._read(deadline), f"{text!r} did not come; output:\n{self.output}"
         return self.output
 
@@ -44,7 +47,7 @@ class Program:
         while self._read(deadline):
             pass
 
-    def wait(self, timeout: float = 30.0) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """The exit code; the output is read to its end."""
         deadline = time.monotonic() + timeout
         while self._read(deadline):
@@ -70,16 +73,19 @@ class Program:
 def running(command: list[str], env: dict[str, str] | None = None) -> Iterator[Program]:
     """Run a program for the time of a block; whatever is left of it and its descendants is killed afterwards."""
     program = Program(command, env)
-    seen: dict[int, psutil.Process] = {}
+    seen: set[psutil.Process] = set()
     try:
         yield program
     finally:
-        for process in program.family():
-            seen[process.pid] = process
-        for process in seen.values():
+        while fresh := set(program.family()) - seen:  # who stands still starts nobody behind this look
+            seen |= fresh
+            for process in fresh:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.suspend()
+        for process in seen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(seen.values(), timeout=5)  # a dying one may still write where the test cleans up
+        psutil.wait_procs(seen, timeout=PATIENCE)  # a dying one may still write where the test cleans up
         with contextlib.suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)
         program.process.wait()
@@ -87,13 +93,34 @@ def running(command: list[str], env: dict[str, str] | None = None) -> Iterator[P
         program.process.stdout.close()
 
 
-def eventually(what: Callable[[], T], timeout: float = 60.0) -> T:
+def eventually(what: Callable[[], T], timeout: float = PATIENCE) -> T:
     """What the call returns once that is true."""
     deadline = time.monotonic() + timeout
     while not (result := what()):
         assert time.monotonic() < deadline, f"{what} did not become true within {timeout} s"
         time.sleep(0.02)
     return result
+
+
+def gone(processes: Sequence[psutil.Process]) -> bool:
+    """Whether all have ended, be it that nobody has asked for their exit codes yet."""
+    return not any(_runs(process) for process in processes)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # between the two questions
+        return False
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has, nor is given by the system: those that it gives begin above."""
+    above = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(above, 20_000))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def left_in(run_dir: Path) -> list[str]:
