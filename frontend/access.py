@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import ssl
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import msgspec
 
 from frontend.errors import ApiError
+from protocol.endpoints import is_loopback
 from protocol.service import CannotRun
 
 OPEN_PATHS = frozenset(("/health", "/ping", "/ready"))  # answered without a key
@@ -84,14 +84,6 @@ def check_tls(certfile: str, keyfile: str) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile or None)
         except (OSError, ssl.SSLError) as error:
             raise CannotRun(f"--ssl-certfile {certfile}: {error}") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host can reach that address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Guard:

@@ -5,9 +5,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frontend.llm import LLM, AsyncLLMEngine, LLMEngine, SamplingParams
+    from frontend.llm import (
+        LLM,
+        AsyncLLMEngine,
+        CannotRun,
+        CompletionOutput,
+        LLMEngine,
+        RequestFailed,
+        RequestOutput,
+        SamplingParams,
+        ServiceDied,
+        StepOutput,
+    )
 
-__all__ = ["LLM", "AsyncLLMEngine", "LLMEngine", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLMEngine",
+    "CannotRun",
+    "CompletionOutput",
+    "LLMEngine",
+    "RequestFailed",
+    "RequestOutput",
+    "SamplingParams",
+    "ServiceDied",
+    "StepOutput",
+]
 
 
 def __getattr__(name: str) -> Any:

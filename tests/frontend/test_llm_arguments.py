@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import pagewire
+from frontend import llm as offline_api
 from frontend.llm import LLM, AsyncLLMEngine, CannotRun, LLMEngine, SamplingParams, StepOutput
 from frontend.own_settings import SCHEDULER, TEXTS, WORKER, checked
 from gpu_worker.settings import WorkerSettings
@@ -208,3 +210,10 @@ def test_what_is_checked_as_a_text_a_switch_or_a_number_is_one():
     assert numbers == {name: kinds[name] for name in numbers}
     texts = {name for name in (*WORKER, *SCHEDULER) if kinds[name] is str and not FLAGS[name].choices}
     assert texts == set(TEXTS)
+
+
+def test_what_the_offline_api_takes_gives_and_raises_comes_from_pagewire():
+    assert pagewire.__all__ == offline_api.__all__
+    assert all(getattr(pagewire, name) is getattr(offline_api, name) for name in pagewire.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
+        _ = pagewire.LLMs
