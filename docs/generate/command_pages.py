@@ -9,7 +9,7 @@ import click
 
 from pagewire.admin import AdminSettings
 from pagewire.cli import TEXTS, main
-from pagewire.up import service_settings
+from pagewire.up import OWN, service_settings
 from protocol.flags import FLAGS
 from tables import code, table
 
@@ -26,8 +26,9 @@ SETTINGS = """# Settings
 
 Every setting of the services, made from the code (`make docs`). A setting is a flag (`--max-num-seqs 64`), an
 environment variable (`PAGEWIRE_MAX_NUM_SEQS`, or `PAGEWIRE_WORKER_MAX_NUM_SEQS` for workers alone) or a line of a TOML file
-(`max_num_seqs = 64`), looked for in this order. `pagewire up` and `pagewire serve` take those of all services, except the
-ones marked *own*, which belong to one process: its name, endpoints and keys.
+(`max_num_seqs = 64`), looked for in this order. A switch is turned off by `--no-auth`, `PAGEWIRE_AUTH=false` or
+`auth = false`. `pagewire up` and `pagewire serve` take those of all services, except the ones marked *own*, which belong to
+one process: its name, endpoints and keys.
 
 ```toml
 # pagewire.toml, for --config
@@ -109,7 +110,7 @@ def settings_page() -> str:
         if flag.hidden:
             continue
         flag_name = flag.name or "--" + name.replace("_", "-")
-        roles = takers.get(name, {"up": ""})
+        roles = takers.get(name) or {"up": next(field.default for field in OWN if field.name == name)}
         default = next(iter(roles.values()))
         if default is dataclasses.MISSING:
             shown = "one per working directory"
