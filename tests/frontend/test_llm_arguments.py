@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import io
 import math
 import tempfile
 from collections.abc import Iterator
@@ -217,3 +218,14 @@ def test_what_the_offline_api_takes_gives_and_raises_comes_from_pagewire():
     assert all(getattr(pagewire, name) is getattr(offline_api, name) for name in pagewire.__all__)
     with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
         _ = pagewire.LLMs
+
+
+@pytest.mark.parametrize(("terminal", "asked", "shown"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_progress_is_shown_on_a_terminal_unless_it_is_not_wanted(llm, monkeypatch, terminal, asked, shown):
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stderr", written)
+    llm.generate(["ab", "cd"], SHORT, use_tqdm=asked)
+    lines = written.getvalue().replace("\r", "\n").split("\n")
+    assert [line.split("] ")[1].split(" requests")[0] for line in lines if "requests" in line] == (["1/2", "2/2"] if shown else [])
+    assert not shown or f"[{'#' * 30}] 2/2 requests" in lines[-2]
