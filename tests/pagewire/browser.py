@@ -45,6 +45,10 @@ class Browser:
         """The text of the first element found; empty if there is none."""
         return str(self.run("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
 
+    def errors(self) -> list[str]:
+        """What the page's scripts have failed with since the last call."""
+        return [entry["message"] for entry in self.command("se/log", type="browser") if entry["source"] == "javascript"]
+
     def media(self, scheme: str, width: int, height: int) -> None:
         """Dark or light, and the size of the window in CSS pixels."""
         emulate = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}

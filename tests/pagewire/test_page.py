@@ -59,6 +59,9 @@ def test_a_person_sees_a_prompt_stream_and_a_worker_die_and_return(stack: Stack,
     )
     assert "worker-0" in window.text("#events")
     assert window.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert window.errors() == []
+    window.run("setTimeout(() => { throw new Error('on purpose') })")
+    eventually(lambda: "on purpose" in str(window.errors()))
 
 
 @pytest.mark.slow
@@ -72,6 +75,7 @@ def test_the_page_fits_a_phone_and_follows_dark_and_light(stack: Stack, window: 
     dark = window.run("return getComputedStyle(document.body).backgroundColor")
     window.media("light", 390, 844)
     assert window.run("return getComputedStyle(document.body).backgroundColor") != dark
+    assert window.errors() == []
 
 
 @pytest.mark.slow
