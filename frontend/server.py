@@ -187,8 +187,12 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
         process.state("stopping")
         server.leave()
         error = ApiError(503, "the server is shutting down", code="shutting_down")
-        loop.call_later(settings.shutdown_timeout, client.end_streams, error)
-        loop.call_later(settings.shutdown_timeout + LAST_WORDS, server.give_up)
+
+        def end() -> None:
+            client.end_streams(error)
+            loop.call_later(LAST_WORDS, server.give_up)  # counted from the error: a machine that stood still does not eat it
+
+        loop.call_later(settings.shutdown_timeout, end)
 
     def drain() -> None:
         loop.remove_reader(process.drain_fd)
