@@ -173,6 +173,8 @@ def _until(what: Callable[[], bool], timeout: float) -> bool:
     while not what():
         if time.monotonic() >= deadline:
             return False
-        if (came := signal.sigtimedwait(_ends(), LOOK)) is not None:
+        time.sleep(LOOK)
+        # Asked, not waited for: from a wait that was interrupted to its end, by a SIGCONT say, CPython returns what was never written.
+        if (came := signal.sigtimedwait(_ends(), 0)) is not None:
             raise NotDone(f"{signal.Signals(came.si_signo).name}: no longer waited for; `pagewire ps` shows what goes on")
     return True

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def test_a_roll_that_is_ended_leaves_no_second_service_behind(run_dir: Path, end
         before = record(run_dir, "worker-0")
         with running(command(run_dir, "roll", "worker-0")) as rolling:
             eventually(lambda: any((r.name, r.state) == ("worker-1", "waiting") for r in RunDir(run_dir).services()))
+            for number in (signal.SIGSTOP, signal.SIGCONT) * 3:  # as Ctrl-Z and `fg` do, which end no wait
+                os.kill(rolling.pid, number)
+                time.sleep(0.2)
             os.kill(rolling.pid, end)
             assert rolling.wait() == 1
             assert "worker-1 is told to leave again; worker-0 stays" in rolling.output
