@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ class Background:
 
     def __init__(self, engine: AsyncLLMEngine) -> None:
         self.engine = engine
+        self._process = os.getpid()  # a fork has no such thread: whoever waited for it there would wait for ever
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pagewire", daemon=True)
         self._thread.start()
@@ -30,10 +32,12 @@ class Background:
             raise
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end in the thread; an interrupt here cancels it there. Raises RuntimeError after `close`, and what the work does."""
-        if self._closed:
+        """Run to the end in the thread; an interrupt here cancels it there. Raises as `check`, and what the work does."""
+        try:
+            self.check()
+        except RuntimeError:
             work.close()
-            raise RuntimeError(CLOSED)
+            raise
         return self._run(work)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -49,13 +53,19 @@ class Background:
         asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def check(self) -> None:
-        """Raise RuntimeError after `close`."""
+        """Raise RuntimeError after `close`, and in a fork."""
+        self.check_process()
         if self._closed:
             raise RuntimeError(CLOSED)
 
+    def check_process(self) -> None:
+        """Raise RuntimeError in a fork of the process that made the engine."""
+        if os.getpid() != self._process:
+            raise RuntimeError(f"the engine belongs to process {self._process}, of which this one is a fork")
+
     def close(self) -> None:
-        """Close the engine and end the thread. Harmless when repeated."""
-        if self._closed:
+        """Close the engine and end the thread. Harmless when repeated, and in a fork."""
+        if self._closed or os.getpid() != self._process:
             return
         self._closed = True
         atexit.unregister(self.close)

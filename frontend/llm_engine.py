@@ -40,8 +40,9 @@ class LLMEngine(Program):
         """Take a request; returns its id.
 
         Raises TypeError and ValueError for what cannot be asked (log probabilities among it: a step has none), and for an id that
-        is in use; RuntimeError after `close`.
+        is in use; RuntimeError after `close`, and in a fork of the process.
         """
+        self._background.check()
         check_types(sampling_params, request_id)
         params = sampling_params or SamplingParams()
         for field in ("logprobs", "prompt_logprobs"):
@@ -72,8 +73,9 @@ class LLMEngine(Program):
     def step(self) -> list[StepOutput]:
         """Wait for something to come, and return all that has. Empty if nothing is unfinished.
 
-        Raises RuntimeError after `close`, once every request's last step has been told.
+        Raises RuntimeError after `close`, once every request's last step has been told, and in a fork of the process.
         """
+        self._background.check_process()
         if not self._unfinished:
             self._background.check()
             return []
