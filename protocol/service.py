@@ -17,6 +17,7 @@ import ctypes
 import faulthandler
 import logging
 import logging.handlers
+import math
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ from protocol.rundir import RunDir
 LOG_BYTES = 50_000_000  # of one log file
 LOG_FILES = 3  # rotated ones kept
 STOP_LIMIT = 5.0  # seconds from the request to stop to SIGKILL
+STOP_SLICE = 0.1  # seconds; of a time in which the whole process stood still, no more than this counts towards the limit
 PARENT = "PAGEWIRE_PARENT"  # environment: pid of the supervisor whose death ends this process
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -182,7 +184,8 @@ class Service:
                 self._heed(number)
 
     def _end_in_time(self) -> None:
-        time.sleep(self._stop_limit)
+        for _ in range(math.ceil(self._stop_limit / STOP_SLICE)):
+            time.sleep(STOP_SLICE)
         self.log.critical("did not stop within %.1f s: killed; stacks follow", self._stop_limit)
         faulthandler.dump_traceback(_log_stream(), all_threads=True)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -14,6 +14,8 @@ from protocol.counters import Counters
 from protocol.service import CannotRun
 
 LAST_WORDS = 0.3  # seconds that a closing service waits for its collector
+TIMEOUT = 2  # seconds of one message to it, and of repeating that
+TOGETHER = 100_000  # nanoseconds between two readings of the monotonic clock, within which a reading of the other one belongs to both
 
 
 class Tracer:
@@ -34,7 +36,7 @@ class Tracer:
             raise CannotRun(f"--otlp-traces-endpoint needs OpenTelemetry ({error}): install pagewire[otel]") from None
         self._propagator = TraceContextTextMapPropagator()
         provider = TracerProvider(resource=Resource.create({"service.name": f"pagewire-{role}", "service.instance.id": name}))
-        self._queue = SpanQueue(provider, OTLPSpanExporter(endpoint=endpoint, timeout=2), counters)
+        self._queue = SpanQueue(provider, OTLPSpanExporter(endpoint=endpoint, timeout=TIMEOUT), counters)
         self._tracer = provider.get_tracer("pagewire")
 
     def begin(self, name: str, parent: str, at: float) -> Any:
@@ -87,4 +89,7 @@ def _end(span: Any, at: int, attributes: dict[str, str | int | float], error: st
 
 def wall(at: float) -> int:
     """A time of the monotonic clock, in nanoseconds since 1970."""
-    return time.time_ns() - time.monotonic_ns() + int(at * 1e9)
+    while True:
+        before, now, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        if after - before < TOGETHER:  # else this thread stood still between the clocks
+            return now - before + int(at * 1e9)
