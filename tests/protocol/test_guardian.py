@@ -46,8 +46,8 @@ def test_a_forked_child_keeps_nothing_from_its_end(tmp_path: Path, how: str) -> 
     assert program.stdout is not None
     pids = [int(word) for word in program.stdout.readline().split()]
     try:
-        program.wait(30)
-        eventually(lambda: not folder.exists(), 20)
+        program.wait(60)
+        eventually(lambda: not folder.exists())
         assert (program.returncode == -signal.SIGKILL) == (how == "killed")
         eventually(lambda: not _runs(pids[1]))
         assert _runs(pids[0])  # it held the pipe to the last

@@ -54,7 +54,7 @@ def test_a_tcp_endpoint_needs_no_guard_and_a_long_ipc_path_is_refused() -> None:
 def test_a_lock_is_free_again_when_its_holder_is_killed(short: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from protocol.locks import Lock\n"
-        "lock = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+        "lock = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, str(short / "l")], stdout=subprocess.PIPE)
     try:
@@ -94,4 +94,4 @@ def test_a_lock_held_for_a_moment_is_waited_for(short: Path) -> None:
     with pytest.raises(Busy):
         Lock(short / "l")
     threading.Timer(0.1, held.release).start()
-    Lock(short / "l", patience=20).release()
+    Lock(short / "l", patience=60).release()

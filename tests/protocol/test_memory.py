@@ -28,7 +28,7 @@ print(peak - before, psutil.Process().memory_info().rss - before)
 
 def held(mode: str) -> tuple[int, int]:
     """Bytes while the queue was full, and behind it."""
-    peak, after = subprocess.check_output([sys.executable, "-c", QUEUE, mode], text=True, timeout=60).split()
+    peak, after = subprocess.check_output([sys.executable, "-c", QUEUE, mode], text=True, timeout=120).split()
     return int(peak), int(after)
 
 

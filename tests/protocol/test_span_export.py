@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from protocol import span_export
+from protocol import span_export, tracing
 from protocol.counters import Counters
 from protocol.span_export import BATCH
 from protocol.tracing import Tracer
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         message = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
         spans = [span for resource in message.resource_spans for scope in resource.scope_spans for span in scope.spans]
-        self.server.open.wait(10)
+        self.server.open.wait(60)
         if self.server.status == 200:
             self.server.sizes.append(len(spans))
             self.server.names += [span.name for span in spans]
@@ -64,7 +64,7 @@ def collector() -> Iterator[Collector]:
     made.open.set()
     made.shutdown()
     made.server_close()
-    thread.join(5)
+    thread.join(60)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 
 
 def eventually(condition) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while not condition() and time.monotonic() < until:
         time.sleep(0.01)
     assert condition()
@@ -91,6 +91,7 @@ def eventually(condition) -> None:
 
 def test_a_stuck_collector_holds_nobody_up_and_what_is_dropped_is_counted(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(span_export, "WAITING", 200)
+    monkeypatch.setattr(tracing, "TIMEOUT", 60)
     counters = Counters()
     made = Tracer(collector.url, "frontend", "f", counters)
     for _ in range(3000):  # ends, although nothing is taken meanwhile
@@ -135,10 +136,16 @@ def test_a_collector_that_is_away_is_said_once_and_once_that_it_is_back(collecto
     assert "counted as spans_unsent" in away.getMessage()
     assert "Bad Request" in away.getMessage()
     collector.status = 200
-    one_message(4)
-    one_message(5)
+
+    def again() -> list[str]:
+        made.span("s", CHOSEN, 1.0, 2.0)
+        return [record.getMessage() for record in logged[1:]]
+
+    eventually(lambda: again() == ["spans reach the collector again"])
+    taken = len(collector.sizes)
+    eventually(lambda: again() and len(collector.sizes) > taken + 1)
     made.close()
-    eventually(lambda: [record.getMessage() for record in logged[1:]] == ["spans reach the collector again"])
+    assert [record.getMessage() for record in logged[1:]] == ["spans reach the collector again"]
 
 
 @pytest.mark.slow
