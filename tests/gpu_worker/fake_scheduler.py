@@ -12,11 +12,12 @@ import zmq
 from protocol.counters import Counters
 from protocol.listener import WORKERS, Greeted, Listener, PeerClosed, PeerMessage
 from protocol.messages import Hello, Message
-from protocol.sockets import Context, received, router
+from protocol.sockets import Context, received
 from protocol.times import Times
 
 M = TypeVar("M", bound=Message)
 KEY = b"sixteen bytes ..".ljust(16)
+SILENCE = 5.0  # seconds, also of the window: a worker or a test that stands still for less keeps its session
 
 
 class FakeScheduler:
@@ -24,8 +25,12 @@ class FakeScheduler:
 
     def __init__(self, endpoint: str, epoch: int = 1, times: Times | None = None) -> None:
         self.context: Context = zmq.Context()
-        self.socket = router(self.context, endpoint)
-        self.listener = Listener(times or Times(), Counters(), lambda: secrets.randbits(62) | 1)
+        # Without ZeroMQ's heartbeats, which end the connection of who stands still for 0.6 s.
+        self.socket: zmq.Socket[bytes] = zmq.Socket(self.context, zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.bind(endpoint)
+        self.listener = Listener(times or Times(silence=SILENCE, window=SILENCE), Counters(), lambda: secrets.randbits(62) | 1)
         self.epoch = epoch
         self.key = KEY
         self.session = 0
@@ -42,14 +47,14 @@ class FakeScheduler:
         self.listener.send(self.session, message, time.monotonic())
         self.transmit()
 
-    def until(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
         """Run until the condition holds. Fails the test after `seconds`."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"waited in vain; came: {self.messages[-5:]}, closed: {self.closed}"
             self.turn()
 
-    def expect(self, kind: type[M], seconds: float = 20.0) -> M:
+    def expect(self, kind: type[M], seconds: float = 60.0) -> M:
         """The next message of this kind; earlier ones of other kinds are dropped."""
         found: list[M] = []
 

@@ -15,7 +15,7 @@ from gpu_worker.service import _Loop
 
 
 class Idler:
-    """Has so many slices to do; an item arrives during the slice named in `arrives`."""
+    """Has so many slices to do; an item arrives during the slice named in `arrives`, and once there are none, or one fails."""
 
     def __init__(self, slices: int, arrives: int = 0, fails: bool = False) -> None:
         self.left, self.arrives, self.fails = slices, arrives, fails
@@ -23,9 +23,10 @@ class Idler:
         self.interrupted: list[bool] = []
 
     def idle(self, interrupted: Callable[[], bool]) -> bool:
-        if self.fails:
-            raise ValueError("no")
-        if not self.left:
+        if self.fails or not self.left:
+            self.inbox.put(Stop())
+            if self.fails:
+                raise ValueError("no")
             return False
         self.left -= 1
         if len(self.interrupted) + 1 == self.arrives:
@@ -56,7 +57,6 @@ def test_nothing_is_prepared_while_a_step_is_in_flight() -> None:
 @pytest.mark.parametrize("runner", [Idler(2), Idler(2, fails=True)], ids=["done", "failed"])
 def test_with_nothing_left_to_prepare_it_is_asked_no_more(runner: Idler) -> None:
     made = loop(runner)
-    threading.Timer(0.3, runner.inbox.put, (Stop(),)).start()
     assert made._next() == Stop()
     assert not made._idle_work
     runner.inbox.put(Stop())

@@ -19,8 +19,9 @@ from gpu_worker.oracle import expected
 from protocol.columns import pack, unpack
 from protocol.messages import Admit, FileChunk, FileRequest, Phase, Plan, Progress, Ready, Result, SamplingParams
 from protocol.rundir import RunDir
+from protocol.times import Times
 from protocol.tokenizer_files import bundle_hash, open_bundle
-from tests.gpu_worker.fake_scheduler import FakeScheduler
+from tests.gpu_worker.fake_scheduler import SILENCE, FakeScheduler
 from tests.gpu_worker.worker_plans import rows_of
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ from gpu_worker.service import run
 from gpu_worker.settings import WorkerSettings
 from protocol.times import Times
 settings = {"block_size": 4, "num_gpu_blocks": 32, "max_num_seqs": 4, "max_model_len": 64, **json.loads(sys.argv[3])}
-times = Times(progress=float(sys.argv[4]))
+times = Times(progress=float(sys.argv[4]), silence=float(sys.argv[5]), window=float(sys.argv[5]))
 run(WorkerSettings(run_dir=Path(sys.argv[1]), name="worker-7", runner=sys.argv[2], times=times, **settings))
 """
 MOVING = """
@@ -41,7 +42,7 @@ import time
 from gpu_worker.oracle import OracleRunner
 start = OracleRunner.start
 def move(self, step):
-    for _ in range(50):
+    for _ in range(120):
         time.sleep(0.1)
         self.counter += 1
     start(self, step)
@@ -65,10 +66,15 @@ def start(rundir: RunDir) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start(
-            runner: str = "oracle", patch: str = "", more: dict | None = None, progress: float = 2.0, **environment: str
+            runner: str = "oracle",
+            patch: str = "",
+            more: dict | None = None,
+            progress: float = 2.0,
+            silence: float = SILENCE,
+            **environment: str,
         ) -> subprocess.Popen[bytes]:
             process = subprocess.Popen(
-                [sys.executable, "-c", patch + WORKER, str(rundir.path), runner, json.dumps(more or {}), str(progress)],
+                [sys.executable, "-c", patch + WORKER, str(rundir.path), runner, json.dumps(more or {}), str(progress), str(silence)],
                 env={**os.environ, **environment},
                 stderr=subprocess.PIPE,
             )
@@ -230,14 +236,14 @@ def test_a_plan_that_contradicts_the_slots_is_a_failed_step(start, scheduler):
 
 
 def test_a_long_step_is_acknowledged_and_reported_while_it_runs(start, scheduler):
-    start(PAGEWIRE_ORACLE_STEP_TIME="3.0")
+    start(PAGEWIRE_ORACLE_STEP_TIME=str(SILENCE + 3))
     scheduler.expect(Ready)
     scheduler.send(first_plan(PROMPT))
     scheduler.send(next_plan(2, len(PROMPT)))
     assert scheduler.expect(Progress).step == 1
     peer = scheduler.listener.peers[scheduler.session]
-    scheduler.until(lambda: peer.link.sender.idle, 1.0)
-    assert scheduler.expect(Progress).step == 1
+    scheduler.until(lambda: peer.link.sender.idle)
+    assert scheduler.expect(Progress).step == 1, "the plans were acknowledged only when it was over"
     assert scheduler.expect(Result).step == 1
     assert not scheduler.closed  # longer than the silence and the window time
 
@@ -292,13 +298,13 @@ def test_the_kill_switch_kills_at_its_phase_once(start, scheduler, tmp_path, pha
 
 
 def test_sigterm_finishes_the_running_step_and_leaves_nothing(start, scheduler, rundir):
-    process = start(PAGEWIRE_ORACLE_STEP_TIME="0.5")
+    process = start(PAGEWIRE_ORACLE_STEP_TIME="2.0")
     scheduler.expect(Ready)
     scheduler.send(first_plan(PROMPT))
     scheduler.expect(Progress)
     process.send_signal(signal.SIGTERM)
     assert scheduler.expect(Result).step == 1
-    scheduler.until(lambda: process.poll() is not None, 5)
+    scheduler.until(lambda: process.poll() is not None)
     assert process.returncode == 0
     assert not rundir.services()
     assert not list(rundir.sockets.glob("tap-*"))
@@ -306,31 +312,46 @@ def test_sigterm_finishes_the_running_step_and_leaves_nothing(start, scheduler, 
 
 def test_a_worker_waits_for_its_scheduler_without_using_the_processor_and_says_so_once(start, rundir):
     process = start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while [s.state for s in rundir.services()] != ["waiting"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    used = sum(psutil.Process(process.pid).cpu_times()[:2])
-    time.sleep(2)
-    assert sum(psutil.Process(process.pid).cpu_times()[:2]) - used <= 0.06
+    assert idles(process, lambda: time.sleep(2))
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert stderr.count(b"waiting for a scheduler") == 1
 
 
-def test_an_idle_session_uses_no_processor_to_speak_of(start, scheduler):
-    process = start()
-    scheduler.expect(Ready)
-    used = sum(psutil.Process(process.pid).cpu_times()[:2])
-    end = time.monotonic() + 3
-    scheduler.until(lambda: time.monotonic() > end)
-    assert sum(psutil.Process(process.pid).cpu_times()[:2]) - used <= 0.06
-    assert not scheduler.closed
+def idles(process: subprocess.Popen[bytes], meanwhile: Callable[[], object]) -> bool:
+    """Whether a process uses next to no processor while something is done; looked at thrice, since it may still be starting."""
+
+    def used() -> float:
+        before = sum(psutil.Process(process.pid).cpu_times()[:2])
+        meanwhile()
+        return sum(psutil.Process(process.pid).cpu_times()[:2]) - before
+
+    return any(used() <= 0.06 for _ in range(3))
+
+
+def test_an_idle_session_uses_no_processor_to_speak_of(start, rundir):
+    scheduler = FakeScheduler(rundir.workers, times=Times())
+
+    def idle() -> None:
+        end = time.monotonic() + 3
+        scheduler.until(lambda: time.monotonic() > end)
+
+    try:
+        process = start(silence=Times().silence)
+        scheduler.expect(Ready)
+        assert idles(process, idle)
+        assert len(scheduler.closed) < 3, "its sessions end"
+    finally:
+        scheduler.close()
 
 
 def test_an_unknown_runner_is_refused_in_one_line(start):
     process = start("abacus")
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     assert b"--runner abacus" in stderr
     assert b"torch, oracle, simulated" in stderr
@@ -340,7 +361,7 @@ SLOW_LOAD = """
 import time
 from gpu_worker.oracle import OracleRunner
 load = OracleRunner.load
-OracleRunner.load = lambda self: time.sleep(2.5) or load(self)
+OracleRunner.load = lambda self: time.sleep(7) or load(self)
 """
 FAILED_LOAD = """
 from gpu_worker.errors import LoadError
@@ -369,7 +390,7 @@ def test_a_worker_that_loads_keeps_its_session_and_says_that_it_loads(start, sch
 
 def test_a_model_that_cannot_be_loaded_ends_the_worker_in_one_line(start):
     process = start(patch=FAILED_LOAD)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     assert b"no room for the weights" in stderr
 
@@ -390,14 +411,21 @@ def test_a_lost_device_ends_the_process_with_its_stack_in_the_log(start, schedul
 def test_a_refusal_is_said_once(start, scheduler, rundir):
     scheduler.refusal = "a worker of another protocol"
     start()
-    scheduler.until(lambda: len(scheduler.hellos) >= 2)
+
+    def said() -> int:
+        log = rundir.logs / "worker-7.log"
+        return log.exists() and log.read_text().count("refuses this worker: a worker of another protocol")
+
+    scheduler.until(said)
+    hellos = len(scheduler.hellos)
+    scheduler.until(lambda: len(scheduler.hellos) >= hellos + 2)
     scheduler.refusal = ""
     scheduler.expect(Ready)
-    assert (rundir.logs / "worker-7.log").read_text().count("refuses this worker: a worker of another protocol") == 1
+    assert said() == 1
 
 
 def test_plans_not_begun_are_left_when_the_session_ends(start, scheduler):
-    start(PAGEWIRE_ORACLE_STEP_TIME="0.4")
+    start(PAGEWIRE_ORACLE_STEP_TIME="0.8")
     scheduler.expect(Ready)
     scheduler.send(first_plan(PROMPT, max_tokens=45))
     for step in range(2, 45):
@@ -406,7 +434,7 @@ def test_plans_not_begun_are_left_when_the_session_ends(start, scheduler):
     scheduler.closed += scheduler.listener.close(scheduler.session, "for the test")
     began = time.monotonic()
     scheduler.expect(Ready)  # after the silence time and the running step, not after all of them
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 25
     assert not any(isinstance(m, Result) for m in scheduler.messages)
     scheduler.send(first_plan(PROMPT))
     result = scheduler.expect(Result)
@@ -415,7 +443,7 @@ def test_plans_not_begun_are_left_when_the_session_ends(start, scheduler):
 
 def test_an_endpoint_that_is_none_is_refused_in_one_line(start):
     process = start(more={"schedulers": ["carrier-pigeon://coop"]})
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     assert b"--scheduler carrier-pigeon://coop: an endpoint is ipc://PATH or tcp://ADDRESS:PORT" in stderr
 
