@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
 import zmq
 from starlette.applications import Starlette
@@ -34,7 +35,7 @@ from protocol.locks import Guard
 from protocol.registration import process_start
 from protocol.rundir import RunDir
 from protocol.service import Service
-from protocol.telemetry import Collector
+from protocol.telemetry import Collector, Telemetry
 
 COLLECT_EVERY = 2.0  # seconds, while nobody asks; far below what fills the socket's queue
 NOTICED = 1.5  # seconds after which every service has seen whether somebody traces, and published what it noted
@@ -65,9 +66,12 @@ def run(settings: AdminSettings) -> None:
         # Of one that has ended already nothing is known (0): it is counted, since most are of our age.
         monitor = Monitor(time.monotonic(), lambda telemetry: 0 < process_start(telemetry.pid) < together, handover.take_up(left))
         watch = Watch(figures, monitor)
+        this = psutil.Process()
 
         def collect() -> None:
             now = time.monotonic()
+            own = {"memory_bytes": float(this.memory_info().rss)}
+            figures.take(Telemetry("admin", settings.name, service.incarnation, os.getpid(), own), now)
             for telemetry in collector.receive():
                 figures.take(telemetry, now)
                 monitor.take(telemetry)

@@ -130,6 +130,8 @@ class _Families:
             for value in (values.get(key), values.get(f"worker_{key}")):
                 if value is not None:
                     self._add(family, [role, name], value)
+        if role == "admin":  # which has neither links nor requests
+            return
         for (counted, kind), states in STATES.items():
             if counted == role:
                 for state in states:

@@ -56,6 +56,9 @@ FIGURES = {
         "epoch": "epoch of the scheduler it obeys, without its random part",
         "memory_bytes": "resident memory",
     },
+    "admin": {
+        "memory_bytes": "resident memory",
+    },
 }
 
 EVENTS = {

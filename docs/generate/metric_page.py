@@ -31,7 +31,7 @@ def metrics_page() -> str:
     lines += ["## With labels of ours", "", *_families(ours), ""]
     for role, figures in FIGURES.items():
         rows = [(code(f"pagewire_{role}_{name}"), text) for name, text in figures.items()]
-        lines += [f"## Of a {role}", "", "With the label `name`.", "", *table(("metric", ""), rows), ""]
+        lines += [f"## Of {'an' if role == 'admin' else 'a'} {role}", "", "With the label `name`.", "", *table(("metric", ""), rows), ""]
     rows = [(code(name), text) for name, text in sorted(EVENTS.items())]
     lines += [EVENTS_TEXT, "", *table(("event", ""), rows), ""]
     return "\n".join(lines)

@@ -46,6 +46,16 @@ def test_requests_and_blocks_are_shown_by_state_and_the_rest_by_name() -> None:
     assert not any(name.startswith(("pagewire_frontend_requests", "pagewire_scheduler_blocks_")) for name, _ in seen)
 
 
+def test_the_admin_server_has_its_memory_and_no_links() -> None:
+    figures = Figures()
+    figures.take(Telemetry("admin", "admin", 1, 2, {"memory_bytes": 7}), 0.0)
+    about = {"role": "admin", "name": "admin"}
+    assert scrape(figures, 0.0) == {
+        ("pagewire_process_memory_bytes", labels(**about)): 7,
+        ("pagewire_admin_memory_bytes", labels(name="admin")): 7,
+    }
+
+
 def test_a_new_incarnation_replaces_the_old_and_silence_removes_it() -> None:
     figures = Figures()
     figures.take(Telemetry("worker", "worker-0", 1, 2, {"steps": 100}), 0.0)
