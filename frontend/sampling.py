@@ -16,6 +16,8 @@ from frontend.validation import MAX_BAD_WORD_LENGTH, Sampling, require
 from protocol.columns import pack, pack_floats, unpack
 from protocol.messages import MAX_WORD, MAX_WORDS, ModelInfo, SamplingParams
 
+GREEDY = 1e-5  # temperatures below it are 0, as in vLLM: a logit over a smaller one may be more than a float holds
+
 
 def seeds_of(seed: int | None, n: int) -> list[int]:
     """The 64-bit seed of each of `n` choices.
@@ -61,11 +63,15 @@ def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, logprobs: int
     bias = bias_of(body, info.vocab_size)
     stop_ids = [] if body.ignore_eos else unpack(info.eos).tolist()
     stop_ids += checked_ids(body.stop_token_ids or (), "stop_token_ids", info.vocab_size)
+    allowed = set(checked_ids(body.allowed_token_ids or (), "allowed_token_ids", info.vocab_size))
     if body.allowed_token_ids is not None:
-        require(len(body.allowed_token_ids) > 0, "allowed_token_ids", "is empty")
+        require(len(allowed) > 0, "allowed_token_ids", "is empty")
+    bad_words = bad_words_of(body.bad_words or (), tokenizer)
+    _check_allowed(allowed, set(stop_ids) if body.min_tokens else set(), bad_words)
+    temperature = _or(body.temperature, defaults.temperature)
     return SamplingParams(
         max_tokens=0,
-        temperature=_or(body.temperature, defaults.temperature),
+        temperature=temperature if temperature >= GREEDY else 0.0,
         top_p=_or(body.top_p, defaults.top_p),
         top_k=int(_or(body.top_k, defaults.top_k)),
         min_p=_or(body.min_p, defaults.min_p),
@@ -78,9 +84,16 @@ def resolve(body: Sampling, info: ModelInfo, tokenizer: Tokenizer, logprobs: int
         prompt_logprobs=prompt_logprobs,
         bias_ids=pack(bias),
         bias_values=pack_floats(bias.values()),
-        allowed_ids=pack(sorted(set(checked_ids(body.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)))),
-        bad_words=bad_words_of(body.bad_words or (), tokenizer),
+        allowed_ids=pack(sorted(allowed)),
+        bad_words=bad_words,
     )
+
+
+def _check_allowed(allowed: set[int], ends: set[int], bad_words: Sequence[bytes]) -> None:
+    """Demand that a first token is left, if only some are allowed. `ends`: ids that `min_tokens` forbids. Raises ApiError."""
+    banned = ends | {int(unpack(word)[0]) for word in bad_words if len(word) == 4}
+    left = not allowed or not allowed <= banned
+    require(left, "allowed_token_ids", "each of them is forbidden: by bad_words, or as an end token or stop id by min_tokens")
 
 
 def limited(params: SamplingParams, max_tokens: int) -> SamplingParams:

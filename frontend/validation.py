@@ -60,7 +60,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=1000.0)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.001, le=1000.0)] | None = None  # less may make a logit infinite
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     ignore_eos: bool = False
     stop_token_ids: Ids | None = None
@@ -88,7 +88,7 @@ class CompletionBody(Sampling, kw_only=True, forbid_unknown_fields=True):
 
     prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool = False
+    echo: bool | None = None
     best_of: N | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
@@ -223,7 +223,7 @@ def check_completion(body: CompletionBody) -> None:
     if body.best_of is not None:
         require(body.best_of >= (body.n or 1), "best_of", "is less than n")
         require(not body.stream or body.best_of == (body.n or 1), "best_of", "cannot be told before the end: stream must be false")
-    check_max_tokens(body, "max_tokens", body.max_tokens, body.echo)
+    check_max_tokens(body, "max_tokens", body.max_tokens, bool(body.echo))
 
 
 def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

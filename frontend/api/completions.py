@@ -107,7 +107,15 @@ def prepare(model: Model, body: CompletionBody, tenant: str) -> tuple[list[NewRe
     logprobs = -1 if body.logprobs is None else body.logprobs
     rooms = [room(model.info, len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt") for ids in prompts]
     new = new_requests(model, body, prompts, rooms, logprobs, tenant, True, body.best_of, logprobs if body.echo else -1)
-    return new, [model.tokenizer.decode(ids) for ids in prompts] if body.echo else []
+    return new, echoed(model, body, prompts) if body.echo else []
+
+
+def echoed(model: Model, body: CompletionBody, encoded: Sequence[list[int]]) -> list[str]:
+    """The text of each prompt: as it was given, or that of its ids."""
+    return [
+        prompt if isinstance(prompt, str) else model.tokenizer.decode(ids, body.skip_special_tokens)
+        for prompt, ids in zip(prompts_of(body.prompt), encoded, strict=True)
+    ]
 
 
 def encode(model: Model, body: CompletionBody) -> list[list[int]]:
