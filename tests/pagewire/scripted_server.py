@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.pagewire.processes import PATIENCE
 
 
 @dataclass
@@ -21,6 +24,7 @@ class Script:
     usage: bool = True
     status: int = 200
     break_off: bool = False  # close the connection in the middle
+    together: int = 0  # requests that must have been under way at once before any is answered
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[bytes] = field(default_factory=list)
     most: int = 0  # requests under way at once
@@ -71,6 +75,9 @@ async def _answer(script: Script, body: dict[str, Any], writer: asyncio.StreamWr
     words = [f"w{i} " for i in range(count)]
     prompt = body.get("prompt") or body["messages"][-1]["content"]
     usage = {"prompt_tokens": len(prompt), "completion_tokens": body["max_tokens"]} if script.usage else None
+    late = time.monotonic() + PATIENCE
+    while script.most < script.together and time.monotonic() < late:
+        await asyncio.sleep(0.001)
     await asyncio.sleep(script.wait)
     if script.status != 200:
         _whole(writer, script.status, {"error": {"message": "scripted"}})

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from pagewire.bench.command import main
 from pagewire.bench.exchange import Exchange, Record
+from tests.pagewire.processes import PATIENCE, eventually
 from tests.pagewire.scripted_server import Script, scripted_server
 
 SIZES = ["--num-prompts", "6", "--input", "5:20", "--output", "4:6", "--processes", "2"]
@@ -73,35 +74,45 @@ def test_a_response_is_read_however_it_is_cut(step: int, keep: bool) -> None:
 
 @pytest.mark.slow
 def test_measured_times_are_the_servers(tmp_path: Path) -> None:
-    script = Script(wait=0.05, gap=0.02)
-    with scripted_server(script) as url:
-        result = bench("serve", "--url", url, *SIZES, "--goodput", "ttft:49", "--json", tmp_path / "r.json")
-    assert result.exit_code == 0, result.output
-    (run,) = runs_of(tmp_path / "r.json")
-    assert (run["completed"], run["failed"]) == (6, 0)
-    assert run["total_output_tokens"] == sum(body["max_tokens"] for body in script.asked)
-    assert run["total_input_tokens"] == sum(len(body["prompt"]) for body in script.asked)
-    for record in run["records"]:
-        assert record["first"] - record["start"] >= 0.05
-        assert record["chunks"] == record["tokens"] == len(record["gaps"]) + 1
-        assert sum(record["gaps"]) == pytest.approx(record["last"] - record["first"])
-        assert record["last"] - record["first"] >= 0.02 * (record["tokens"] - 1) - 0.002
-    assert run["mean_ttft_ms"] >= 50
-    assert run["mean_tpot_ms"] >= 19.5
-    assert run["request_goodput"] == 0, "no request can be faster than its server"
-    assert all(body["model"] == "scripted" for body in script.asked)
-    assert "TTFT" in result.output
+
+    def undisturbed() -> bool:
+        """Whether a run's chunks were read as they came: clients that stand still for a moment find several at once."""
+        script = Script(wait=0.05, gap=0.02)
+        with scripted_server(script) as url:
+            result = bench("serve", "--url", url, *SIZES, "--goodput", "ttft:49", "--json", tmp_path / "r.json")
+        assert result.exit_code == 0, result.output
+        (run,) = runs_of(tmp_path / "r.json")
+        assert (run["completed"], run["failed"]) == (6, 0)
+        assert run["total_output_tokens"] == sum(body["max_tokens"] for body in script.asked)
+        assert run["total_input_tokens"] == sum(len(body["prompt"]) for body in script.asked)
+        for record in run["records"]:
+            assert record["first"] - record["start"] >= 0.05
+            assert record["chunks"] == record["tokens"] == len(record["gaps"]) + 1
+            assert sum(record["gaps"]) == pytest.approx(record["last"] - record["first"])
+        assert run["mean_ttft_ms"] >= 50
+        assert run["request_goodput"] == 0, "no request can be faster than its server"
+        assert all(body["model"] == "scripted" for body in script.asked)
+        assert "TTFT" in result.output
+        least = [0.02 * (record["tokens"] - 1) - 0.002 for record in run["records"]]
+        took = [record["last"] - record["first"] for record in run["records"]]
+        return run["mean_tpot_ms"] >= 19.5 and all(a >= b for a, b in zip(took, least, strict=True))
+
+    eventually(undisturbed)
 
 
 @pytest.mark.slow
 def test_with_several_tokens_a_chunk_tpot_counts_tokens_and_itl_chunks(tmp_path: Path) -> None:
-    with scripted_server(Script(gap=0.03, tokens_each=3)) as url:
-        bench("serve", "--url", url, *SIZES, "--output", "9", "--json", tmp_path / "r.json")
-    for record in runs_of(tmp_path / "r.json")[0]["records"]:
-        assert (record["tokens"], record["chunks"]) == (9, 3)
-    (run,) = runs_of(tmp_path / "r.json")
-    assert run["mean_itl_ms"] > 20
-    assert run["mean_tpot_ms"] == pytest.approx(run["mean_itl_ms"] * 2 / 8)
+
+    def undisturbed() -> bool:
+        with scripted_server(Script(gap=0.03, tokens_each=3)) as url:
+            bench("serve", "--url", url, *SIZES, "--output", "9", "--json", tmp_path / "r.json")
+        (run,) = runs_of(tmp_path / "r.json")
+        for record in run["records"]:
+            assert (record["tokens"], record["chunks"]) == (9, 3)
+        assert run["mean_tpot_ms"] == pytest.approx(run["mean_itl_ms"] * 2 / 8)
+        return bool(run["mean_itl_ms"] > 20)
+
+    eventually(undisturbed)
 
 
 @pytest.mark.slow
@@ -114,7 +125,7 @@ def test_a_server_that_counts_no_tokens_has_its_chunks_counted(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_no_more_are_under_way_than_allowed(concurrency: int) -> None:
-    script = Script()
+    script = Script(together=concurrency)
     with scripted_server(script) as url:
         bench("serve", "--url", url, *SIZES, "--max-concurrency", str(concurrency))
     assert script.most == concurrency
@@ -136,7 +147,7 @@ def test_conversations_take_turns(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_throughput_asks_for_whole_answers_all_at_once() -> None:
-    script = Script(wait=0.2)
+    script = Script(together=6)
     with scripted_server(script) as url:
         result = bench("throughput", "--url", url, *SIZES, "--api-key", "secret")
     assert result.exit_code == 0, result.output
@@ -242,6 +253,6 @@ def test_the_script_of_a_checkout_runs_the_same() -> None:
     with scripted_server(Script()) as url:
         assert urllib.request.urlopen(f"{url}/v1/models").status == 200
         command = [sys.executable, str(script), "--url", url, "--requests", "3", "--concurrency", "2", "--input", "5", "--output", "4"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert "completed 3, failed 0" in done.stdout
