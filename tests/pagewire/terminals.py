@@ -15,6 +15,8 @@ import termios
 import time
 from collections.abc import Iterator
 
+from tests.pagewire.processes import PATIENCE
+
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07|\x1b[=>]")
 
 
@@ -31,7 +33,7 @@ class Terminal:
         """Press keys; \\x03 is Ctrl-C."""
         os.write(self._fd, keys.encode())
 
-    def read(self, pattern: str, timeout: float = 40.0) -> re.Match[str]:
+    def read(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
         """Wait for output that matches, behind what was matched before."""
         deadline = time.monotonic() + timeout
         while True:
@@ -46,7 +48,7 @@ class Terminal:
 
     def wait(self) -> int:
         """The exit status; what is still printed is thrown away."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None:
             assert time.monotonic() < deadline, "it does not end"
             if select.select([self._fd], [], [], 0.05)[0]:
@@ -72,5 +74,5 @@ def terminal(*arguments: str) -> Iterator[Terminal]:
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait(10)
+        process.wait(PATIENCE)
         os.close(ours)

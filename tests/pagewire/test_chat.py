@@ -53,13 +53,14 @@ def test_a_failed_answer_leaves_the_conversation_as_it_was(script: Script, words
 
 @pytest.mark.slow
 def test_in_a_terminal_one_talks_stops_an_answer_and_leaves() -> None:
-    script = Script(wait=0.01, gap=0.01)
+    script = Script(wait=0.01, gap=0.3)  # two minutes
     with scripted_server(script) as url, terminal("chat", "--url", url, "--max-tokens", "400", "--stats") as chat:
         chat.read("scripted at .*> ")
         chat.type("hello\n")
         chat.read(r"w0 w1 w2 ")
         chat.type("\x03")
         chat.read(r"\(stopped\).*> ")
+        script.gap = 0.001
         chat.type("/help\n")
         chat.read("/new forgets.*> ")
         chat.type("\x03")
