@@ -7,11 +7,14 @@ import contextlib
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.pagewire.processes import PATIENCE
 
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
@@ -72,8 +75,9 @@ def browser(folder: Path) -> Iterator[Browser]:
         port = None
         while port is None:
             assert driver.poll() is None, log.read_text()
+            time.sleep(0.05)
             port = re.search(r"successfully on port (\d+)", log.read_text())
-        with httpx.Client(base_url=f"http://127.0.0.1:{port[1]}", timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port[1]}", timeout=PATIENCE, trust_env=False) as client:
             options = {"args": [*FLAGS, f"--user-data-dir={folder / 'profile'}"], "binary": shutil.which("chromium")}
             wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
             answer = client.post("/session", json={"capabilities": {"alwaysMatch": wanted}})
@@ -85,4 +89,4 @@ def browser(folder: Path) -> Iterator[Browser]:
                 client.delete(f"/session/{session}")
     finally:
         driver.terminate()
-        driver.wait(10)
+        driver.wait(PATIENCE)
