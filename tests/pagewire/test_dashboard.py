@@ -21,6 +21,11 @@ DASHBOARD: dict[str, Any] = json.loads(FILE.read_text())
 QUERIES = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
 
 
+def of_requests(figures: dict[str, float], label: str) -> list[float]:
+    """The counts of HTTP requests with a label."""
+    return [value for name, value in figures.items() if name.startswith("pagewire_http_requests_total{") and label in name]
+
+
 @pytest.fixture(scope="module")
 def scrapes() -> Iterator[tuple[Scrape, Scrape]]:
     """Before and after some requests, of which one fails and one finds its prefix."""
@@ -32,9 +37,9 @@ def scrapes() -> Iterator[tuple[Scrape, Scrape]]:
                 stream_completion(
                     made.url, {"prompt": "a long enough beginning for a block " * 3, "max_tokens": 20 + i, "ignore_eos": True}
                 )
-            assert httpx.post(f"{made.url}/v1/completions", json={"prompt": "x", "temperature": -1}).status_code == 400
+            assert httpx.post(f"{made.url}/v1/completions", json={"prompt": "x", "temperature": -1}, timeout=60).status_code == 400
             host, port = made.url.removeprefix("http://").split(":")
-            with socket.create_connection((host, int(port)), 10) as connection:
+            with socket.create_connection((host, int(port)), 60) as connection:
                 connection.sendall(b"this is no HTTP\r\n\r\n")
                 assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
@@ -44,10 +49,11 @@ def scrapes() -> Iterator[tuple[Scrape, Scrape]]:
                 prompts = figures.get('vllm:request_prompt_tokens_count{model_name="small",name="frontend-0"}', 0)
                 plans = figures.get('vllm:iteration_tokens_total_count{model_name="small",name="scheduler-0"}', 0)
                 steps = figures.get('pagewire_worker_steps{name="worker-0"}', 0)  # those that only give blocks back are among them
-                return prompts == requests and steps >= plans >= 20 * requests
+                refused = {code: sum(of_requests(figures, f'code="{code}"')) for code in ("invalid_value", "invalid_http")}
+                return prompts == requests and steps >= plans >= 20 * requests and set(refused.values()) == {requests // 3}
 
-            eventually(complete, 20)
-            return Scrape.of(httpx.get(f"{made.admin}/metrics").text, time.monotonic())
+            eventually(complete)
+            return Scrape.of(httpx.get(f"{made.admin}/metrics", timeout=60).text, time.monotonic())
 
         work()
         before = scrape(3)
