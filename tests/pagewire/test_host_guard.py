@@ -85,7 +85,7 @@ def test_a_running_admin_server_is_guarded() -> None:
     with stack() as made:
         made.up("--runner", "oracle", "--admin-hosts", "figures.example")
         for path in ("/metrics", "/state", "/", "/nowhere"):
-            assert httpx.get(made.admin + path, headers={"Host": "evil.example"}).status_code == 421
-        assert httpx.post(f"{made.admin}/prompt", json={}, headers={"Host": "evil.example"}).status_code == 421
-        assert httpx.get(f"{made.admin}/metrics", headers={"Host": "figures.example"}).status_code == 200
-        assert httpx.get(f"{made.admin}/metrics").status_code == 200
+            assert httpx.get(made.admin + path, headers={"Host": "evil.example"}, timeout=60).status_code == 421
+        assert httpx.post(f"{made.admin}/prompt", json={}, headers={"Host": "evil.example"}, timeout=60).status_code == 421
+        assert httpx.get(f"{made.admin}/metrics", headers={"Host": "figures.example"}, timeout=60).status_code == 200
+        assert httpx.get(f"{made.admin}/metrics", timeout=60).status_code == 200

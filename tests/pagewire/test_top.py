@@ -101,7 +101,7 @@ def test_in_a_terminal_it_follows_a_running_stack_until_q() -> None:
     with stack() as running:
         running.up("--runner", "oracle")
         body = {"prompt": "x" * 40, "max_tokens": 30, "ignore_eos": True}
-        assert httpx.post(f"{running.url}/v1/completions", json=body, timeout=30).status_code == 200
+        assert httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).status_code == 200
         with terminal("top", "--admin", running.admin, "--interval", "0.3") as top:
             top.read(r"worker-0 +worker +ready")
             top.read(r"worker-0 +█.*shared .*free")
