@@ -24,8 +24,8 @@ def serve(scenario: Scenario, tmp_path: Path, engine: Engine | None = None, info
         client = LocalClient(settings_for(tmp_path, **settings), engine or Engine(), info)
         await client.start()
         transport = httpx.ASGITransport(make_app(client), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as http:
-            result = await asyncio.wait_for(scenario(http, client), 20)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as http:
+            result = await asyncio.wait_for(scenario(http, client), 60)
         await client.stop()
         return result
 

@@ -226,7 +226,7 @@ class SocketScheduler:
                 message = self.engine.step()
                 if message is not None and self.sessions:
                     self.listener.send(self.sessions[-1], message, now)
-            for message in self.engine.out:
+            for message in self.engine.out if self.sessions else ():  # who has lost its session asks again
                 self.listener.send(self.sessions[-1], message, now)
             self.engine.out.clear()
             while self.listener.out:
@@ -266,7 +266,7 @@ def scheduler_thread(endpoint: str, engine: Engine, interval: float = 0.002, tim
         yield scheduler
     finally:
         scheduler.stop.set()
-        thread.join(10)
+        thread.join(60)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def run_dir() -> Iterator[Path]:
 def run(run_dir: Path, scenario: Callable[[AsyncLLMEngine], Awaitable[None]]) -> None:
     async def main() -> None:
         async with AsyncLLMEngine(run_dir=run_dir) as engine:
-            await asyncio.wait_for(scenario(engine), 20)
+            await asyncio.wait_for(scenario(engine), 60)
 
     with scheduler_in(run_dir, Engine(), interval=0.05):
         asyncio.run(main())
@@ -60,7 +60,7 @@ def test_whose_prompts_are_still_made_or_wait_for_a_thread(run_dir: Path, made_b
         gate, model = threading.Event(), engine.model()
 
         def make(i: int) -> Prepared:
-            gate.wait(20)
+            gate.wait(60)
             return prepare(model, [104], LONG, True)
 
         async def consume() -> None:

@@ -42,14 +42,14 @@ def test_the_connection_ends_with_the_answer_and_the_server_goes_on(tmp_path: Pa
             assert status == b"HTTP/1.1 500 Internal Server Error"
             assert headers[b"connection"] == b"close"
             assert json.loads(body)["error"]["code"] == "internal_error"
-            assert await asyncio.wait_for(reader.read(), 5) == b""
+            assert await asyncio.wait_for(reader.read(), 60) == b""
             client.journal.entries = entries  # type: ignore[method-assign]
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             assert (await ask(reader, writer, "/load"))[0] == b"HTTP/1.1 200 OK"
             writer.close()
         finally:
             server.should_exit = True
-            await asyncio.wait_for(serving, 10)
+            await asyncio.wait_for(serving, 60)
             await client.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 120))

@@ -37,7 +37,7 @@ class Server:
         self.app = make_app(self.client)
         self.answered = asyncio.Event()  # set once part of an answer has been sent
         transport = httpx.ASGITransport(self._watched, raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
     async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def seen(message: Message) -> None:
@@ -269,7 +269,7 @@ def test_each_end_is_counted_once(way: str, tmp_path: Path) -> None:
         await server.client.start()
         try:
             before = server.counters()
-            await asyncio.wait_for(act(server), 20)
+            await asyncio.wait_for(act(server), 60)
             return server.counters() - before
         finally:
             await server.http.aclose()

@@ -27,10 +27,16 @@ SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 
 
 @contextlib.contextmanager
-def scheduler() -> Iterator[Path]:
-    """The run directory of a scripted scheduler, which has one frontend at a time; its path is short enough for sockets."""
-    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as path, scheduler_in(Path(path), Engine()):
+def scheduler(interval: float = 0.002) -> Iterator[Path]:
+    """The run directory of a scripted scheduler, which has one frontend at a time; its path is short enough for sockets.
+
+    interval: seconds of a token.
+    """
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as path, scheduler_in(Path(path), Engine(), interval):
         yield Path(path)
+
+
+SLOW = 0.05  # seconds of a token, so that 400 tokens outlast a machine that stands still
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def test_what_is_no_conversation_is_refused_by_name(llm, wrong):
         llm.chat(wrong, SHORT)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["", "none"])
 def test_a_run_directory_where_nothing_runs_is_said_at_once_and_none_is_made(tmp_path, name):
     folder = tmp_path / name
@@ -124,7 +130,12 @@ def test_an_engine_takes_dictionaries(engine):
     assert "".join(step.text for step in steps(engine)) == text(3)
 
 
-def test_an_aborted_request_ends_with_a_step_that_says_so_and_others_go_on(engine):
+def test_an_aborted_request_ends_with_a_step_that_says_so_and_others_go_on():
+    with scheduler(SLOW) as run_dir, LLMEngine(run_dir=run_dir) as engine:
+        some_are_aborted(engine)
+
+
+def some_are_aborted(engine: LLMEngine) -> None:
     endless = SamplingParams(max_tokens=400, ignore_eos=True, n=2)
     for name in ("a", "b", "c"):
         engine.add_request("x", endless, name)
@@ -157,7 +168,7 @@ def test_an_async_engine_names_a_request_as_it_is_told_to():
 
 @pytest.mark.filterwarnings("error")
 def test_a_closed_engine_says_so():
-    with scheduler() as run_dir:
+    with scheduler(SLOW) as run_dir:
         llm = LLM(run_dir=run_dir)
         llm.close()
         engine = LLMEngine(run_dir=run_dir)

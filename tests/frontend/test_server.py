@@ -23,6 +23,7 @@ import pytest
 from frontend.server import raise_file_limit
 from protocol.messages import Abort, Done
 from protocol.rundir import RunDir
+from tests.e2e.stack import eventually
 from tests.frontend.fakes import Engine, scheduler_thread, text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,14 +52,11 @@ class Frontend:
         self.url = line.split()[-1]
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + 20
-        while httpx.get(self.url + "/ready").status_code != 200:
-            assert time.monotonic() < deadline, "never ready"
-            time.sleep(0.02)
+        eventually(lambda: httpx.get(self.url + "/ready", timeout=60).status_code == 200)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(15)
+        return self.process.wait(60)
 
 
 @contextlib.contextmanager
@@ -81,45 +79,56 @@ def scheduled(run_dir: Path) -> Iterator[Engine]:
 
 @pytest.mark.slow
 def test_it_serves_and_ends_at_once_when_idle(run_dir, scheduled):
-    with frontend(run_dir) as running:
+    with frontend(run_dir, "--shutdown-timeout", "60") as running:
         running.wait_ready()
-        assert httpx.post(running.url + "/generate", json={"prompt": "x", "max_tokens": 5}).json()["text"] == text(5)
-        with httpx.stream("POST", running.url + "/v1/completions", json={"prompt": "x", "max_tokens": 5, "stream": True}) as response:
+        assert httpx.post(running.url + "/generate", json={"prompt": "x", "max_tokens": 5}, timeout=60).json()["text"] == text(5)
+        body = {"prompt": "x", "max_tokens": 5, "stream": True}
+        with httpx.stream("POST", running.url + "/v1/completions", json=body, timeout=60) as response:
             lines = [line for line in response.iter_lines() if line.startswith("data: ")]
         assert lines[-1] == "data: [DONE]"
         assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1]) == text(5)
         start = time.monotonic()
         assert running.stop() == 0
-        assert time.monotonic() - start < 2.5, "nothing was running: no reason to wait out the shutdown timeout"
+        assert time.monotonic() - start < 30, "nothing was running: no reason to wait out the shutdown timeout"
     assert [record for record in RunDir(run_dir).services() if record.role == "frontend"] == []
 
 
 @pytest.mark.slow
-def test_sigterm_lets_short_streams_finish_and_ends_long_ones_with_an_error(run_dir, scheduled):
-    with frontend(run_dir, "--shutdown-timeout", "1.5") as running:
+def test_sigterm_lets_short_streams_finish_and_ends_long_ones_with_an_error(run_dir):
+    """Short ones take a second, the timeout is 6 s, long ones take 15: a machine may stand still for seconds."""
+    engine = Engine()
+    with scheduler_thread(RunDir(run_dir).frontends, engine, interval=0.03), frontend(run_dir, "--shutdown-timeout", "6") as running:
         running.wait_ready()
         bodies: dict[int, str] = {}
 
         def ask(tokens: int) -> None:
             body = {"prompt": "x", "max_tokens": tokens, "stream": True}
-            bodies[tokens] = httpx.post(running.url + "/v1/completions", json=body, timeout=20).text
+            bodies[tokens] = httpx.post(running.url + "/v1/completions", json=body, timeout=60).text
 
-        threads = [threading.Thread(target=ask, args=(tokens,)) for tokens in (60, 500)]
+        threads = [threading.Thread(target=ask, args=(tokens,)) for tokens in (30, 500)]
         for thread in threads:
             thread.start()
-        while len(scheduled.live) < 2:
-            time.sleep(0.01)
+        eventually(lambda: len(engine.live) == 2)
         running.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(running.url + "/health")
+        eventually(lambda: refuses(running.url))
         for thread in threads:
-            thread.join(15)
-        assert running.process.wait(15) == 0
-    short, long = ([line[6:] for line in bodies[n].splitlines() if line.startswith("data: ")] for n in (60, 500))
+            thread.join(60)
+        assert running.process.wait(60) == 0
+    short, long = ([line[6:] for line in bodies[n].splitlines() if line.startswith("data: ")] for n in (30, 500))
     assert json.loads(short[-2])["choices"][0]["finish_reason"] == "length"
     assert json.loads(long[-2])["error"]["code"] == "shutting_down"
     assert short[-1] == long[-1] == "[DONE]"
+
+
+def refuses(url: str) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        httpx.get(url + "/health", timeout=60)
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:  # it listened, and ended before it answered
+        pass
+    return False
 
 
 @pytest.mark.slow
@@ -132,12 +141,9 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_end(run_dir, scheduled):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             body = json.dumps({"prompt": "x", "max_tokens": 500, "stream": True, "n": 100}).encode()
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-            while not scheduled.live:
-                time.sleep(0.01)
+            eventually(lambda: scheduled.live)
             time.sleep(0.5)
-            start = time.monotonic()
-            assert running.stop() == 0
-            assert time.monotonic() - start < 4
+            assert running.stop() == 0, "it was held up, until its own timer killed it"
 
 
 @pytest.mark.slow
@@ -147,7 +153,7 @@ def test_a_stop_cuts_a_drain_short_though_a_request_never_arrives_in_full(run_di
         address = httpx.URL(running.url)
         with socket.create_connection((address.host, address.port)) as client:
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
-            time.sleep(0.3)
+            httpx.get(running.url + "/health", timeout=60)  # by when this is answered, that has been read
             running.process.send_signal(signal.SIGUSR2)
             time.sleep(0.5)
             assert running.process.poll() is None
@@ -159,12 +165,9 @@ def test_the_blocks_of_a_client_that_left_are_given_back(run_dir, scheduled):
     with frontend(run_dir) as running:
         running.wait_ready()
         body = {"prompt": "x", "max_tokens": 500, "stream": True}
-        with httpx.stream("POST", running.url + "/v1/completions", json=body) as response:
+        with httpx.stream("POST", running.url + "/v1/completions", json=body, timeout=60) as response:
             next(response.iter_lines())
-        deadline = time.monotonic() + 5
-        while not any(isinstance(m, Done) for m in scheduled.messages):
-            assert time.monotonic() < deadline, "the scheduler never heard that the client left"
-            time.sleep(0.01)
+        eventually(lambda: any(isinstance(m, Done) for m in list(scheduled.messages)))  # the scheduler has heard that the client left
         assert any(isinstance(m, Abort) for m in scheduled.messages)
         assert running.stop() == 0
 
@@ -175,7 +178,7 @@ def test_a_socket_handed_over_is_served(run_dir, scheduled):
         port = listener.getsockname()[1]
         with frontend(run_dir, "--listen-fd", str(listener.fileno()), pass_fds=(listener.fileno(),)) as running:
             assert running.url == f"http://127.0.0.1:{port}"
-            assert httpx.get(running.url + "/health").json() == {"status": "ok"}
+            assert httpx.get(running.url + "/health", timeout=60).json() == {"status": "ok"}
             assert running.stop() == 0
 
 
@@ -194,7 +197,7 @@ def test_what_is_no_http_is_refused_in_json(run_dir):
     frontend = Frontend(run_dir)
     try:
         host, _, port = frontend.url.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
             connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
             answer = b"".join(iter(lambda: connection.recv(4096), b""))
     finally:
@@ -214,7 +217,7 @@ def test_a_port_that_is_taken_gets_one_clear_line(run_dir):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
         )
     assert done.returncode != 0
     assert f"127.0.0.1:{port}: Address already in use" in done.stderr
@@ -224,15 +227,18 @@ def test_a_port_that_is_taken_gets_one_clear_line(run_dir):
 @pytest.mark.slow
 def test_without_a_scheduler_it_waits_says_so_once_and_uses_no_processor(run_dir):
     with frontend(run_dir) as running:
-        time.sleep(1.0)
-        before = _cpu(running.process.pid)
-        time.sleep(2.0)
-        assert _cpu(running.process.pid) - before < 0.1
-        ready = httpx.get(running.url + "/ready")
+        assert any(_cpu_of_two_seconds(running.process.pid) < 0.1 for _ in range(3))  # it may still be starting
+        ready = httpx.get(running.url + "/ready", timeout=60)
         assert (ready.status_code, ready.json()["reason"]) == (503, "no scheduler has answered yet")
         assert running.stop() == 0
         log = (RunDir(run_dir).logs / "frontend-0.log").read_text()
     assert log.count("waiting for a scheduler") == 1
+
+
+def _cpu_of_two_seconds(pid: int) -> float:
+    before = _cpu(pid)
+    time.sleep(2.0)
+    return _cpu(pid) - before
 
 
 def _cpu(pid: int) -> float:
@@ -250,11 +256,11 @@ def test_tls_answers_and_plain_http_does_not(run_dir, scheduled):
     try:
         assert frontend.url.startswith("https://")
         trusted = ssl.create_default_context(cafile=str(run_dir / "cert.pem"))
-        assert httpx.get(frontend.url + "/health", verify=trusted).status_code == 200
+        assert httpx.get(frontend.url + "/health", verify=trusted, timeout=60).status_code == 200
         with pytest.raises(httpx.ConnectError):
-            httpx.get(frontend.url + "/health")  # nobody vouches for this certificate
+            httpx.get(frontend.url + "/health", timeout=60)  # nobody vouches for this certificate
         with pytest.raises(httpx.HTTPError):
-            httpx.get(frontend.url.replace("https", "http") + "/health")
+            httpx.get(frontend.url.replace("https", "http") + "/health", timeout=60)
     finally:
         assert frontend.stop() == 0
 
@@ -269,7 +275,7 @@ def test_tls_answers_and_plain_http_does_not(run_dir, scheduled):
 )
 def test_what_would_be_unsafe_gets_one_line_and_no_server(flags, says, run_dir):
     command = [sys.executable, "-P", "-m", "frontend", "--run-dir", str(run_dir), "--port", "0", *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
     assert ended.returncode != 0
     assert "listening" not in ended.stdout
     assert says in ended.stderr.strip().splitlines()[-1]

@@ -213,25 +213,32 @@ def test_the_byte_tokenizer_needs_no_files() -> None:
 def test_other_threads_run_while_a_huge_prompt_is_encoded() -> None:
     tokenizer = Tokenizer.from_bundle(a_bundle(byte_level_backend()))
     text = "hello world, " * 300_000
-    longest, running = 0.0, True
 
-    def tick() -> None:
-        nonlocal longest
-        last = time.perf_counter()
-        while running:
-            time.sleep(0.001)
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
+    def longest_share() -> float:
+        """Of the time that encoding took, the longest in which another thread did not run."""
+        longest, running = 0.0, True
 
-    thread = threading.Thread(target=tick)
-    thread.start()
-    start = time.perf_counter()
-    encodings = tokenizer._encoder._backend.encode_batch_fast([text])  # type: ignore[attr-defined]  # without the list of ids, which needs the GIL
-    took = time.perf_counter() - start
-    running = False
-    thread.join()
-    assert len(encodings[0]) > 300_000
-    assert longest < took / 2
+        def tick() -> None:
+            nonlocal longest
+            last = time.perf_counter()
+            while running:
+                time.sleep(0.001)
+                now = time.perf_counter()
+                longest, last = max(longest, now - last), now
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        start = time.perf_counter()
+        # without the list of ids, which needs the GIL
+        encodings = tokenizer._encoder._backend.encode_batch_fast([text])  # type: ignore[attr-defined]
+        took = time.perf_counter() - start
+        running = False
+        thread.join()
+        assert len(encodings[0]) > 300_000
+        return longest / took
+
+    # A machine that stands still makes a pause of its own; the GIL would make it each time.
+    assert any(longest_share() < 0.5 for _ in range(3))
 
 
 def test_neither_torch_nor_transformers_is_imported() -> None:

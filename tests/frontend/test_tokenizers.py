@@ -58,7 +58,7 @@ class Scene:
 
 def run(scenario: Callable[[Scene], Awaitable[Any]]) -> None:
     async def main() -> None:
-        await asyncio.wait_for(scenario(Scene()), 20)
+        await asyncio.wait_for(scenario(Scene()), 60)
 
     asyncio.run(main())
 
