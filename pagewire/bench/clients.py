@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import multiprocessing.connection
+import signal
 import ssl
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -55,7 +58,8 @@ def measure(
             ours, theirs = context.Pipe()
             share = concurrency // count + (i < concurrency % count) if concurrency else 0
             process = context.Process(target=_client, args=(theirs, target, requests[i::count], share), daemon=True)
-            process.start()
+            with _deaf():
+                process.start()
             theirs.close()
             pipes.append(ours)
             started.append(process)
@@ -65,14 +69,29 @@ def measure(
         for pipe in pipes:
             pipe.send(start)
         records = _gather(pipes, progress or (lambda ended: None))
+        for process in started:
+            process.join(5)
     except (EOFError, ConnectionError):
         raise ClientDied("a client process died") from None
     finally:
         for process in started:
-            process.join(5)
-            if process.is_alive():
+            if process.is_alive():  # of what is not waited for, nothing is wanted
                 process.kill()
+                process.join()
     return sorted(records, key=lambda record: record.start)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started here ignore Ctrl-C, which a terminal sends to all: their starter ends them."""
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _gather(pipes: list[Connection], progress: Callable[[int], None]) -> list[Record]:
@@ -154,7 +173,7 @@ async def _exchange(url: SplitResult, head: str, body: bytes, stream: bool, keep
         _, exchange = await asyncio.get_running_loop().create_connection(
             lambda: Exchange(header, body, record, stream, keep), url.hostname or "", port, ssl=context
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # of a name that is none, too
         record.error = f"cannot connect: {error}"
         return record, ""
     await exchange.done

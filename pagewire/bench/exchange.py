@@ -42,6 +42,7 @@ class Exchange(asyncio.Protocol):
         self._stream = stream
         self._keep = keep
         self._status = 0
+        self._over = False  # a stream has said [DONE]
         self._chunked = False
         self._left = -1  # bytes of an unchunked body still to come; negative: it goes on until the connection ends
         self._input = b""
@@ -111,7 +112,9 @@ class Exchange(asyncio.Protocol):
             if at < 0:
                 continue
             line = event[at + 5 :].strip()
-            if line != b"[DONE]" and self._has_choices(line):
+            if line == b"[DONE]":
+                self._over = True
+            elif self._has_choices(line):
                 self._chunk(now)
 
     def _has_choices(self, line: bytes) -> bool:
@@ -131,7 +134,9 @@ class Exchange(asyncio.Protocol):
         record.last = now
         record.chunks += 1
 
-    def _look(self, body: dict[str, Any]) -> None:
+    def _look(self, body: Any) -> None:
+        if not isinstance(body, dict):
+            raise TypeError(f"{type(body).__name__} instead of an object")
         if error := body.get("error"):
             self._record.error = str(error.get("message", error) if isinstance(error, dict) else error)
         if usage := body.get("usage"):
@@ -148,7 +153,8 @@ class Exchange(asyncio.Protocol):
         if not self._stream:
             self._look(json.loads(self._text))
             self._chunk(time.perf_counter())
-        self._end("" if self._record.last else "no chunk came")
+        missing = "no chunk came" if not self._record.last else "the stream ended without [DONE]"
+        self._end("" if self._record.last and (self._over or not self._stream) else missing)
 
     def _end(self, error: str) -> None:
         record = self._record
