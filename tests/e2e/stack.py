@@ -31,8 +31,8 @@ from protocol.tokenizer_files import byte_bundle
 EOS = 256
 
 
-def eventually(what: Callable[[], Any], timeout: float = 30.0) -> Any:
-    """What the call returns once that is true."""
+def eventually(what: Callable[[], Any], timeout: float = 60.0) -> Any:
+    """What the call returns once that is true. The time only protects from a hang: a busy machine stands still for seconds."""
     deadline = time.monotonic() + timeout
     while not (result := what()):
         assert time.monotonic() < deadline, f"it did not become true within {timeout} s"
@@ -59,7 +59,7 @@ class Process:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def line(self, pattern: str, timeout: float = 60.0) -> re.Match[str]:
+    def line(self, pattern: str, timeout: float = 120.0) -> re.Match[str]:
         """The first match in the output, waited for."""
 
         def look() -> re.Match[str] | None:
@@ -109,8 +109,9 @@ class Stack:
         return process
 
     def service(self, role: str) -> ServiceRecord:
-        """The (first) running service of a role."""
-        return next(s for s in RunDir(self.run_dir).services() if s.role == role)
+        """The (first) running service of a role, waited for: one that was killed comes back in its own time."""
+        found: ServiceRecord = eventually(lambda: next((s for s in RunDir(self.run_dir).services() if s.role == role), None))
+        return found
 
     def kill(self, role: str, sig: signal.Signals = signal.SIGKILL) -> int:
         """Signal a service; returns its pid. SIGKILL is waited for: the fault has happened."""
@@ -118,12 +119,13 @@ class Stack:
         process = psutil.Process(pid)
         process.send_signal(sig)
         if sig == signal.SIGKILL:
-            eventually(lambda: is_over(process), 5)
+            eventually(lambda: is_over(process))
         return pid
 
     def metrics(self) -> dict[str, float]:
-        """The admin server's figures, by name and labels as they are printed."""
-        text = httpx.get(f"{self.admin}/metrics", timeout=10).text
+        """The admin server's figures, by name and labels as they are printed. One is missing until its service has told it, and
+        after ten seconds in which that service told nothing."""
+        text = httpx.get(f"{self.admin}/metrics", timeout=60).text
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line and line[0] != "#"}
 
     def family(self) -> list[psutil.Process]:
@@ -133,7 +135,7 @@ class Stack:
             with contextlib.suppress(psutil.NoSuchProcess):
                 top = psutil.Process(process.popen.pid)
                 found += [top, *top.children(recursive=True)]
-        return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in found if not is_over(p)]
 
     def close(self) -> None:
         """End every process by its id."""
@@ -143,12 +145,13 @@ class Stack:
                 process.popen.terminate()
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.popen.wait(8)
+                process.popen.wait(20)
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         for process in self.processes:
-            process.popen.wait(5)
+            process.popen.wait(60)
+        psutil.wait_procs(family, 60)  # or they would write into a folder that is being removed
 
 
 @contextlib.contextmanager
@@ -182,7 +185,7 @@ class Streamed:
 
 
 def stream_completion(
-    url: str, body: dict[str, Any], path: str = "/v1/completions", timeout: float = 120.0, seen: Streamed | None = None
+    url: str, body: dict[str, Any], path: str = "/v1/completions", timeout: float = 150.0, seen: Streamed | None = None
 ) -> Streamed:
     """POST with stream=true and read the stream to its end; `seen` may be watched meanwhile."""
     seen = seen if seen is not None else Streamed()
@@ -262,7 +265,7 @@ class Clients:
     def running(self) -> int:
         return sum(thread.is_alive() for thread in self._threads)
 
-    def finish(self, timeout: float = 90.0) -> None:
+    def finish(self, timeout: float = 120.0) -> None:
         """Raises AssertionError if a stream differs from the oracle's, ends twice or not at all."""
         deadline = time.monotonic() + timeout
         for thread in self._threads:

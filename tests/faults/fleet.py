@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -49,6 +49,7 @@ class Fleet:
         self.proxies: dict[str, LinkProxy] = {}  # by service
         self._told: dict[str, tuple[float, Telemetry]] = {}  # by service: when, and what
         self._ended: dict[tuple[str, str], float] = {}  # (service, figure) → sum over earlier incarnations
+        self._read = 0.0  # when nothing more was there to be collected
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._collect, daemon=True)
         self._thread.start()
@@ -111,9 +112,9 @@ class Fleet:
         for name, process in self.services.items():
             if name.startswith("frontend"):
                 self.urls[name] = process.line(r"listening on (http://\S+)")[1]
-        eventually(lambda: self.sum("workers_ready", "scheduler") >= workers, 60)
+        eventually(lambda: self.sum("workers_ready", "scheduler") >= workers)
         names = [name for name in self.services if name.startswith("frontend")]
-        eventually(lambda: all(self.state(name) == "ready" for name in names), 60)
+        eventually(lambda: all(self.state(name) == "ready" for name in names))
 
     def state(self, name: str) -> str:
         """What a running service says of itself; empty if it does not run."""
@@ -127,7 +128,7 @@ class Fleet:
         assert process.poll() is None, f"{name} has ended by itself"
         began = time.monotonic()
         process.kill()
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
         return began
 
     @contextlib.contextmanager
@@ -137,7 +138,7 @@ class Fleet:
         began = time.monotonic()
         process.suspend()
         try:
-            eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5)
+            eventually(lambda: process.status() == psutil.STATUS_STOPPED)
             yield began
             assert process.status() == psutil.STATUS_STOPPED, f"{name} was woken by somebody else"
         finally:
@@ -172,6 +173,8 @@ class Fleet:
                 if collector.socket.poll(100):
                     for telemetry in collector.receive():
                         self._take(telemetry)
+                else:
+                    self._read = time.monotonic()
 
     def _take(self, telemetry: Telemetry) -> None:
         before = self._told.get(telemetry.name)
@@ -188,21 +191,46 @@ class Fleet:
 
     def total(self, figure: str, role: str = "") -> float:
         """A counter, summed over services, living and dead (as far as the dead could publish it)."""
-        live = sum(told.values.get(figure, 0.0) for _, told in self._told.values() if told.role.startswith(role))
-        return live + sum(value for (name, f), value in self._ended.items() if f == figure and name.startswith(role))
+        # Lists, since the collecting thread adds to both meanwhile.
+        live = sum(told.values.get(figure, 0.0) for _, told in list(self._told.values()) if told.role.startswith(role))
+        return live + sum(value for (name, f), value in list(self._ended.items()) if f == figure and name.startswith(role))
 
     def sum(self, figure: str, role: str) -> float:
         """A gauge, summed over the running services of a role."""
-        return sum(told.values.get(figure, 0.0) for name, (_, told) in self._told.items() if told.role == role and self._runs(name))
+        return sum(told.values.get(figure, 0.0) for name, (_, told) in list(self._told.items()) if told.role == role and self._runs(name))
 
     def _runs(self, name: str) -> bool:
         return name in self.services and self.services[name].popen.poll() is None
 
     def fresh(self) -> None:
-        """Wait until every running service has published anew."""
+        """Wait until every running service has published anew. What had come by now and was not read yet does not count."""
+        asked = time.monotonic()
+        eventually(lambda: self._read > asked + 0.1)
         now = time.monotonic()
-        names = [name for name in self.services if self._runs(name)]
-        eventually(lambda: all(name in self._told and self._told[name][0] > now for name in names), 60)
+
+        def published(name: str) -> bool:
+            told = self._told.get(name)
+            return told is not None and told[0] > now
+
+        eventually(lambda: all(published(name) for name in self.services if self._runs(name)))  # one that ends meanwhile owes nothing
+
+    def costs_no_session(self, what: Callable[[], object], name: str = "") -> None:
+        """Let something happen that ends no session (of one service). Raises AssertionError.
+
+        A machine that stands still for a second ends some as well: it happens anew until it ended none, five times at most.
+        """
+
+        def closed() -> float:
+            figures = ("session_closed", "wire_session_closed")
+            return sum(self.figure(name, figure) if name else self.total(figure) for figure in figures)
+
+        for _ in range(5):
+            before = closed()
+            what()
+            self.fresh()
+            if closed() == before:
+                return
+        raise AssertionError(f"sessions of {name or 'somebody'} end each time")
 
     def at_rest(self, failed: int = 0, expected: Sequence[str] = ()) -> None:
         """Everything has been given back, and nobody has sent what could not be used, but for `expected` counters.
@@ -215,7 +243,7 @@ class Fleet:
             return not any(self.sum(figure, role) for figure in quantities for role in ("scheduler", "frontend"))
 
         self.fresh()
-        eventually(resting, 60)
+        eventually(resting)
         assert self.sum("requests_failed", "frontend") == failed
         assert {figure: self.total(figure) for figure in DEFECTS if self.total(figure) and figure not in expected} == {}
 
@@ -225,7 +253,7 @@ class Fleet:
         def endings() -> list[float]:
             return [self.sum(f"requests_{how}", "frontend") for how in ("finished", "failed", "aborted")]
 
-        eventually(lambda: sum(endings()) == len(load.seen), 10)
+        eventually(lambda: sum(endings()) == len(load.seen))
 
 
 def _free_ports(count: int) -> tuple[int, ...]:

@@ -91,8 +91,8 @@ class LinkProxy(TcpProxy):
             if way is self.up:
                 connection = Connection(source, sink)
                 self._all.append(connection)
-            else:
-                connection = next(c for c in self._all if c.peer is sink)
+            else:  # which may have been closed by name meanwhile
+                connection = next(c for c in self._by_way.values() if c.peer is sink)
             own = connection.ways[UP if way is self.up else DOWN]
             self._by_way[own] = connection
         super()._pump(source, sink, own)

@@ -187,6 +187,7 @@ class Load:
         self._bodies, self._max_tokens, self._rounds = bodies, max_tokens, rounds
         self._numbers = itertools.count(first)
         self._stop = threading.Event()
+        self._beginning = threading.Lock()
         names = list(urls)
         self._threads = [threading.Thread(target=self._client, args=(names[i % len(names)], urls), daemon=True) for i in range(streams)]
         for thread in self._threads:
@@ -194,15 +195,25 @@ class Load:
 
     def _client(self, name: str, urls: dict[str, str]) -> None:
         left = self._rounds or -1
-        while left and not self._stop.is_set():
+        while left:
             left -= 1
             seen = Seen(self._bodies(next(self._numbers), self._max_tokens), name)
-            self.seen.append(seen)
+            if not self._begins(seen):
+                return
             try:
                 seen.read(urls[name])
             except BaseException as error:
                 self._broken.append((seen, error))
                 return
+
+    def _begins(self, seen: Seen) -> bool:
+        """Whether a request may still begin; after `no_more` none does."""
+        with self._beginning:
+            if self._stop.is_set():
+                return False
+            seen.begun = time.monotonic()
+            self.seen.append(seen)
+            return True
 
     @property
     def streaming(self) -> int:
@@ -214,6 +225,15 @@ class Load:
         """Chunks that have arrived."""
         return sum(len(seen.times) for seen in list(self.seen))
 
+    def no_more(self) -> None:
+        """Begin no new streams, and wait until those that have begun flow."""
+        with self._beginning:
+            self._stop.set()
+        deadline = time.monotonic() + 60
+        while waiting := [seen for seen in self.seen if not seen.times and seen.error is None]:
+            assert time.monotonic() < deadline, f"{len(waiting)} streams do not flow; broken: {self._broken[:3]}"
+            time.sleep(0.02)
+
     def well_underway(self) -> None:
         """Wait until most of the streams flow."""
         deadline = time.monotonic() + 60
@@ -221,16 +241,17 @@ class Load:
             assert time.monotonic() < deadline, f"only {self.streaming} streams have begun; broken: {self._broken[:3]}"
             time.sleep(0.02)
 
-    def wait(self, timeout: float = 100.0) -> None:
+    def wait(self, timeout: float = 120.0) -> None:
         """Let the running streams end; no new ones begin."""
-        self._stop.set()
+        with self._beginning:
+            self._stop.set()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         left = [seen for seen in self.seen if not seen.done and seen.error is None]
         assert not any(thread.is_alive() for thread in self._threads), f"{len(left)} streams have no end: {[s.body['seed'] for s in left]}"
 
-    def finish(self, timeout: float = 100.0) -> None:
+    def finish(self, timeout: float = 120.0) -> None:
         """Let the running streams end, and compare every byte of all. Raises AssertionError."""
         self.wait(timeout)
         assert not self._broken, [(seen.body["seed"], seen.frontend, error) for seen, error in self._broken[:5]]

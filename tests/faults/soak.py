@@ -91,8 +91,9 @@ class Soak:
         proxy = self.proxies[name]
         held = proxy.held_bytes()
         proxy.hold(link, *ways)
-        time.sleep(seconds)
-        assert proxy.held_bytes() > held, "nothing was held"
+        until = time.monotonic() + seconds
+        eventually(lambda: proxy.held_bytes() > held)
+        time.sleep(max(0.0, until - time.monotonic()))
         proxy.release()
         return f"held the {link} link of {name} {' and '.join(ways)} for {seconds} s"
 

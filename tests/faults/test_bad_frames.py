@@ -52,7 +52,7 @@ class Attacker:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.SNDTIMEO, 20_000)
+        self.socket.setsockopt(zmq.SNDTIMEO, 60_000)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(endpoint)
         self.scheduler = psutil.Process(running.services["scheduler-0"].popen.pid)
@@ -71,6 +71,12 @@ class Attacker:
         return self.scheduler.memory_info().rss - self.memory
 
 
+def streams_flow(load: Load) -> None:
+    """Most of the streams are there, and go on."""
+    chunks = load.chunks
+    eventually(lambda: load.streaming > 30 and load.chunks > chunks + 100)
+
+
 def endpoints(running: Fleet) -> tuple[str, str]:
     return running.frontends_endpoint, running.workers_endpoint
 
@@ -82,25 +88,31 @@ def test_frames_that_cannot_be_read_are_refused_and_counted(
     running, load = served
     rng = random.Random(make.__name__)
     for endpoint in endpoints(running):
-        running.fresh()
-        counted = running.figure("scheduler-0", "wire_frame_bad")
-        with Attacker(running, endpoint) as attacker:
-            for _ in range(FRAMES):
-                attacker.socket.send_multipart(make(rng))
-            eventually(lambda counted=counted: running.figure("scheduler-0", "wire_frame_bad") >= counted + 0.9 * FRAMES, 60)
-            # what has been read last may still wait in the socket
-            eventually(lambda attacker=attacker: attacker.grew() < FLAT, 20)
-    assert load.streaming > 30, "the streams have stopped"
+
+        def attack(endpoint: str = endpoint) -> None:
+            counted = running.figure("scheduler-0", "wire_frame_bad")
+            with Attacker(running, endpoint) as attacker:
+                for _ in range(FRAMES):
+                    attacker.socket.send_multipart(make(rng))
+                eventually(lambda: running.figure("scheduler-0", "wire_frame_bad") >= counted + 0.9 * FRAMES)
+                eventually(lambda: attacker.grew() < FLAT)  # what has been read last may still wait in the socket
+
+        running.costs_no_session(attack)
+    streams_flow(load)
 
 
 def test_a_frame_of_a_hundred_megabytes_costs_its_sender_the_connection(served: tuple[Fleet, Load]) -> None:
     running, load = served
     for endpoint in endpoints(running):
-        with Attacker(running, endpoint) as attacker:
-            attacker.socket.send_multipart([UNSEQUENCED, bytes(100 << 20)])
-            assert attacker.monitor.poll(20_000), "the connection was not closed"
-            assert attacker.grew() < FLAT
-    assert load.streaming > 30, "the streams have stopped"
+
+        def attack(endpoint: str = endpoint) -> None:
+            with Attacker(running, endpoint) as attacker:
+                attacker.socket.send_multipart([UNSEQUENCED, bytes(100 << 20)])
+                assert attacker.monitor.poll(60_000), "the connection was not closed"
+                eventually(lambda: attacker.grew() < FLAT)
+
+        running.costs_no_session(attack)
+    streams_flow(load)
 
 
 def test_replayed_frames_are_dropped_and_counted(served: tuple[Fleet, Load]) -> None:
@@ -117,12 +129,15 @@ def test_replayed_frames_are_dropped_and_counted(served: tuple[Fleet, Load]) -> 
                     _, _, *frames = tap.recv_multipart()
                     if frames[0] != UNSEQUENCED:  # a HELLO is no part of a session
                         taken.append(frames)
-            running.fresh()
-            upto = running.figure("scheduler-0", "wire_session_stale") + len(taken)
-            for frames in taken:
-                attacker.socket.send_multipart(frames)
-            eventually(lambda upto=upto: running.figure("scheduler-0", "wire_session_stale") >= upto, 60)
-    assert load.streaming > 30, "the streams have stopped"
+
+            def attack(attacker: Attacker = attacker, taken: list[list[bytes]] = taken) -> None:
+                upto = running.figure("scheduler-0", "wire_session_stale") + len(taken)
+                for frames in taken:
+                    attacker.socket.send_multipart(frames)
+                eventually(lambda: running.figure("scheduler-0", "wire_session_stale") >= upto)
+
+            running.costs_no_session(attack)
+    streams_flow(load)
 
 
 def test_after_all_of_it_every_stream_is_right(served: tuple[Fleet, Load]) -> None:
@@ -131,4 +146,3 @@ def test_after_all_of_it_every_stream_is_right(served: tuple[Fleet, Load]) -> No
     running.at_rest(expected=("wire_frame_bad",))
     running.answered(load)
     assert running.total("wire_message_bad") == 0
-    assert running.total("session_closed") == running.total("wire_session_closed") == 0

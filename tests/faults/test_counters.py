@@ -50,7 +50,7 @@ def test_what_a_bad_link_and_a_stranger_send_is_in_the_metrics() -> None:
         with zmq.Context() as context:
             for endpoint, role in ((sockets.frontends, "frontend"), (sockets.workers, "worker")):
                 with context.socket(zmq.DEALER) as stranger:
-                    stranger.setsockopt(zmq.LINGER, 1000)
+                    stranger.setsockopt(zmq.LINGER, 60_000)  # ms
                     stranger.connect(endpoint)
                     for frames in (
                         [b"garbage"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -175,7 +176,16 @@ def test_strangers_are_refused_and_counted_while_streams_run_under_keys(folder: 
         }
         scheduler = psutil.Process(running.services["scheduler-0"].popen.pid)
         before = (0, 0)
-        for round in range(12):
+
+        def refused() -> bool:
+            counters = ("key_unknown", "key_of_a_worker_refused", "connection_refused")
+            return all(running.figure("scheduler-0", f"wire_{counter}") >= 12 for counter in counters)
+
+        deadline = time.monotonic() + 60
+        for round in itertools.count():
+            if round >= 12 and refused():
+                break
+            assert time.monotonic() < deadline, "strangers are not refused, or not counted"
             with contextlib.ExitStack() as stack:
                 sockets = [stack.enter_context(knock(running.frontends_endpoint, keys)) for keys in strangers.values()]
                 time.sleep(0.3)
@@ -183,13 +193,10 @@ def test_strangers_are_refused_and_counted_while_streams_run_under_keys(folder: 
             if round == 2:
                 before = (scheduler.memory_info().rss, scheduler.num_fds())
         with knock(running.frontends_endpoint, ClientKeys(own("frontend-1"), server)) as socket:
-            assert socket.poll(5000), "the right key does not get in either"
+            assert socket.poll(60_000), "the right key does not get in either"
         load.finish()
-        running.fresh()
-        for counter in ("key_unknown", "key_of_a_worker_refused", "connection_refused"):
-            assert running.figure("scheduler-0", f"wire_{counter}") >= 12, counter
-        assert scheduler.memory_info().rss < before[0] + (8 << 20)
-        assert scheduler.num_fds() < before[1] + 8
+        eventually(lambda: scheduler.memory_info().rss < before[0] + (8 << 20))
+        eventually(lambda: scheduler.num_fds() < before[1] + 8)
 
 
 @pytest.mark.slow
@@ -199,8 +206,8 @@ def test_a_frontend_with_a_workers_key_says_so_and_does_not_get_ready(folder: Pa
         wrong = running.frontend("frontend-1", "--scheduler", running.frontends_endpoint, *client_flags(folder, "worker-0"))
         wrong.line("lets nobody in with this key")
         time.sleep(1)
+        eventually(lambda: running.state("frontend-1") == "waiting")
         assert wrong.output().count("lets nobody in") == 1
-        assert running.state("frontend-1") == "waiting"
 
 
 @pytest.mark.slow
@@ -212,4 +219,4 @@ def test_a_key_gets_in_as_soon_as_it_is_listed(folder: Path) -> None:
         late = running.frontend("frontend-1", "--scheduler", running.frontends_endpoint, *client_flags(folder, "frontend-1"))
         late.line("lets nobody in with this key")
         (folder / "allowed").write_bytes(whole)
-        eventually(lambda: running.state("frontend-1") == "ready", 20)
+        eventually(lambda: running.state("frontend-1") == "ready")

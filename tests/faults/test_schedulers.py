@@ -49,8 +49,8 @@ def test_nine_in_ten_sealed_blocks_that_lived_are_hit_after_the_scheduler_was_ki
             running.worker(f"worker-{i}")
         running.frontend()
         running.ready(2)
-        load = Load(running.urls, 24, rounds=1, bodies=long_body)
-        eventually(lambda: load.streaming == 24, 60)
+        load = Load(running.urls, 24, max_tokens=150, rounds=1, bodies=long_body)  # 12 s: they outlast a machine that stands still
+        eventually(lambda: load.streaming == 24)
         running.fresh()
         # The last block of each running sequence is not full. What is sealed after these figures makes 1 in 20 more.
         sealed = running.figure("scheduler-0", "blocks_used") - running.figure("scheduler-0", "requests_running")
@@ -73,14 +73,14 @@ def test_what_was_swapped_out_is_brought_back_from_the_host_after_the_scheduler_
         short = Load(running.urls, 8, max_tokens=2, rounds=4, bodies=growing_body)
         short.finish()
         load = Load(running.urls, 12, max_tokens=200, rounds=1, bodies=growing_body)
-        eventually(lambda: running.figure("scheduler-0", "host_blocks_used") >= 8, 60)
+        eventually(lambda: running.figure("scheduler-0", "host_blocks_used") >= 8)
         running.kill("scheduler-0")
         running.scheduler("scheduler-0", "--preemption", "swap")
         load.finish()
         running.at_rest()
         assert running.figure("scheduler-0", "wire_scheduler_host_blocks_adopted") >= 4
         assert running.figure("scheduler-0", "host_hits") >= 4 * BLOCK
-        assert running.figure("scheduler-0", "host_blocks_used") == 0
+        eventually(lambda: running.figure("scheduler-0", "host_blocks_used") == 0)
 
 
 def test_scheduler_and_a_worker_are_killed_together() -> None:
@@ -95,7 +95,7 @@ def test_scheduler_and_a_worker_are_killed_together() -> None:
 
 
 def test_the_scheduler_is_stopped_while_a_standby_takes_over_and_stays_fenced_when_it_wakes() -> None:
-    with fleet() as running:
+    with fleet(factor=2) as running:  # the standby time is 6 s: who stands still for less is not relieved
         running.scheduler()
         sockets = RunDir(running.stack.run_dir).sockets
         endpoints = {role: f"ipc://{sockets}/standby-{role}.sock" for role in ("frontends", "workers")}
@@ -105,15 +105,18 @@ def test_the_scheduler_is_stopped_while_a_standby_takes_over_and_stays_fenced_wh
             running.worker(f"worker-{i}", "--scheduler", running.rundir.workers, "--scheduler", endpoints["workers"])
         running.frontend("frontend-0", "--scheduler", running.rundir.frontends, "--scheduler", endpoints["frontends"])
         running.ready(2)
-        assert running.state("scheduler-1") == "standby"
+        eventually(lambda: running.state("scheduler-1") == "standby")
         load = Load(running.urls)
         load.well_underway()
         with running.stopped("scheduler-0") as began:
             eventually(lambda: running.state("scheduler-1") == "ready")
             time.sleep(max(0.0, began + 10 - time.monotonic()))
-            assert load.pauses(began), "nobody went on"
+            eventually(lambda: load.pauses(began))  # somebody goes on
         eventually(lambda: running.state("scheduler-0") == "standby")
-        assert running.figure("scheduler-1", "wire_scheduler_workers_lost") == 0
+        # Both workers have left the one that was stopped; whom the other one lost has left it, too.
+        eventually(
+            lambda: running.figure("scheduler-1", "wire_scheduler_workers_lost") <= running.total("wire_session_closed", "worker") - 2
+        )
         load.finish()
         assert running.state("scheduler-1") == "ready", "the one that woke has taken over again"
         running.at_rest()

@@ -28,18 +28,25 @@ def test_one_of_two_workers_is_killed_in_the_midst_of_decoding() -> None:
         running.kill("worker-0")
         eventually(lambda: running.sum("workers_ready", "scheduler") == 1)
         ends_well(running, load)
-        assert running.total("wire_scheduler_workers_lost") == 1
+        # whom a standstill of the machine cost its session, too, has closed it on its own side
+        assert 1 <= running.total("wire_scheduler_workers_lost") <= 1 + running.total("wire_session_closed", "worker")
 
 
 def test_the_only_worker_is_replaced_after_five_seconds() -> None:
     with serving(workers=1) as (running, load):
         killed = running.kill("worker-0")
-        chunks = eventually(lambda: running.sum("workers_ready", "scheduler") == 0 and load.chunks)
-        time.sleep(max(0.0, killed + 5 - time.monotonic()))
-        assert load.chunks - chunks < 100, "somebody went on without a worker"
+        eventually(lambda: running.sum("workers_ready", "scheduler") == 0)
+
+        def newest() -> float:
+            return max(time for seen in list(load.seen) for time in seen.times[-1:])
+
+        eventually(lambda: newest() < time.monotonic() - 2)  # what was on its way has arrived; nobody goes on without a worker
+        time.sleep(3)
+        waiting = [seen for seen in load.seen if seen.times and not seen.done]
         running.worker("worker-1")
         ends_well(running, load)
-        assert load.pauses(killed)[0] > 4
+        assert len(waiting) > 12
+        assert min(seen.pause(killed) or 0 for seen in waiting) > 4
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -48,8 +55,8 @@ def test_a_worker_dies_at_the_phase(phase: str, tmp_path) -> None:
     often = 40 if phase in EVERY_STEP else 12
     switch = {"PAGEWIRE_KILL": f"{phase}:{often}:{fired}"}
     with serving(worker_env=switch, max_tokens=40) as (running, load):
-        eventually(fired.exists, 60)
-        running.services["worker-0"].popen.wait(10)
+        eventually(fired.exists)
+        running.services["worker-0"].popen.wait(60)
         assert running.services["worker-0"].popen.returncode == -9
         running.worker("worker-0", env=switch)  # it lives: the switch has fired
         eventually(lambda: running.sum("workers_ready", "scheduler") == 2)
@@ -60,8 +67,9 @@ def test_workers_are_killed_every_three_seconds() -> None:
     with serving() as (running, load):
         for i in range(8):
             name = f"worker-{i % 2}"
+            eventually(lambda name=name: running.state(name) == "ready")
             killed = running.kill(name)
             running.worker(name)
             time.sleep(max(0.0, killed + 3 - time.monotonic()))
-        assert running.total("wire_scheduler_workers_lost") >= 4
+        eventually(lambda: running.total("wire_scheduler_workers_lost") >= 4)
         ends_well(running, load)

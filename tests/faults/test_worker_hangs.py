@@ -22,7 +22,7 @@ def freeze():
     while not os.path.exists({file!r}):
         time.sleep(0.02)
     os.rename({file!r}, {file!r} + ".taken")
-    ctypes.PyDLL(None).sleep(4)  # holds the interpreter's lock: ZeroMQ's threads live, no Python runs
+    ctypes.PyDLL(None).sleep(10)  # holds the interpreter's lock: ZeroMQ's threads live, no Python runs
     open({file!r} + ".over", "w").close()
 
 threading.Thread(target=freeze, daemon=True).start()
@@ -56,7 +56,7 @@ def test_a_worker_is_stopped_for_five_seconds_and_its_late_results_are_dropped()
         running.answered(load)
 
 
-def test_no_python_of_a_worker_runs_for_four_seconds_while_its_io_threads_live(tmp_path) -> None:
+def test_no_python_of_a_worker_runs_for_ten_seconds_while_its_io_threads_live(tmp_path) -> None:
     trigger = tmp_path / "freeze"
     with fleet() as running:
         running.scheduler()
@@ -80,7 +80,7 @@ def test_no_python_of_a_worker_runs_for_four_seconds_while_its_io_threads_live(t
 def test_a_step_raises_for_one_request_and_only_that_one_fails() -> None:
     with serving(env={"PAGEWIRE_ORACLE_MARKS": f"{ord(POISON)}=raise"}) as (running, load):
         last = poisoned(running)
-        assert "marked to raise" in "".join(running.services[f"worker-{i}"].output() for i in range(2))
+        eventually(lambda: "marked to raise" in "".join(running.services[f"worker-{i}"].output() for i in range(2)))
         only_it_failed(running, load, "step_failed", last)
 
 
@@ -96,7 +96,7 @@ def test_a_request_kills_its_worker_each_time_and_only_that_one_fails() -> None:
     marks = {"PAGEWIRE_ORACLE_MARKS": f"{ord(POISON)}=crash"}
     with serving(env=marks) as (running, load), running.kept("worker-0", "worker-1") as codes:
         last = poisoned(running)
-        assert len(codes) >= 4
+        eventually(lambda: len(codes) >= 4)
         assert set(codes) == {-9}
         eventually(lambda: running.sum("workers_ready", "scheduler") == 2)
         only_it_failed(running, load, "step_failed", last)
@@ -106,7 +106,7 @@ def test_a_request_hangs_its_worker_each_time_and_only_that_one_fails() -> None:
     marks = {"PAGEWIRE_ORACLE_MARKS": f"{ord(POISON)}=hang"}
     with serving(workers=3, env=marks, factor=0.35) as (running, load), running.kept("worker-0", "worker-1", "worker-2") as codes:
         last = poisoned(running)
-        eventually(lambda: len(codes) >= 4, 60)
+        eventually(lambda: len(codes) >= 4)
         assert set(codes) == {1}, "a hung worker ends itself, so that it can be replaced"
         eventually(lambda: running.sum("workers_ready", "scheduler") == 3)
         only_it_failed(running, load, "step_failed", last)
