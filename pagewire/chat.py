@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from pagewire.finding import api_option, find_api
-from protocol.options import CONTEXT, run_dir_option
+from protocol.options import CONTEXT, Number, run_dir_option
 
 HELP = (
     "/new forgets the conversation, /system TEXT begins a new one with that system prompt, /quit or Ctrl-D leaves; Ctrl-C stops an answer."
@@ -112,7 +112,7 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 @click.option("--api-key", default="", envvar="OPENAI_API_KEY", help="Sent as a bearer token.")
 @click.option("--model", default="", show_default="the server's first", help="Name of the model.")
 @click.option("--system", default="", help="System prompt.")
-@click.option("--temperature", type=click.FloatRange(0), help="Of sampling.  [default: the model's]")
+@click.option("--temperature", type=Number(0), help="Of sampling.  [default: the model's]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Of each answer.  [default: what the context holds]")
 @click.option("--stats", is_flag=True, help="After each answer, its tokens, seconds and speed.")
 def main(

@@ -17,7 +17,7 @@ import click
 
 from pagewire.finding import NothingRuns, find_stack
 from protocol.files import RunDirError
-from protocol.options import CONTEXT, options, run_dir_option, start
+from protocol.options import CONTEXT, Number, options, run_dir_option, start
 from protocol.times import Times
 
 SERVICES = {"frontend": "frontend.cli", "scheduler": "scheduler_svc.cli", "worker": "gpu_worker.cli", "admin": "pagewire.admin"}
@@ -124,9 +124,7 @@ def tap(name: str, run_dir: Path, content: bool, count: int | None) -> None:
 @main.command()
 @click.argument("name")
 @run_dir_option
-@click.option(
-    "--timeout", type=click.FloatRange(0), default=Times().drain, show_default=True, help="Seconds until it is stopped all the same."
-)
+@click.option("--timeout", type=Number(0), default=Times().drain, show_default=True, help="Seconds until it is stopped all the same.")
 def drain(name: str, run_dir: Path, timeout: float) -> None:
     """Let a worker or frontend hand over what it does, and leave.
 
@@ -141,7 +139,7 @@ def drain(name: str, run_dir: Path, timeout: float) -> None:
 @main.command("start")
 @click.argument("name")
 @run_dir_option
-@click.option("--ready-timeout", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds to get ready.")
+@click.option("--ready-timeout", type=Number(0), default=600.0, show_default=True, help="Seconds to get ready.")
 def start_again(name: str, run_dir: Path, ready_timeout: float) -> None:
     """Start a service of `pagewire up` again that was drained."""
     from pagewire.replace import start as run
@@ -153,8 +151,8 @@ def start_again(name: str, run_dir: Path, ready_timeout: float) -> None:
 @main.command()
 @click.argument("names", nargs=-1)
 @run_dir_option
-@click.option("--drain-timeout", type=click.FloatRange(0), default=Times().drain, show_default=True, help="Seconds for each to hand over.")
-@click.option("--ready-timeout", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds for each new one to get ready.")
+@click.option("--drain-timeout", type=Number(0), default=Times().drain, show_default=True, help="Seconds for each to hand over.")
+@click.option("--ready-timeout", type=Number(0), default=600.0, show_default=True, help="Seconds for each new one to get ready.")
 def roll(names: tuple[str, ...], run_dir: Path, drain_timeout: float, ready_timeout: float) -> None:
     """Replace the services of `pagewire up` one at a time, while they serve.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -13,11 +14,37 @@ from protocol.rundir import RunDir
 API = "http://127.0.0.1:8000"
 ADMIN = "http://127.0.0.1:8001"
 
+
+class Url(click.types.StringParamType):
+    """The URL of a server; empty if none is named."""
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> str:
+        """The URL as it is. Raises BadParameter, one line, for what no request could be sent to."""
+        try:
+            where = urlsplit(value)
+            named = where.scheme in ("http", "https") and bool(where.hostname) and where.port != 0
+        except ValueError:  # a port that is no number
+            named = False
+        if value and not named:
+            self.fail(f"{value!r} is no URL such as {API}", param, context)
+        return value
+
+
 api_option = click.option(
-    "--url", default="", show_default=f"what runs in --run-dir, else {API}", envvar="PAGEWIRE_URL", help="Where the server's /v1 is."
+    "--url",
+    type=Url(),
+    default="",
+    show_default=f"what runs in --run-dir, else {API}",
+    envvar="PAGEWIRE_URL",
+    help="Where the server's /v1 is.",
 )
 admin_option = click.option(
-    "--admin", default="", show_default=f"what runs in --run-dir, else {ADMIN}", envvar="PAGEWIRE_ADMIN_URL", help="The admin server."
+    "--admin",
+    type=Url(),
+    default="",
+    show_default=f"what runs in --run-dir, else {ADMIN}",
+    envvar="PAGEWIRE_ADMIN_URL",
+    help="The admin server.",
 )
 
 

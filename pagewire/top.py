@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pagewire.finding import admin_option, find_admin
-from protocol.options import CONTEXT, run_dir_option
+from protocol.options import CONTEXT, Number, run_dir_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -167,7 +167,7 @@ def _blocks(now: Snapshot) -> Iterator[RenderableType]:
 @click.command(context_settings=CONTEXT)
 @admin_option
 @run_dir_option
-@click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option("--interval", type=Number(0.1, 3600), default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Print the picture after two looks and leave; no terminal is needed.")
 def main(admin: str, run_dir: Path, interval: float, once: bool) -> None:
     """Watch a running stack in the terminal."""

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from pagewire.finding import admin_option, find_admin
-from protocol.options import CONTEXT, Output, run_dir_option
+from protocol.options import CONTEXT, Number, Output, run_dir_option
 from protocol.trace import Span, Spans
 
 # (name at the one end, name at the other): the first begins before the second ends, both of one key
@@ -128,7 +128,7 @@ def _step(key: str) -> Mapping[str, int]:
 @click.command(context_settings=CONTEXT)
 @admin_option
 @run_dir_option
-@click.option("--seconds", type=click.FloatRange(0.1, 60), default=5.0, show_default=True, help="How long to watch.")
+@click.option("--seconds", type=Number(0.1, 60), default=5.0, show_default=True, help="How long to watch.")
 @click.option("--output", type=Output(), required=True, help="File to write, for ui.perfetto.dev.")
 def main(admin: str, run_dir: Path, seconds: float, output: Path) -> None:
     """Record a timeline of all services.

@@ -11,6 +11,7 @@ setting is called, means and is measured in stands in `flags.py`, once for all s
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import tomllib
@@ -80,6 +81,17 @@ class Output(click.Path):
         return path
 
 
+class Number(click.FloatRange):
+    """A number within bounds; `nan`, which no bound keeps out, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """A float. Raises BadParameter, one line."""
+        number = super().convert(value, param, context)
+        if math.isnan(number):
+            self.fail("nan is no number", param, context)
+        return number
+
+
 class OnlySize(click.types.IntParamType):
     """A size of which one alone is supported: 1."""
 
@@ -142,7 +154,7 @@ def _option(role: str, field: Field, flag: Flag) -> click.Option:
     if field.type is bool:
         declaration[0] = f"{name}/--no-{name[2:]}"
     elif field.type is Times:
-        extra, default = {"type": click.FloatRange(min=0, min_open=True)}, 1.0
+        extra, default = {"type": Number(min=0, min_open=True)}, 1.0
     elif field.name == "run_dir":
         return click.Option(["--run-dir"], **RUN_DIR)
     elif flag.choices:
@@ -153,7 +165,7 @@ def _option(role: str, field: Field, flag: Flag) -> click.Option:
         low, high = (None if bound is None else int(bound) for bound in (flag.low, flag.high))
         extra["type"] = click.IntRange(low, high)
     elif field.type is float:
-        extra["type"] = click.FloatRange(flag.low, flag.high)
+        extra["type"] = Number(flag.low, flag.high)
     elif typing.get_origin(field.type) is tuple:
         extra, default = {"multiple": True, "type": str}, ()
     if default == "" and "type" not in extra:

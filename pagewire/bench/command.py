@@ -11,7 +11,7 @@ from pagewire.bench.figures import figures
 from pagewire.bench.options import LENGTHS, OUTPUT, PROMPTS, SERVER, objectives, some, with_options
 from pagewire.bench.running import compared, fail_if_any, measure_and_report, prepare, run_once, save, workload_requests
 from pagewire.bench.workloads import Request
-from protocol.options import CONTEXT
+from protocol.options import CONTEXT, Number
 
 
 @click.group(context_settings=CONTEXT)
@@ -28,7 +28,7 @@ def main() -> None:
     "--request-rate",
     "--rate",
     "rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     callback=some,
     show_default="all at once",
     help="Requests/s (inf: all at once).",
@@ -38,14 +38,14 @@ def main() -> None:
 )
 @click.option(
     "--burstiness",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=1.0,
     show_default=True,
     help="1: Poisson; below: bunched; above: evener.",
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     callback=some,
     show_default="all",
     help="Only what arrives within so many seconds.",

@@ -12,7 +12,7 @@ import click
 from pagewire.bench.figures import OBJECTIVES
 from pagewire.bench.workloads import KINDS
 from pagewire.finding import api_option
-from protocol.options import Output, run_dir_option
+from protocol.options import Number, Output, run_dir_option
 
 
 def span(context: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -25,8 +25,6 @@ def span(context: click.Context, param: click.Parameter, value: str) -> tuple[in
 
 def some(context: click.Context, param: click.Parameter, value: float | None) -> float:
     """A rate or a span of time; 0 stands for no bound, which is what infinity and leaving it out mean."""
-    if value is not None and math.isnan(value):
-        raise click.BadParameter("nan is no number", context, param)
     return 0.0 if value is None or math.isinf(value) else value
 
 
@@ -39,7 +37,7 @@ def objectives(context: click.Context, param: click.Parameter, values: Sequence[
             found[metric] = float(limit)
         except ValueError:
             metric = ""
-        if metric not in OBJECTIVES:
+        if metric not in OBJECTIVES or not found[metric] > 0:
             raise click.BadParameter(f"{value!r} is not METRIC:MS with a metric of {', '.join(OBJECTIVES)}", context, param)
     return found
 
@@ -68,7 +66,7 @@ PROMPTS = [
         "--prompts", type=click.Choice(("ids", "text")), default="ids", show_default=True, help="Token ids, or words (chat: always)."
     ),
     click.option("--vocab", type=click.IntRange(1), default=10_000, show_default=True, help="Token ids are drawn below this."),
-    click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="Of sampling."),
+    click.option("--temperature", type=Number(0), default=0.0, show_default=True, help="Of sampling."),
     click.option("--ignore-eos", is_flag=True, help="Ask for outputs of full length (not every server knows this)."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of prompts, lengths and arrivals."),
 ]

@@ -41,7 +41,7 @@ def plot(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
 
 
 def records_of(run: Mapping[str, Any]) -> list[Record]:
-    """The records of a run in a result file; none if they were not written."""
+    """The records of a run in a result file; none if they were not written, as in vLLM's."""
     return [Record(**record) for record in run.get("records", ())]
 
 

@@ -34,15 +34,43 @@ def table(found: Mapping[str, Any]) -> str:
 
 def read_result(path: Path) -> dict[str, float]:
     """The figures of a result file; the median of several runs. Takes vLLM's result files too. Raises ReportError."""
+    content = _read(path)
     try:
-        content = json.loads(path.read_text())
-        runs = content.get("runs", [content])
+        runs = _runs(content)
         names = [name for name, value in runs[0].items() if isinstance(value, int | float) and not isinstance(value, bool)]
         if "duration" not in names:
-            raise ReportError(f"{path} is no result of a bench")
+            raise ValueError("it has no duration")
         return {name: percentile([run[name] for run in runs], 50) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ReportError(f"{path} is no result of a bench: {error}") from error
+
+
+def read_last_run(path: Path) -> dict[str, Any]:
+    """The last run of a result file that `read_result` takes."""
+    return _runs(_read(path))[-1]
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """A line for each setting that two results, which `read_result` takes, were not measured alike with."""
+    ours, theirs = (_read(path).get("settings") for path in (a, b))
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return []  # vLLM's file
+    names = [name for name in {**ours, **theirs} if name not in ("url", "model") and ours.get(name) != theirs.get(name)]
+    return [f"not alike: {name} {json.dumps(ours.get(name))} and {json.dumps(theirs.get(name))}" for name in names]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReportError(f"{path} is no result of a bench: {error}") from error
+    return content
+
+
+def _runs(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a result; vLLM's file is one."""
+    runs: list[dict[str, Any]] = content.get("runs", [content])
+    return runs
 
 
 def comparison(a: Mapping[str, float], b: Mapping[str, float], names: tuple[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -17,7 +18,7 @@ from pagewire.bench.clients import ClientDied, Target, measure
 from pagewire.bench.exchange import Record
 from pagewire.bench.figures import figures
 from pagewire.bench.plots import NoPlots, plot, records_of
-from pagewire.bench.report import ReportError, comparison, read_result, table
+from pagewire.bench.report import ReportError, comparison, differences, read_last_run, read_result, table
 from pagewire.bench.workloads import Request, Workload, WorkloadError, make, read_lengths
 from pagewire.finding import find_api
 from protocol.options import Usage
@@ -50,8 +51,8 @@ def _first_model(url: str, key: str) -> str:
         return ""
     except (ValueError, LookupError, TypeError):
         return ""
-    except OSError as error:
-        raise click.ClickException(f"cannot reach {url}: {getattr(error, 'reason', error)}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(f"cannot reach {url}: {str(getattr(error, 'reason', error)).strip()}") from None
 
 
 def workload_requests(workload: Workload) -> list[Request]:
@@ -129,10 +130,11 @@ def compared(options: dict[str, Any]) -> bool:
     a, b = options["compare"]
     try:
         click.echo(comparison(read_result(a), read_result(b), (a.name, b.name)))
+        for line in differences(a, b):
+            click.echo(line)
+        _plot(options, {path.name: records_of(read_last_run(path)) for path in (a, b)})
     except ReportError as error:
         raise Usage(str(error)) from None
-    if options["plot_path"]:
-        _plot(options, {path.name: records_of(json.loads(path.read_text())["runs"][-1]) for path in (a, b)})
     return True
 
 

@@ -79,8 +79,11 @@ def read_lengths(path: Path) -> list[tuple[int, int]]:
         found = json.loads(path.read_text())
         if not isinstance(found, list) or not found:
             raise TypeError("it is none, or empty")
-        return [(int(prompt), int(output)) for prompt, output in found]
-    except (OSError, ValueError, TypeError) as error:
+        pairs = [(int(prompt), int(output)) for prompt, output in found]
+        if min(map(min, pairs)) < 1:
+            raise ValueError("lengths are from 1 up")
+        return pairs
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise WorkloadError(f"{path} is no JSON list of [prompt, output] lengths: {error}") from error
 
 

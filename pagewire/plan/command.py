@@ -11,7 +11,7 @@ import click
 from pagewire.plan.memory import BYTES, Setup
 from pagewire.plan.room import MOST_SEQUENCES, Room, largest_batch, largest_context, longest_served, room
 from pagewire.plan.sizes import PlanError, Sizes, read_sizes
-from protocol.options import CONTEXT, Usage
+from protocol.options import CONTEXT, Number, Usage
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
@@ -47,7 +47,7 @@ def size(context: click.Context, param: click.Parameter, value: str) -> int:
 )
 @click.option(
     "--gpu-memory-utilization",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.9,
     show_default=True,
     help="Share of the memory to use.",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -16,7 +19,7 @@ import pytest
 from pagewire.bench.exchange import Exchange, Record
 from tests.pagewire.processes import PATIENCE, eventually
 from tests.pagewire.scripted_server import Script, scripted_server
-from tests.pagewire.test_bench_command import event
+from tests.pagewire.test_bench_command import bench, event
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 PIECE = {"choices": [{"text": "a", "index": 0}]}
@@ -84,3 +87,88 @@ def test_ctrl_c_ends_a_measurement_and_its_clients_without_a_stack(tmp_path: Pat
                 process.wait()
     assert "Aborted" in said.read_text()
     assert "Traceback" not in said.read_text()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000", "http://", "ftp://127.0.0.1", "http://[::1", "http://a:b"])
+def test_what_is_no_url_is_refused_in_one_line(url: str) -> None:
+    result = bench("serve", "--url", url)
+    assert result.exit_code == 2
+    assert f"{url!r} is no URL such as http://" in result.output
+
+
+def test_a_name_that_no_host_can_have_is_a_failed_request() -> None:
+    result = bench("serve", "--url", "http://a..b", "--num-prompts", "1", "--input", "2", "--output", "2")
+    assert result.exit_code == 1
+    assert "cannot connect" in result.output
+
+
+def test_a_server_that_speaks_no_http_gets_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        greeting = threading.Thread(target=greet)
+        greeting.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        result = bench("serve", "--url", url)
+        greeting.join()
+    assert (result.exit_code, result.output) == (1, f"Error: cannot reach {url}: SSH-2.0-OpenSSH_9.2\n")
+
+
+@pytest.mark.parametrize("flag", ["--burstiness", "--temperature"])
+def test_nan_is_no_number(flag: str) -> None:
+    result = bench("serve", "--url", "http://127.0.0.1:1", flag, "nan")
+    assert (result.exit_code, "nan is no number" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("limit", ["nan", "0", "-1"])
+def test_an_objective_is_above_0(limit: str) -> None:
+    assert bench("serve", "--url", "http://127.0.0.1:1", "--goodput", f"ttft:{limit}").exit_code == 2
+
+
+@pytest.mark.parametrize("pairs", ["[[0, 5]]", "[[5, 0]]", "[[1e400, 1]]", "[" * 100_000])
+def test_lengths_that_none_can_be_are_refused(tmp_path: Path, pairs: str) -> None:
+    (tmp_path / "lengths.json").write_text(pairs)
+    with scripted_server(Script()) as url:
+        result = bench("serve", "--url", url, "--lengths", tmp_path / "lengths.json")
+    assert result.exit_code == 2
+    assert "is no JSON list of [prompt, output] lengths" in result.output
+
+
+# ---------------------------------------------------------------- results beside one another
+
+
+def test_a_result_of_vllm_is_compared_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    theirs, picture = tmp_path / "vllm.json", tmp_path / "both.png"
+    theirs.write_text('{"date": "x", "duration": 2.0, "completed": 3, "mean_ttft_ms": 4.0}')
+    result = bench("serve", "--compare", theirs, theirs, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert "mean_ttft_ms" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_not_measured_alike_is_named(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    run = {"duration": 2.0, "completed": 3}
+    a.write_text(json.dumps({"settings": {"api": "chat", "url": "x", "seed": 0, "input": [1, 2]}, "runs": [run]}))
+    b.write_text(json.dumps({"settings": {"api": "completions", "url": "y", "seed": 0, "batch_size": 4}, "runs": [run]}))
+    lines = bench("serve", "--compare", a, b).output.splitlines()
+    assert [line for line in lines if line.startswith("not alike")] == [
+        'not alike: api "chat" and "completions"',
+        "not alike: input [1, 2] and null",
+        "not alike: batch_size null and 4",
+    ]
+    assert "not alike" not in bench("serve", "--compare", a, a).output
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", '{"runs": []}', '{"runs": {"0": {"duration": 1}}}', ""])
+def test_a_file_that_is_no_result_is_said_once(tmp_path: Path, content: str) -> None:
+    (tmp_path / "odd.json").write_text(content)
+    result = bench("serve", "--compare", tmp_path / "odd.json", tmp_path / "odd.json")
+    assert result.exit_code == 2
+    assert result.output.count("is no result of a bench") == 1
