@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from protocol.files import held
+
 
 def cache() -> Path:
     """Where environments are kept between test sessions."""
@@ -19,8 +21,10 @@ def environment(*requirements: str) -> Path:
     digest = hashlib.sha256("\n".join((sys.version, *requirements)).encode()).hexdigest()[:12]
     folder = cache() / digest
     python, made = folder / "bin" / "python", folder / "made"
-    if not made.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=120)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *requirements], check=True, timeout=300)
-        made.touch()
+    cache().mkdir(parents=True, exist_ok=True)
+    with held(cache()):  # another test session may want the same one
+        if not made.exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=120)
+            subprocess.run([str(python), "-m", "pip", "install", "-q", *requirements], check=True, timeout=300)
+            made.touch()
     return python

@@ -40,9 +40,9 @@ def test_two_hundred_clients_that_leave_at_random_leave_no_block_in_use() -> Non
 
         def at_rest() -> bool:
             used = [value for name, value in made.metrics().items() if name.startswith("pagewire_blocks{") and 'state="used"' in name]
-            assert used, "no figure of used blocks"
-            return httpx.get(f"{made.url}/load").json() == {"server_load": 0} and not any(used)
+            idle = httpx.get(f"{made.url}/load", timeout=60).json() == {"server_load": 0}
+            return idle and bool(used) and not any(used)  # without figures nothing is known
 
-        eventually(at_rest, 30)
-        answer = httpx.post(f"{made.url}/v1/completions", json={"prompt": "and now?", "max_tokens": 3, "ignore_eos": True}, timeout=30)
+        eventually(at_rest)
+        answer = httpx.post(f"{made.url}/v1/completions", json={"prompt": "and now?", "max_tokens": 3, "ignore_eos": True}, timeout=60)
         assert answer.json()["usage"]["completion_tokens"] == 3

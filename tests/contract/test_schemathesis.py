@@ -24,9 +24,10 @@ def test_bodies_made_from_the_description_find_no_5xx() -> None:
     with stack() as made:
         keys = made.folder / "keys"
         keys.write_text(f"contract {KEY}\n")
-        made.up("--runner", "oracle", "--max-model-len", "256", "--api-key-file", str(keys))
+        # /ready is asked too: no scheduler shall seem lost because the machine stood still
+        made.up("--runner", "oracle", "--max-model-len", "256", "--api-key-file", str(keys), "--times-factor", "10")
         arguments = ["--phases", "fuzzing", "--max-examples", str(EXAMPLES), "--seed", "20"]
-        checks = ["--checks", "not_a_server_error", "--generation-database", "none", "--continue-on-failure", "--request-timeout", "20"]
+        checks = ["--checks", "not_a_server_error", "--generation-database", "none", "--continue-on-failure", "--request-timeout", "60"]
         ended = subprocess.run(
             [
                 str(command),
@@ -48,5 +49,7 @@ def test_bodies_made_from_the_description_find_no_5xx() -> None:
         tested = re.search(r"Tested: (\d+)", ended.stdout)
         assert tested is not None, ended.stdout
         assert int(tested[1]) == len(POSTS) + len(GETS) - 1, ended.stdout  # the description itself is left out
-        answer = httpx.post(f"{made.url}/generate", json={"prompt": "hi", "max_tokens": 3}, headers={"Authorization": f"Bearer {KEY}"})
+        answer = httpx.post(
+            f"{made.url}/generate", json={"prompt": "hi", "max_tokens": 3}, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+        )
         assert answer.status_code == 200
