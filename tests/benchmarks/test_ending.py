@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.pagewire.processes import eventually, running
+from tests.pagewire.processes import eventually, gone, running
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STARTS = re.compile(r"Popen\(|Stack\(|\bstack\(\)|fleet\(")  # programs of its own
@@ -42,8 +42,8 @@ def test_a_benchmark_that_is_told_to_end_leaves_nothing_running(arguments: tuple
     with running([sys.executable, "-m", f"benchmarks.{arguments[0]}", *arguments[1:]]) as program:
         started = eventually(lambda: family if {"scheduler_svc", "scheduler"} & words(family := program.family()) else None)
         os.kill(program.pid, signal.SIGTERM)
-        assert program.wait(30) == 128 + signal.SIGTERM, program.output
-        eventually(lambda: not [process for process in started if lives(process)], 10)
+        assert program.wait() == 128 + signal.SIGTERM, program.output
+        eventually(lambda: gone(started))
 
 
 def words(family: list[psutil.Process]) -> set[str]:
@@ -54,10 +54,3 @@ def words(family: list[psutil.Process]) -> set[str]:
         except psutil.NoSuchProcess:
             continue
     return found
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -33,10 +33,10 @@ def server(tmp_path: Path) -> Iterator[str]:
     running = Server(uvicorn.Config(make_app(client), port=0, lifespan="off", log_level="critical"))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     yield url[0]
     running.should_exit = True
-    thread.join(10)
+    thread.join(60)
 
 
 @pytest.mark.slow

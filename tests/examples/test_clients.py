@@ -38,7 +38,7 @@ def test_the_chat_client_prints_the_answer() -> None:
 
 def test_the_async_client_follows_three_streams_of_a_running_stack() -> None:
     with stack() as made:
-        made.up("--runner", "oracle")
+        made.up("--runner", "simulated", "--step-time", "0.3")  # a program that stands still finds several steps at once
         lines = example("async_client.py", str(made.run_dir)).splitlines()
     assert len(lines) == 3
     assert all(int(line.rsplit(" in ", 1)[1].split()[0]) > 3 for line in lines)

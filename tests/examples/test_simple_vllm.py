@@ -18,7 +18,7 @@ FILES = ("simple_engine.py", "simple_scheduler.py", "simple_attention.py", "simp
 PROMPTS = ["The capital of France is", "Once upon a time, in a small village by the sea, there lived", "2, 4, 6, 8,", "Water boils at"]
 
 
-def run(*command: str, timeout: float = 100.0) -> str:
+def run(*command: str, timeout: float = 200.0) -> str:
     """Output of a Python program started in the small edition's folder."""
     return subprocess.run([sys.executable, *command], cwd=FOLDER, capture_output=True, text=True, timeout=timeout, check=True).stdout
 
@@ -97,7 +97,7 @@ def server(folder: Path, tmp_path: Path) -> Iterator[str]:
         yield found[1]
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(100)
     assert "Traceback" not in log.read_text()
 
 
