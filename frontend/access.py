@@ -54,6 +54,8 @@ class ApiKeys:
                 raise CannotRun(f"--api-key-file {path}, line {number}: the name {name} occurs twice")
             if len(key) < LEAST_KEY:
                 raise CannotRun(f"--api-key-file {path}, line {number}: a key has at least {LEAST_KEY} characters")
+            if holder := next((other for other, known in keys.items() if known == key), ""):
+                raise CannotRun(f"--api-key-file {path}, line {number}: the key of {name} is that of {holder}")
             keys[name] = key
         if not keys:
             raise CannotRun(f"--api-key-file {path}: holds no key")

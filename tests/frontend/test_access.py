@@ -126,6 +126,7 @@ def test_cors_is_off_unless_an_origin_is_named(tmp_path: Path, key_file: str) ->
         ("alice", "line 1"),
         ("alice short", "at least"),
         (f"a {ALICE}\na {BOB}", "twice"),
+        (f"a {ALICE}\nb {BOB}\nc {ALICE}", "line 3: the key of c is that of a"),
         (f"a {ALICE} more", "NAME KEY"),
     ],
 )
