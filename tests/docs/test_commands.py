@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,8 +23,10 @@ import httpx
 import pytest
 
 from pagewire.cli import main
+from protocol.rundir import RunDir
 from tests.docs.commands import FENCE, NOT_RUN, OTHERS, PAGES, ROOT, SHELL, Block, are_services, blocks, reason, starts_a_stack
-from tests.e2e.stack import Process, Stack, stack
+from tests.e2e.stack import Process, Stack, eventually, stack
+from tests.pagewire.processes import free_port
 
 BLOCKS = blocks()
 COMMANDS = list(dict.fromkeys(command for block in BLOCKS for command in block.commands))  # each once
@@ -108,7 +109,7 @@ class Place:
     env: dict[str, str]
     stack: Stack
 
-    def shell(self, command: str, timeout: float = 120.0, typed: str = "") -> str:
+    def shell(self, command: str, timeout: float = 240.0, typed: str = "") -> str:
         """What a command prints. Asserts that it succeeds."""
         done = subprocess.run(
             ["bash", "-c", command],
@@ -127,16 +128,21 @@ class Place:
         """Start a command that goes on."""
         return self.stack.program(["bash", "-c", f"exec {command}"], {**self.env, **env}, self.folder)
 
+    def all_ready(self, roles: list[str]) -> None:
+        """Wait until the services of these roles are ready, and so many: `up` is as soon as a request would be answered."""
+
+        def ready() -> bool:
+            records = RunDir(self.stack.run_dir).services()
+            return sorted(record.role for record in records if record.role in roles and record.state == "ready") == sorted(roles)
+
+        eventually(ready)
+
     def end(self, process: Process) -> None:
         """Ctrl-C, and an orderly end. make itself, having waited, ends as one that was interrupted."""
+        self.all_ready(["admin"])  # it is who sums up
         os.killpg(process.popen.pid, signal.SIGINT)
-        assert process.popen.wait(30) in (0, -signal.SIGINT), process.output()
+        assert process.popen.wait(100) in (0, -signal.SIGINT), process.output()
         assert "summary {" in process.output(), process.output()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -157,6 +163,7 @@ def place(**env: str) -> Iterator[Place]:
         (bin / "python").symlink_to(sys.executable)
         clean = {name: value for name, value in os.environ.items() if not re.match("PAGEWIRE_|MAKE|MFLAGS|OPENAI_", name)}
         settings = {"PORT": "0", "ADMIN_PORT": "0", "PAGEWIRE_PORT": "0", "PAGEWIRE_ADMIN_PORT": "0", "JOBS": "1"}
+        settings["PAGEWIRE_SHUTDOWN_TIMEOUT"] = "600"  # nobody is killed before it has summed up
         where = {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PAGEWIRE_RUN_DIR": str(made.run_dir)}
         yield Place(folder, {**clean, **settings, **where, **env}, made)
 
@@ -186,6 +193,7 @@ def served() -> Iterator[Place]:
     with place() as here:
         process = here.start(THE_STACK)
         ready = process.line(r"ready: (http://\S+) \(admin (http://[^ ,)]+)", 120)
+        here.all_ready(["admin", "frontend", "scheduler", "worker"])
         here.stack.url, here.stack.admin = ready[1], ready[2]
         yield here
         here.end(process)
@@ -236,7 +244,7 @@ def test_services_by_hand_find_one_another(block: Block) -> None:
         for command in block.commands:
             local = re.sub(r"tcp://10\.0\.0\.\d+:(\d+)", lambda found: f"tcp://127.0.0.1:{endpoints[found[1]]}", command)
             started.append(here.start(re.sub(r"--port \d+", f"--port {port}", local).replace("127.0.0.1:8000", f"127.0.0.1:{port}")))
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200:
@@ -254,6 +262,7 @@ def test_services_are_rolled_and_drained_as_printed() -> None:
     with place(PAGEWIRE_RUNNER="oracle", PAGEWIRE_WORKERS="2") as here:
         process = here.start("pagewire up")
         process.line(r"ready: http://\S+", 120)
+        here.all_ready(["admin", "frontend", "scheduler", "worker", "worker"])
         for block in sorted(FLEET, key=lambda block: "roll" in block.commands[0]):  # which gives new names
             here.shell("\n".join(("set -e", *block.commands)))
             for drained in re.findall(r"pagewire drain (\S+)", "\n".join(block.commands)):
