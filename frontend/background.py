@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from frontend.async_engine import CLOSED, AsyncLLMEngine
+from frontend.async_engine import CLOSED, AsyncLLMEngine, RequestFailed
 
 T = TypeVar("T")
 
@@ -44,6 +45,8 @@ class Background:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:  # by `close`, in another thread
+            raise RequestFailed("the engine was closed") from None
         except BaseException:
             future.cancel()
             raise

@@ -50,6 +50,8 @@ class LLMEngine(Program):
                 raise ValueError(f"{field}: the steps of an LLMEngine have none; use LLM or AsyncLLMEngine")
         engine = self._background.engine
         if request_id is None:
+            while f"request-{self._added}" in self._unfinished:  # that was given
+                self._added += 1
             request_id = f"request-{self._added}"
         if request_id in self._unfinished:
             raise ValueError(f"request_id: {request_id} is in use")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from frontend.prompts import Prompt, parts
 from frontend.sampling import check_text, room
 from frontend.validation import ChatBody, CompletionBody, check_chat, check_completion, parse
 from protocol.columns import unpack
+
+CHAT_OPTIONS = frozenset(("add_generation_prompt", "continue_final_message", "chat_template_kwargs"))
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
@@ -100,7 +103,7 @@ def prepare(model: Model, prompt: Prompt, params: SamplingParams, every_step: bo
     fields = _fields(params)
     text, given = parts(prompt, name)
     try:
-        body = parse(msgspec.json.encode({**fields, "prompt": "", "stream": every_step}), CompletionBody)
+        body = parse(_encode({**fields, "prompt": "", "stream": every_step}), CompletionBody)
         if every_step and body.best_of not in (None, body.n):
             raise ApiError(400, "best_of: cannot be told before the end; use LLM.generate", "best_of")
         check_completion(msgspec.structs.replace(body, stream=None))
@@ -129,8 +132,10 @@ def prepare_chat(model: Model, messages: list[dict[str, Any]], params: SamplingP
     try:
         if best_of is not None:
             raise ApiError(400, "best_of: a conversation has none", "best_of")
-        body = parse(msgspec.json.encode({**fields, **options, "messages": messages}), ChatBody)
+        body = parse(_encode({**fields, **options, "messages": messages}), ChatBody)
         check_chat(body)
+        if more := options.keys() - CHAT_OPTIONS:
+            raise ApiError(400, f"{min(more)}: is no option of chat; how outputs are sampled is said by SamplingParams", min(more))
         new = chat.prepare(model, body, "")
     except ApiError as error:
         raise ValueError(error.message) from None
@@ -163,11 +168,23 @@ def _output(index: int, choice: Choice, text: str, logprobs: bool, eos: frozense
     return CompletionOutput(index, text, list(choice.tokens), reason, stop_reason, list(choice.fresh_logprobs) if logprobs else [])
 
 
+def _number(value: object) -> int | float:
+    """A number of numpy's, say, as one of Python's. Raises ValueError for anything else that JSON has not."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise ValueError(f"{value!r} is no value of a parameter")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_number).encode
+
+
 def _fields(params: SamplingParams) -> dict[str, Any]:
     fields = {name: value for name, value in msgspec.structs.asdict(params).items() if value is not None}
     for name, value in fields.items():  # JSON has no others: they would become null, the default
         for number in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
+            if isinstance(number, Real) and not isinstance(number, Integral) and not math.isfinite(number):
                 raise ValueError(f"{name}: {number} is no finite number")
     if params.logit_bias is not None:
         fields["logit_bias"] = {str(token): value for token, value in params.logit_bias.items()}
