@@ -276,6 +276,8 @@ def _listen(settings: FrontendSettings) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         raise CannotRun(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    except UnicodeError:
+        raise CannotRun(f"cannot listen on {settings.host}:{settings.port}: no name of a host") from None
     listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener

@@ -163,7 +163,7 @@ def app(
             if not isinstance(body, dict):
                 raise ValueError("the body must be an object")
             status, parts = await ask(api, body, request.headers.get("x-api-key", ""))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return JSONResponse({"error": {"message": str(error)}}, 400)
         except AskError as error:
             return JSONResponse({"error": {"message": str(error)}}, 502)
@@ -189,7 +189,8 @@ def _listen(settings: AdminSettings) -> socket.socket:
     try:
         listening = socket.create_server(("127.0.0.1", settings.admin_port), backlog=128)
     except OSError as error:
-        raise RunDirError(f"cannot listen on 127.0.0.1:{settings.admin_port}: {error.strerror}; name another with --admin-port") from None
+        why = os.strerror(error.errno or 0)  # its own text has the address once more
+        raise RunDirError(f"cannot listen on 127.0.0.1:{settings.admin_port}: {why}; name another with --admin-port") from None
     print(f"admin on {http_url(listening)}", flush=True)
     return listening
 

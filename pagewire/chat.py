@@ -84,14 +84,16 @@ class Conversation:
                     yield from self._event(json.loads(event))
         except urllib.error.HTTPError as error:
             raise ChatError(_refusal(error)) from None
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ChatError(f"{self._url}: no event of a chat completion: {error!r}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ChatError(f"{self._url}: {getattr(error, 'reason', error)}") from None
+            raise ChatError(f"{self._url}: {str(getattr(error, 'reason', error)).strip()}") from None
         if not done:
             raise ChatError("the server closed the stream before its end")
 
     def _event(self, event: dict[str, Any]) -> Iterator[str]:
         if error := event.get("error"):
-            raise ChatError(str(error.get("message", error)))
+            raise ChatError(str(error.get("message", error) if isinstance(error, dict) else error))
         if usage := event.get("usage"):
             self.tokens = usage["completion_tokens"]
         for choice in event.get("choices", ()):
@@ -102,7 +104,7 @@ class Conversation:
 def _refusal(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.load(error)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
         return f"status {error.code} {error.reason}"
 
 
@@ -127,6 +129,7 @@ def main(
         import readline  # noqa: F401  (makes `input` editable, with a history)
 
         click.secho(f"{options['model']} at {url}. {HELP}", dim=True)
+    failed = False
     while True:
         try:
             text = input("> " if asked else "").strip()
@@ -138,13 +141,15 @@ def main(
         if text in ("/quit", "/exit"):
             break
         if text:
-            _one(talk, text, stats)
+            failed = not _one(talk, text, stats) or failed
     if asked:
         click.echo()
+    elif failed:
+        sys.exit(1)
 
 
-def _one(talk: Conversation, text: str, stats: bool) -> None:
-    """A line that the user typed: a command, or something to be answered."""
+def _one(talk: Conversation, text: str, stats: bool) -> bool:
+    """A line that the user typed: a command, or something to be answered. False if the answer failed."""
     command, _, rest = text.partition(" ")
     if command == "/new":
         talk.restart()
@@ -154,9 +159,11 @@ def _one(talk: Conversation, text: str, stats: bool) -> None:
         click.secho(HELP, dim=True)
     else:
         pieces = talk.ask(text)
+        begun = False
         try:
             for piece in pieces:
                 click.echo(piece, nl=False)
+                begun = True
             click.echo()
             if stats:
                 click.secho(f"{talk.tokens} tokens in {talk.seconds:.2f} s, {talk.tokens / max(talk.seconds, 1e-9):.1f} tok/s", dim=True)
@@ -164,7 +171,10 @@ def _one(talk: Conversation, text: str, stats: bool) -> None:
             pieces.close()  # type: ignore[attr-defined]
             click.secho(" (stopped)", dim=True)
         except ChatError as error:
+            click.echo(nl=begun)
             click.secho(f"{error}", fg="red", err=True)
+            return False
+    return True
 
 
 def _first_model(url: str, key: str) -> str:
@@ -176,6 +186,8 @@ def _first_model(url: str, key: str) -> str:
     except urllib.error.HTTPError as error:
         raise click.ClickException(_refusal(error)) from None
     except (OSError, http.client.HTTPException) as error:
-        raise click.ClickException(f"cannot reach {url}: {getattr(error, 'reason', error)}; is `pagewire up` running?") from None
+        raise click.ClickException(
+            f"cannot reach {url}: {str(getattr(error, 'reason', error)).strip()}; is `pagewire up` running?"
+        ) from None
     except (ValueError, LookupError, TypeError):
         raise click.ClickException(f"{address} lists no model; name one with --model") from None

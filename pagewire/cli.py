@@ -50,8 +50,11 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings=CONTEXT)
 @click.version_option(version("pagewire"), prog_name="pagewire")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """An LLM inference server of three kinds of process that survive one another."""
+    if os.environ.get("NO_COLOR"):  # no-color.org
+        context.color = False
 
 
 def _up_command(name: str) -> click.Command:

@@ -19,15 +19,17 @@ def make_keys(folder: Path, clients: Sequence[tuple[str, str]]) -> list[str]:
     """
     for role, name in clients:
         check_name(name)
-        if (folder / f"{name}.key").exists() or name == "scheduler":
+        if name == "scheduler":
+            raise Usage(f"scheduler.key is the scheduler's: name another {role}")
+        if (folder / f"{name}.key").exists():
             raise Usage(f"{folder / f'{name}.key'} exists: name another {role}, or remove the file and its line in {folder / 'allowed'}")
     made: list[str] = []
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (folder / "scheduler.key").exists():
             pair = make_pair()
+            (folder / "scheduler.pub").write_bytes(pair.public + b"\n")  # first: if the other fails, the next call makes both
             write_secret(folder / "scheduler.key", pair)
-            (folder / "scheduler.pub").write_bytes(pair.public + b"\n")
             made.append(f"{folder / 'scheduler.key'}: the scheduler's --key-file")
             made.append(f"{folder / 'scheduler.pub'}: the --server-key of every frontend and worker")
         lines = []
@@ -42,7 +44,7 @@ def make_keys(folder: Path, clients: Sequence[tuple[str, str]]) -> list[str]:
             file.write(b"".join(lines))
         made.append(f"{folder / 'allowed'}: the scheduler's --allow-file ({', '.join(name for _, name in clients) or 'nobody new'})")
     except OSError as error:
-        raise Usage(f"{error.filename}: {error.strerror}") from None
+        raise Usage(f"{error.filename or folder}: {error.strerror}") from None
     return made
 
 

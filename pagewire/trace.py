@@ -7,6 +7,7 @@ offset from both sides; where 0 lies between the bounds, as on one host, the clo
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -139,12 +140,16 @@ def main(admin: str, run_dir: Path, seconds: float, output: Path) -> None:
     try:
         with urllib.request.urlopen(address, timeout=seconds + 30) as answer:
             trace = json.load(answer)
+        about = trace["otherData"]
     except urllib.error.HTTPError as error:
         raise click.ClickException(f"{address}: {error.read().decode(errors='replace')}") from None
-    except OSError as error:
-        raise click.ClickException(f"cannot reach {address}: {getattr(error, 'reason', error)}; is `pagewire up` running?") from None
+    except (ValueError, LookupError, TypeError):
+        raise click.ClickException(f"{address} gives no trace: is an admin server there?") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(
+            f"cannot reach {address}: {str(getattr(error, 'reason', error)).strip()}; is `pagewire up` running?"
+        ) from None
     output.write_text(json.dumps(trace))
-    about = trace["otherData"]
     click.echo(f"{len(trace['traceEvents'])} events of {about['seconds']:.1f} s in {output}")
     for name, share in about["busy_share"].items():
         click.echo(f"{name}: device busy {share:.1%} of the time")

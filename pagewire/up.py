@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import os
 import socket
 import ssl
 from pathlib import Path
@@ -72,22 +73,32 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise Usage(f"--host {host}: {error.strerror}; it must be an address or a name of this host") from None
-        raise Usage(f"cannot listen on {host}:{port}: {error.strerror}; name another with {flag}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no host can have
+        if not isinstance(error, OSError) or isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise Usage(f"--host {host}: {_why(error)}; it must be an address or a name of this host") from None
+        raise Usage(f"cannot listen on {host}:{port}: {_why(error)}; name another with {flag}") from None
+
+
+def _why(error: OSError | UnicodeError) -> str:
+    """What went wrong, without the address, which `create_server` adds."""
+    if isinstance(error, UnicodeError):
+        return "no name of a host"
+    return str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
 
 
 def up(context: click.Context, values: dict[str, Any]) -> int:
     """Run the whole stack until it is told to stop; returns the exit code."""
     if line := intruder():
         raise Usage(line)
-    from frontend.access import check_exposure
+    from frontend.access import ApiKeys, check_exposure, check_tls
     from pagewire.host_guard import host_names
 
     try:
         host_names(values["admin_hosts"])
         check_exposure(values["host"], values["api_key_file"], values["auth"])
+        check_tls(values["ssl_certfile"], values["ssl_keyfile"])
+        if values["api_key_file"]:
+            ApiKeys.read(values["api_key_file"])
     except CannotRun as error:
         raise Usage(str(error)) from None
     if values["runner"] == "torch" and not values["model"] and packaged_model() is None:

@@ -74,8 +74,13 @@ def make_pair() -> KeyPair:
 def write_secret(path: Path, pair: KeyPair) -> None:
     """Write a secret key to a new file of mode 0600. Raises FileExistsError: a key in use is never overwritten."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(pair.secret + b"\n")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(pair.secret + b"\n")
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half a key would stand in the way of the next
+        error.filename = str(path)
+        raise
 
 
 def read_pair(path: str | Path, flag: str) -> KeyPair:

@@ -51,8 +51,13 @@ class Lock:
                 if os.stat(path).st_ino == os.fstat(fd).st_ino:
                     break
             os.close(fd)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            os.close(fd)
+            error.filename = str(path)  # which disk is full
+            raise
         self._fd = fd
 
     def release(self) -> None:

@@ -11,6 +11,7 @@ setting is called, means and is measured in stands in `flags.py`, once for all s
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -63,6 +64,7 @@ def _loaded(role: str, load: Callable[[], Callable[[Settings], None]]) -> Callab
         raise CannotRun(f"{error.name} is not installed: pip install 'pagewire[{EXTRAS.get(role, role)}]'") from None
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk says that takes nothing
 EXTRAS = {"admin": "frontend"}  # where a role's libraries come from another's extra
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -250,5 +252,15 @@ def start(command: click.Command, program: str) -> None:
     try:
         command.main(prog_name=program)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        _leave_output()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        click.echo(f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", err=True)
+        _leave_output()
+
+
+def _leave_output() -> NoReturn:
+    """End a program whose output nobody takes: what it has not written yet would fail again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(EXIT_FAILED)

@@ -280,3 +280,11 @@ def test_what_would_be_unsafe_gets_one_line_and_no_server(flags, says, run_dir):
     assert "listening" not in ended.stdout
     assert says in ended.stderr.strip().splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+def test_a_name_that_no_host_can_have_gets_one_clear_line(run_dir):
+    command = [sys.executable, "-P", "-m", "frontend", "--run-dir", str(run_dir), "--port", "0", "--host", "a..b", "--no-auth"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 78
+    assert "cannot listen on a..b:0: no name of a host" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from click.testing import CliRunner
 
 from pagewire.chat import ChatError, Conversation
+from pagewire.cli import main
 from tests.pagewire.scripted_server import Script, scripted_server
 from tests.pagewire.terminals import terminal
 
@@ -88,3 +94,72 @@ def test_without_a_server_it_says_so_in_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: cannot reach http://127.0.0.1:1")
     assert done.stderr.count("\n") == 1
+
+
+PIECE = b'data: {"choices": [{"delta": {"content": "w"}}]}\n\n'
+
+
+@contextlib.contextmanager
+def answering(content: bytes) -> Iterator[str]:
+    """The URL of a server that answers every POST with these bytes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (b'{"error": "boom"}', "^boom$"),
+        (b"[]", "no event of a chat completion"),
+        (b'{"choices": [{}]}', "no event of a chat completion"),
+        (b'{"choices": 1}', "no event of a chat completion"),
+        (b'{"usage": {"total_tokens": 1}}', "no event of a chat completion"),
+        (b"{", "Expecting property name"),
+    ],
+)
+def test_an_event_of_another_kind_is_a_failed_answer(event: bytes, words: str) -> None:
+    with answering(b"HTTP/1.1 200 OK\r\n\r\n" + PIECE + b"data: " + event + b"\n\n") as url:
+        talk = Conversation(url)
+        with pytest.raises(ChatError, match=words):
+            list(talk.ask("hello"))
+    assert talk.messages == []
+
+
+def test_a_refusal_that_breaks_off_is_told_by_its_status() -> None:
+    with answering(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 99\r\n\r\n<html>") as url, pytest.raises(ChatError, match="status 502"):
+        list(Conversation(url).ask("hello"))
+
+
+@pytest.mark.slow
+def test_through_a_pipe_a_failed_answer_shows_in_the_exit_code_and_begins_no_line_in_the_middle() -> None:
+    with answering(b"HTTP/1.1 200 OK\r\n\r\n" + PIECE) as url:
+        command = [sys.executable, "-P", "-m", "pagewire", "chat", "--url", url, "--model", "m"]
+        done = subprocess.run(command, input="one\n", capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "w\n")
+    assert done.stderr == "the server closed the stream before its end\n"
+
+
+@pytest.mark.parametrize(("wish", "coloured"), [("", True), ("1", False)])
+def test_who_wants_no_colour_gets_none(wish: str, coloured: bool) -> None:
+    with scripted_server(Script(status=503)) as url:
+        said = (
+            CliRunner()
+            .invoke(main, ["chat", "--url", url, "--max-tokens", "2"], input="hello\n", color=True, env={"NO_COLOR": wish})
+            .output
+        )
+    assert ("\x1b[31m" in said) == coloured
+    assert "scripted" in said

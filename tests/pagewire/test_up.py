@@ -205,7 +205,7 @@ def test_a_taken_port_is_said_in_one_line(run_dir: Path) -> None:
             assert f"cannot listen on 127.0.0.1:{port}" in program.output
 
 
-@pytest.mark.parametrize("host", ["999.1.1.1", "192.0.2.1"])
+@pytest.mark.parametrize("host", ["999.1.1.1", "192.0.2.1", "a..b"])
 def test_an_address_that_is_not_this_host_s_is_said_in_one_line(run_dir: Path, host: str) -> None:
     command = [*PAGEWIRE, "up", *ORACLE, "--host", host, "--no-auth", "--port", "0", "--run-dir", str(run_dir)]
     with running(command) as program:
@@ -321,3 +321,11 @@ def test_honcho_starts_the_three_services_of_the_procfile(run_dir: Path) -> None
         program.wait()
         eventually(lambda: gone(family))
     assert left_in(run_dir) == []
+
+
+@pytest.mark.parametrize("arguments", [["--api-key-file", "/nowhere/keys"], ["--ssl-certfile", "/nowhere/cert.pem"]])
+def test_files_that_no_frontend_could_use_are_refused_before_anything_starts(run_dir: Path, arguments: list[str]) -> None:
+    with running([*PAGEWIRE, "up", *ORACLE, "--port", "0", "--admin-port", "0", "--run-dir", str(run_dir), *arguments]) as program:
+        assert program.wait() == 2
+        assert program.output.count("\n") == 1
+        assert " ".join(arguments) in program.output

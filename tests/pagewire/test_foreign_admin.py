@@ -1,0 +1,51 @@
+"""`pagewire trace` where something else than an admin server answers, or breaks off; prompts that nobody could mean."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from starlette.testclient import TestClient
+
+from pagewire.admin_server import app
+from pagewire.cli import main
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "gives no trace: is an admin server there?"),
+        (b"HTTP/1.1 200 OK\r\n\r\n{}", "gives no trace: is an admin server there?"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[]", "gives no trace: is an admin server there?"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "cannot reach"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot reach"),
+    ],
+)
+def test_a_trace_of_something_else_is_one_line(tmp_path: Path, answer: bytes, words: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def once() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=once)
+        thread.start()
+        admin = f"http://127.0.0.1:{server.getsockname()[1]}"
+        result = CliRunner().invoke(main, ["trace", "--admin", admin, "--output", str(tmp_path / "t.json")])
+        thread.join()
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert words in result.output
+    assert result.output.count("\n") == 1
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_prompt_that_is_nested_without_end_is_refused() -> None:
+    served = app(None, None, None, None, None, None, "http://127.0.0.1:1")  # type: ignore[arg-type]  # it needs none of them
+    answer = TestClient(served).post("/prompt", content="[" * 100_000, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
