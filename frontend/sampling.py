@@ -34,8 +34,8 @@ def seeds_of(seed: int | None, n: int) -> list[int]:
     ]
 
 
-def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
-    """Tokens that a choice may have: what was asked for, else the default, as far as the context goes.
+def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | None, param: str, asked_in: str = "max_tokens") -> int:
+    """Tokens that a choice may have: what was asked for (in the field `asked_in`), else the default, as far as the context goes.
 
     Raises ApiError (400, `context_length_exceeded`) if the prompt (`param`), or the prompt with what was asked for, is too long.
     """
@@ -43,7 +43,7 @@ def room(info: ModelInfo, prompt_tokens: int, asked: int | None, default: int | 
     if left < (1 if asked is None else asked):
         wanted = f"{prompt_tokens} of the prompt" + (f" and {asked} to generate" if asked is not None else " and at least one to generate")
         message = f"this model's context has {info.max_model_len} tokens; the request needs {wanted}"
-        raise ApiError(400, message, "max_tokens" if left > 0 and asked else param, "context_length_exceeded")
+        raise ApiError(400, message, asked_in if left > 0 and asked else param, "context_length_exceeded")
     if asked is not None:
         return asked
     return left if default is None else min(default, left)

@@ -33,7 +33,7 @@ FIELDS = {
     "messages": "the conversation, see [below](#messages)",
     "metadata": IGNORED,
     "min_p": "tokens less likely than this share of the most likely one are left out",
-    "min_tokens": "neither end token nor stop id before so many",
+    "min_tokens": "before so many neither an end token nor a stop id is sampled, and no stop string is looked for",
     "modalities": 'only `["text"]`',
     "model": "by default the only one, or the first, that is served",
     "n": "outputs",

@@ -41,9 +41,10 @@ def prepare(model: Model, body: ChatBody, tenant: str) -> NewRequest:
     check_text(model.info, model.tokenizer, text, "messages")
     ids = encode(model, text)
     require(len(ids) > 0, "messages", "make an empty prompt")
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    newer = body.max_completion_tokens is not None
+    asked = body.max_completion_tokens if newer else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else -1
-    max_tokens = room(model.info, len(ids), asked, None, "messages")
+    max_tokens = room(model.info, len(ids), asked, None, "messages", "max_completion_tokens" if newer else "max_tokens")
     return new_request(model, body, ids, max_tokens, logprobs, tenant, body.continue_final_message)
 
 

@@ -91,3 +91,10 @@ class TestConversations:
         assert name in refusal["message"]
         body = {"messages": list(self.TALK), "chat_template_kwargs": {name: False}}
         error(post("/tokenize", body, tmp_path), 400, "chat_template_kwargs")
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_more_than_the_context_holds_is_refused_in_the_name_that_it_was_asked_in(field: str, tmp_path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"messages": messages, field: 100_000}
+    assert error(post("/v1/chat/completions", body, tmp_path), 400, field)["code"] == "context_length_exceeded"
