@@ -10,10 +10,12 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -22,6 +24,8 @@ from gpu_worker.errors import LoadError
 KERNELS = Path(__file__).parent / "kernels"
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
+
+log = logging.getLogger("worker")
 
 
 class CompileError(Exception):
@@ -105,14 +109,24 @@ def compile_cubin(source: str, arch: str, defines: Mapping[str, int | str]) -> b
         "\0".join([text, *headers.values(), *options, f"{major.value}.{minor.value}"]).encode(), digest_size=16
     ).hexdigest()
     path = cache_dir() / f"{source}-{key}.cubin"
-    if path.exists():
-        return path.read_bytes()
+    with suppress(OSError):
+        if (kept := path.read_bytes()).startswith(b"\x7fELF"):  # a machine that lost its power may have kept a name without content
+            return kept
     cubin = _compile(lib, text, headers, source, options)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # renamed whole: a killed process leaves no half file
-        file.write(cubin)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            (Path(folder) / path.name).write_bytes(cubin)
+            os.replace(Path(folder) / path.name, path)  # whole: a killed process leaves no half file
+    except OSError as error:
+        say_not_kept(path.parent, error.strerror)
     return cubin
+
+
+@functools.cache
+def say_not_kept(folder: Path, why: str) -> None:
+    """Say once that a folder keeps no kernels."""
+    log.warning("compiled kernels are not kept in %s (%s): every start compiles them", folder, why)
 
 
 def _compile(lib: ctypes.CDLL, text: str, headers: Mapping[str, str], source: str, options: list[str]) -> bytes:

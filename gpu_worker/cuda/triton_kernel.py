@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from gpu_worker.cuda.compiler import compilers
+from gpu_worker.cuda.compiler import compilers, say_not_kept
 from gpu_worker.cuda.driver import DESCRIPTOR, Kernel, Module
 
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}  # by torch's names
 _FIRST = threading.Lock()
+_own: list[tempfile.TemporaryDirectory[str]] = []  # instead of a cache that cannot be written
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class TritonKernel:
     def _kernel(self) -> Kernel:
         compiled = self._compiled.result()
         told = compiled.metadata
+        if told.global_scratch_size or told.profile_scratch_size:
+            raise RuntimeError(f"{told.name} wants memory of its launcher, which this one has not")
         cubin: bytes = compiled.asm["cubin"]
         return Kernel(Module(lambda: cubin), told.name, self._signature, 32 * told.num_warps, 1, told.shared, self._pdl)
 
@@ -131,4 +137,19 @@ def _compile(
     from triton.backends.compiler import GPUTarget
 
     begin_triton()
-    return triton.compile(source_of(source, arguments, constants), target=GPUTarget("cuda", capability, 32), options=dict(options))
+    given = source_of(source, arguments, constants)
+    target = GPUTarget("cuda", capability, 32)
+    try:
+        return triton.compile(given, target=target, options=dict(options))
+    except OSError as error:
+        _keep_elsewhere(error)
+        return triton.compile(given, target=target, options=dict(options))
+
+
+def _keep_elsewhere(error: OSError) -> None:
+    """Triton compiles into its cache alone: where that cannot be written, into a folder of this process."""
+    with _FIRST:
+        if not _own:
+            say_not_kept(Path(error.filename or "Triton's cache"), error.strerror)
+            _own.append(tempfile.TemporaryDirectory(prefix="pagewire-triton-"))
+            os.environ["TRITON_CACHE_DIR"] = _own[0].name
