@@ -19,7 +19,10 @@ from gpu_worker.cuda.attention_kernels import BOX
 
 ROWS = 128  # of a tile: tokens times query heads of a KV head
 _ROWS, _BOX = gl.constexpr(ROWS), gl.constexpr(BOX)
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name until Triton 3.6, and since
+# What Triton 3.6, since 3.7, and 3.9 call otherwise
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+_copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
@@ -113,7 +116,7 @@ def _fetch_tile(
     for i in gl.static_range(SPANS):
         line = (ids[i] * (2 * KV_HEADS) + plane) * PAGE + (start + i * SPAN) % PAGE
         for part in gl.static_range(D // _BOX):
-            tma.async_copy_global_to_shared(cache, [line, part * _BOX], full, to.index(first_box + part * SPANS + i))
+            _copy_box(cache, [line, part * _BOX], full, to.index(first_box + part * SPANS + i))
 
 
 @gluon.jit
@@ -214,8 +217,8 @@ def _attend(
     QUERY: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SCORE, k_width=2)
     WEIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
     keys, values, full, empty = ring
-    k = keys._reinterpret(keys.dtype, [STAGES, TILE, D], _LAYOUT)
-    v = values._reinterpret(values.dtype, [STAGES, TILE, D], _LAYOUT)
+    k = _reinterpret(keys, keys.dtype, [STAGES, TILE, D], _LAYOUT)
+    v = _reinterpret(values, values.dtype, [STAGES, TILE, D], _LAYOUT)
     i = 0  # tiles of keys so far
     following = _item(0, work, KV_HEADS)
     q = _queries(qkv, following, GROUP, KV_HEADS, R, D, QUERY)

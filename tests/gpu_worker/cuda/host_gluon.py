@@ -72,7 +72,7 @@ class Ring:
         n, rows, columns = self.shape
         return Tile(self.memory.view(n, columns // 64, rows, 64)[i].transpose(0, 1))
 
-    def _reinterpret(self, _: object, shape: list[int], layout: object) -> Ring:
+    def reinterpret(self, _: object, shape: list[int], layout: object) -> Ring:
         return Ring(self.memory, tuple(shape))
 
 
@@ -210,6 +210,7 @@ def _where(there: Any, a: Any, b: Any) -> Any:
 def load_kernel(path: Path) -> ModuleType:
     """The module of a kernel, which is written in Gluon, with functions of the host instead."""
     language = SimpleNamespace(
+        shared_memory_descriptor=Ring,
         **dict.fromkeys(("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"), _layout),
         constexpr=lambda value: value, static_range=range, int64=torch.int64, float32=torch.float32,
         program_id=lambda axis: _program.ids[axis], num_programs=lambda axis: _program.grid[axis],

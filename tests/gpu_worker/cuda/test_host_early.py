@@ -167,14 +167,26 @@ from pathlib import Path
 from gpu_worker.cuda import kernels_of
 from gpu_worker.cuda.card import Card
 from gpu_worker.cuda.compiler import compilers
+from gpu_worker.cuda.driver import Kernel
 from gpu_worker.settings import WorkerSettings
+from tests.gpu_worker.cuda.cubin import check_signature
 
 kernels_of.first_card = lambda: Card(9, 0, 132)
-kernels = kernels_of.begin_kernels(WorkerSettings(Path("run"), model=sys.argv[1], load_format="dummy", kv_cache_dtype=sys.argv[2]))
+kinds = {"quantization": sys.argv[2], "kv_cache_dtype": sys.argv[2]}
+kernels = kernels_of.begin_kernels(WorkerSettings(Path("run"), model=sys.argv[1], load_format="dummy", **kinds))
 compilers().wait()
-if kernels.attention.prefill_hopper is not None:
-    kernels.attention.prefill_hopper.wait()
-    assert kernels.attention.prefill_hopper._kernel.block == 384
+step, attention = kernels.step, kernels.attention
+of_triton = [attention.decode_many, *attention.prefill_plain]
+if attention.prefill_hopper is not None:
+    attention.prefill_hopper.wait()
+    assert attention.prefill_hopper._kernel.block == 384
+    of_triton.append(attention.prefill_hopper)
+made = [kernel for kernel in vars(step).values() if isinstance(kernel, Kernel)]
+made += [kernel for linear in (*step.linears.values(), *step.fp8_linears.values()) for _, kernel, _ in linear.kernels]
+made += [*attention.decode_few.values(), *(kernel._kernel for kernel in of_triton)]
+for kernel in made:
+    check_signature(kernel)
+assert {kernel.name for kernel in made} >= {"linear", "prepare", "rotate_and_store", "decode_attention", "prefill_attention"}
 print(kernels.attention.decode_many._kernel.name, kernels.step.prepare.module._cubin()[1:4].decode())
 """
 
