@@ -217,14 +217,14 @@ class Fleet:
     def costs_no_session(self, what: Callable[[], object], name: str = "") -> None:
         """Let something happen that ends no session (of one service). Raises AssertionError.
 
-        A machine that stands still for a second ends some as well: it happens anew until it ended none, five times at most.
+        A machine that stands still for a second ends some as well: it happens anew until it ended none, ten times at most.
         """
 
         def closed() -> float:
             figures = ("session_closed", "wire_session_closed")
             return sum(self.figure(name, figure) if name else self.total(figure) for figure in figures)
 
-        for _ in range(5):
+        for _ in range(10):
             before = closed()
             what()
             self.fresh()

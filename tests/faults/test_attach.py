@@ -185,7 +185,9 @@ def test_a_stream_that_nobody_has_or_that_is_somebody_elses_is_gone() -> None:
         assert seen
         assert not theirs.resumed
         theirs.check()
-        running.fresh()  # by then the scheduler has heard that the client has everything
+        behind = Seen({"prompt": "behind it", "max_tokens": 1, "seed": 2}, "frontend-0")
+        behind.read(running.urls["frontend-0"])  # a link keeps the order: the scheduler has heard that the client has everything
+        behind.check()
         status, body = post(url, theirs.last_id)
         assert (status, body["error"]["code"]) == (404, "stream_gone"), "it was told to its end"
         load.finish()
