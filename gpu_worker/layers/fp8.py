@@ -73,11 +73,18 @@ class Fp8Linear:
 
     @staticmethod
     def fits(weights: Fp8, device: torch.device) -> bool:
-        """Whether torch multiplies such weights there: rows from compute capability 8.9 on, groups on 9.x with CUDA 12.9 or later."""
+        """Whether torch multiplies such weights there: rows from compute capability 8.9 on, groups on 9.x with CUDA 12.9 or later.
+
+        On 8.9 it takes torch 2.12: before, the product was launched on another stream than the current one (pytorch issue 177651).
+        """
         if device.type != "cuda" or any(size % 16 for size in weights.q.shape):
             return False
         capability = torch.cuda.get_device_capability(device)
         if weights.scale.shape[1] == 1:
-            return capability >= (8, 9)
-        cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-        return capability[0] == 9 and cuda >= (12, 9) and weights.q.shape[1] % FP8_GROUP == 0
+            return capability >= ((8, 9) if _release(torch.__version__) >= (2, 12) else (9, 0))
+        return capability[0] == 9 and _release(torch.version.cuda or "0.0") >= (12, 9) and weights.q.shape[1] % FP8_GROUP == 0
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2])

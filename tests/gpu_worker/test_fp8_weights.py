@@ -292,3 +292,27 @@ def test_numbers_that_need_scales_are_refused_where_config_json_tells_none(tmp_p
             LoadError, match=rf"{re.escape(name)} is stored as [IUF]\d+\w*, which is not supported; F64, F32, F16, BF16 are"
         ):
             load(model=str(other), **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "cuda", "rows", "groups"),
+    [
+        ((8, 0), "2.13.0+cu130", "13.0", False, False),
+        ((8, 9), "2.11.0+cu130", "13.0", False, False),
+        ((8, 9), "2.12.0+cu130", "13.0", True, False),
+        ((9, 0), "2.11.0+cu128", "12.8", True, False),
+        ((9, 0), "2.11.0+cu130", "13.0", True, True),
+        ((10, 0), "2.14.1a0+git1", "13.2", True, False),
+    ],
+)
+def test_a_card_and_a_torch_say_what_is_multiplied_in_8_bits(
+    capability: tuple[int, int], version: str, cuda: str, rows: bool, groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    weights = torch.randn(32, 256)
+    card = torch.device("cuda")
+    assert Fp8Linear.fits(Fp8(*round_rows(weights)), card) == rows
+    assert Fp8Linear.fits(Fp8(*round_groups(weights)), card) == groups
+    assert not Fp8Linear.fits(Fp8(*round_rows(weights[:31])), card)
