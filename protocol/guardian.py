@@ -25,6 +25,7 @@ from protocol.rundir import RunDir
 
 PATIENCE = 4.5  # seconds that services get to end themselves
 DYING = 60.0  # seconds that a killed one gets to be gone: until then its files count as somebody's
+UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # it ends when its work is done
 
 
 class Guardian:
@@ -35,7 +36,12 @@ class Guardian:
 
     def __init__(self, run_dir: Path, passing: bool = False) -> None:
         command = [sys.executable, "-P", "-m", "protocol.guardian", str(os.getpid()), str(run_dir), *(["passing"] if passing else [])]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
+        # Blocked in the process from its first moment: the kernel sends SIGHUP to one that is stopped when its starter dies.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def watch(self, pid: int) -> None:
         """Watch over the process group of `pid`."""
@@ -88,7 +94,7 @@ def _lines(starter: int) -> Iterator[str]:
 
 def main() -> None:
     """Watch until the starter ends, then wait for the watched ones, then kill them; remove what they left."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in UNHEARD:
         signal.signal(number, signal.SIG_IGN)
     watched: dict[int, int] = {}
     for line in _lines(int(sys.argv[1])):

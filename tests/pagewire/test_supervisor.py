@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pagewire.control import LONGEST, ask, control_path
@@ -43,6 +44,13 @@ def supervised(run_dir: Path, *services: str, under: tuple[str, ...] = ()) -> It
 def record(run_dir: Path, name: str) -> ServiceRecord:
     """The service's record, once it is ready."""
     return eventually(lambda: next((r for r in RunDir(run_dir).services() if r.name == name and r.state == "ready"), None))
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; empty once it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 def test_sigterm_ends_every_process_and_leaves_no_file(run_dir: Path) -> None:
@@ -108,6 +116,17 @@ def test_after_sigkill_of_the_supervisor_the_folder_of_its_sockets_goes_too(run_
         eventually(lambda: gone(family))
         assert not sockets.exists()
         assert left_in(long) == []
+
+
+def test_a_guardian_that_stood_still_while_it_started_guards_all_the_same(run_dir: Path) -> None:
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=hang") as program:
+        [guard] = eventually(lambda: [p for p in program.family() if "protocol.guardian" in command(p)])
+        guard.suspend()  # before it could ask for anything: it has just begun
+        program.read_until("ready: fakes")
+        family = program.family()
+        os.kill(program.pid, signal.SIGKILL)  # whereupon the kernel continues it, with a SIGHUP
+        eventually(lambda: gone(family))
+        assert left_in(run_dir) == []
 
 
 def test_stale_files_are_removed_at_the_next_start(run_dir: Path) -> None:
