@@ -35,10 +35,11 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> typing.Callable[[str], ModuleTy
 
 def build(source: Path, to: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", str(source), str(to)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_pages_build_and_a_broken_link_or_anchor_fails(tmp_path: Path) -> None:
     source = tmp_path / "docs"
     shutil.copytree(DOCS, source)
@@ -158,11 +159,11 @@ def test_every_metric_of_a_running_stack_is_there(generate: typing.Callable[[str
     with stack() as running:
         running.up("--runner", "oracle")
         body = {"prompt": "a prompt of several blocks, " * 4, "max_tokens": 20, "stream": True}
-        assert httpx.post(f"{running.url}/v1/completions", json=body, timeout=30).status_code == 200
-        assert httpx.get(f"{running.url}/nowhere", timeout=30).status_code == 404
+        assert httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).status_code == 200
+        assert httpx.get(f"{running.url}/nowhere", timeout=60).status_code == 404
 
         def scrape() -> str:
-            text = httpx.get(f"{running.admin}/metrics", timeout=10).text
+            text = httpx.get(f"{running.admin}/metrics", timeout=60).text
             return text if "pagewire_worker_steps" in text and "pagewire_scheduler_blocks_taken" in text else ""
 
         text: str = eventually(scrape)
