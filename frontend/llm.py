@@ -9,6 +9,7 @@ Each starts a scheduler and a worker of its own, or joins those of a run directo
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 Messages = list[dict[str, Any]]
+
+logging.getLogger("frontend").addHandler(logging.NullHandler())  # as in any library: a program that wants no log sees none
 
 
 class LLM(Program):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -23,3 +25,9 @@ def test_what_is_no_finite_number_is_refused_by_name_and_is_not_the_default(fiel
         prepare(ASKED, "x", params, True)
     with pytest.raises(ValueError, match=f"^{field}: .*finite"):
         prepare_chat(ASKED, [{"role": "user", "content": "x"}], params, {})
+
+
+def test_a_program_without_logging_sees_no_log():
+    program = "import logging, pagewire; pagewire.LLM; logging.getLogger('frontend').warning('request failed')"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stderr == ""
