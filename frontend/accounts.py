@@ -27,7 +27,7 @@ class Accounts:
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._paths = {route.path for route in routes}
-        self._patterns: dict[object, str] = {route.endpoint: route.path for route in routes if "{" in route.path}
+        self._patterns: dict[object, str] = {route.endpoint: route.path_format for route in routes if "{" in route.path}
         self._ended: Counter[tuple[str, str, str]] = Counter()  # path, status, code
         self._seconds: dict[str, Histogram] = {}
 

@@ -216,7 +216,7 @@ WAYS: dict[str, tuple[Act, list[Sample], Engine | None]] = {
     "no key": (lambda s: header(s, {"authorization": ""}), [http(401, "invalid_api_key", "/version")], None),
     "a path that is not there": (lambda s: s.http.get("/v1/responses"), [http(404, "not_found", "other")], None),
     "a wrong method": (lambda s: s.http.get(COMPLETIONS), [http(405, "method_not_allowed")], None),
-    "one of many models": (lambda s: s.http.get("/v1/models/oracle"), [http(200, path="/v1/models/{name:path}")], None),
+    "one of many models": (lambda s: s.http.get("/v1/models/oracle"), [http(200, path="/v1/models/{name}")], None),
     "a defect of ours": (lambda s: defect(s), [http(500, "internal_error", "/load")], None),
 }
 
