@@ -131,3 +131,16 @@ def test_a_prompt_whose_reader_leaves_is_stopped(stack: Stack) -> None:
         next(answer.iter_bytes())
     eventually(lambda: httpx.get(f"{stack.admin}/state", timeout=60).json()["totals"]["requests_running"] == 0)
     eventually(lambda: stack.metrics().get('pagewire_requests{name="frontend-0",status="aborted"}') == 1.0)
+
+
+@pytest.mark.slow
+def test_on_a_small_phone_the_services_fit_and_without_contact_what_is_old_is_pale(stack: Stack, window: Browser) -> None:
+    window.media("light", 360, 740)
+    window.open(stack.admin)
+    eventually(lambda: window.run("return document.querySelectorAll('#services tr').length") >= 4)
+    assert window.run("const box = document.querySelector('.wide'); return box.scrollWidth <= box.clientWidth")
+    pale = "return getComputedStyle(document.querySelector('#services').closest('section')).opacity"
+    assert window.run(pale) == "1"
+    window.run("window.fetch = () => Promise.reject(new Error('cut off'))")
+    eventually(lambda: "cut off" in window.text("#contact"))
+    assert float(window.run(pale)) < 1
