@@ -67,7 +67,8 @@ class AttentionKernels:
     def _prefill_plain(self) -> tuple[TritonKernel, TritonKernel]:
         b, q, ints = self._build, self._pointer, "*i32"
         wide = b.dtype == "float32"  # no tensor cores: fewer rows and warps
-        large = b.config.head_dim > 128  # three stages of 64 keys would not fit the shared memory
+        large = b.config.head_dim > 128  # three stages of 64 keys would not fit the shared memory; elsewhere not two of 32
+        stages = (2 if b.card.shared > 128 << 10 else 1) if large else 2 if wide else 3
 
         def begin(tile: int) -> TritonKernel:
             return TritonKernel(
@@ -78,7 +79,7 @@ class AttentionKernels:
                 pdl=False,
                 ROWS=b.tile_tokens * b.padded,
                 TILE=tile,
-                STAGES=2 if wide or large else 3,
+                STAGES=stages,
                 **self._sizes(),
             )
 

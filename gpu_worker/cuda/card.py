@@ -27,6 +27,11 @@ class Card:
         return 10 * self.major + self.minor
 
     @property
+    def shared(self) -> int:
+        """Bytes of shared memory that a block may have at least (CUDA programming guide, compute capabilities)."""
+        return (99 if (self.major, self.minor) in ((8, 6), (8, 9)) or self.major >= 12 else 163) << 10
+
+    @property
     def hopper(self) -> bool:
         """Whether it has clusters and wgmma, as our kernels use them."""
         return self.major == 9

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for Hopper without a card; and an fp8 cache leaves no trace where it is not asked for.
+"""The Triton kernels compile for Hopper without a card, and fit cards of less shared memory; fp8 leaves no trace where there is none of it.
 
 In a process of its own: the interpreter, which other tests choose, is chosen when Triton is imported.
 """
@@ -17,7 +17,11 @@ pytest.importorskip("triton")
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from gpu_worker.cuda.attention_kernels import box
+from gpu_worker.cuda.attention_kernels import AttentionKernels, box
+from gpu_worker.cuda.build import Build
+from gpu_worker.cuda.card import Card
+from gpu_worker.cuda.memory import Options
+from gpu_worker.loading.config import ModelConfig
 from gpu_worker.cuda.triton_kernel import Boxes, source_of
 
 
@@ -49,6 +53,15 @@ for dim, repeat, page, tile in ((128, 2, 16, 64), (64, 4, 32, 128)):
 assert "e4m3x2" in ptx("round_fp8.round_rows", [b, e, f], 8, WIDTH=14336, BLOCK=2048, input_scale=None)
 assert "e4m3x2" in ptx("round_fp8.round_rows", [b, e, f, f], 8, WIDTH=4096, BLOCK=2048)
 assert "e4m3x2" in ptx("round_fp8.round_groups", [b, e, f], 4, WIDTH=14336, SPAN=8)
+
+config = ModelConfig(
+    family="llama", vocab_size=512, hidden=512, intermediate=512, layers=1, heads=4, kv_heads=2, head_dim=256, max_length=4096,
+    norm_eps=1e-6, rope_theta=1e6, tied_embeddings=True,
+)
+card = Card(8, 9, 128)
+kernels = AttentionKernels(Build(config, "bfloat16", False, Options(), card))
+for kernel in (kernels.decode_many, *kernels.prefill_plain):
+    assert kernel._kernel.shared <= card.shared, kernel._kernel.shared
 import sys; assert "torch" not in sys.modules
 print("compiled")
 """
