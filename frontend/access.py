@@ -83,9 +83,13 @@ def check_tls(certfile: str, keyfile: str) -> None:
         raise CannotRun("--ssl-keyfile needs --ssl-certfile")
     if certfile:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile or None)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile or None, _no_passphrase)
         except (OSError, ssl.SSLError) as error:
             raise CannotRun(f"--ssl-certfile {certfile}: {error}") from None
+
+
+def _no_passphrase() -> str:
+    raise OSError("its key is encrypted, and nobody can be asked for the passphrase")  # OpenSSL would ask at the terminal
 
 
 class Guard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,11 @@ def test_a_certificate_that_cannot_be_read_gets_one_line(tmp_path: Path) -> None
     with pytest.raises(CannotRun, match="needs"):
         check_tls("", "key.pem")
     check_tls("", "")
+
+
+def test_nobody_is_asked_for_the_passphrase_of_a_key(tmp_path: Path) -> None:
+    key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-subj", "/CN=localhost"]
+    subprocess.run([*made, "-keyout", key, "-out", cert], capture_output=True, timeout=60, check=True)
+    with pytest.raises(CannotRun, match="encrypted"):
+        check_tls(cert, key)
