@@ -13,7 +13,7 @@ from protocol.series import Series
 from protocol.trace import TOPIC, Spans, Trace
 
 HIGH_WATER_MARK = 16  # messages; a slow collector loses the rest
-LAST_WORDS = 200  # ms that the context waits at its end for what was published last
+LAST_WORDS = 500  # ms that the context waits at its end for what was published last, if its own thread is late
 
 
 class Telemetry(msgspec.Struct, array_like=True, tag="telemetry", frozen=True):
