@@ -68,12 +68,16 @@ import torch
 from tests.gpu_worker.cuda.played_card import Card
 card = Card()
 
+from dataclasses import replace
 from benchmarks.gpu_player import Player
+from gpu_worker.cuda import fp8 as products
 from gpu_worker.cuda.engine import Engine
 from gpu_worker.cuda.memory import Options
 from gpu_worker.cuda.weights import UnreadWeights
 from gpu_worker.loading.config import ModelConfig
+from gpu_worker.layers.fp8 import Fp8Linear
 from gpu_worker.loading.dummy import DummyTensors
+from gpu_worker.loading.online import ROUNDED, RoundedToFp8
 from gpu_worker.loading.source import Shard
 
 config = ModelConfig(
@@ -81,8 +85,14 @@ config = ModelConfig(
     norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tied_embeddings=True,
 )
 cpu, dtype = torch.device("cpu"), torch.bfloat16
-unread = UnreadWeights(DummyTensors(config, 1, cpu, dtype), config, cpu, dtype, Shard())
-engine = Engine(config, unread, Options(max_num_seqs=32, max_num_batched_tokens=1024, max_model_len=1024, num_blocks=BLOCKS))
+source, units = DummyTensors(config, 1, cpu, dtype), None
+if FP8:
+    config, source, units = replace(config, quantization=ROUNDED), RoundedToFp8(source, cpu), torch.ones(config.layers, 4)
+    Fp8Linear.fits = lambda weights, device: True
+    products.multiply = lambda *factors: None
+unread = UnreadWeights(source, config, cpu, dtype, Shard())
+engine = Engine(config, unread, Options(max_num_seqs=32, max_num_batched_tokens=1024, max_model_len=1024, num_blocks=BLOCKS), units)
+assert bool(engine.forward.weights.fp8_linears) == FP8
 assert engine.forward.cache.shape[1] == engine.geometry.blocks + 1
 assert card.calls["cuLaunchKernelEx"], "the largest step"
 player = Player(engine)
@@ -142,11 +152,11 @@ def test_a_triton_that_does_not_know_gluon_as_it_was_serves_by_the_other_kernel(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [0, 1200])
+@pytest.mark.parametrize(("asked", "fp8"), [(0, False), (1200, False), (1200, True)])
 def test_an_engine_runs_its_largest_step_with_one_block_and_loads_nothing_within_a_capture(
-    asked: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    asked: int, fp8: bool, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path_factory.getbasetemp() / "kernels"
-    blocks = int(printed(ENGINE.replace("BLOCKS", str(asked)), cache, monkeypatch))
+    blocks = int(printed(f"BLOCKS, FP8 = {asked}, {fp8}\n{ENGINE}", cache, monkeypatch))
     block, left = 2 * 2 * 4 * 16 * 128 * 2, (int(0.9 * 4 * 2**30) - 2**30 - 2**29 - (256 << 20))
     assert blocks == (asked or left // block)
