@@ -27,7 +27,7 @@ def test_the_real_model_answers_over_an_fp8_cache_whatever_happens_to_its_blocks
         made.up("--kv-cache-dtype", "fp8", *scarce)
         ask(made, [chat(question, 2) for question in QUESTIONS * 3])  # teaches the scheduler to expect short answers
         assert ask(made, bodies) == undisturbed
-        eventually(lambda: made.metrics()['pagewire_scheduler_preemptions{name="scheduler-0"}'] > 0)
+        eventually(lambda: made.metrics().get('pagewire_scheduler_preemptions{name="scheduler-0"}', 0) > 0)
 
 
 @pytest.mark.parametrize("cache", ["auto", "fp8"])
@@ -63,5 +63,5 @@ def test_other_checkpoints_end_the_worker_with_one_line(tmp_path: Path, how: dic
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": how}))
     with stack() as made:
         process = made.start("worker", "--model", str(folder), "--device", "cpu")
-        assert process.popen.wait(60) == 78
+        assert process.popen.wait(120) == 78
         assert process.output().splitlines()[-1].startswith(f"pagewire: {says}")

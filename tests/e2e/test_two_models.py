@@ -20,7 +20,7 @@ def test_two_models_behind_one_scheduler_answer_under_their_own_names() -> None:
         made.start("worker", "--runner", "simulated", "--name", "worker-letters")
 
         def names() -> set[str]:
-            return {model["id"] for model in httpx.get(f"{made.url}/v1/models").json()["data"]}
+            return {model["id"] for model in httpx.get(f"{made.url}/v1/models", timeout=60).json()["data"]}
 
         eventually(lambda: names() == {"oracle", "simulated"})
         clients = Clients(made.url, [{**body, "model": "oracle"} for body in mixed_bodies(6, max_tokens=60)])
@@ -33,6 +33,6 @@ def test_two_models_behind_one_scheduler_answer_under_their_own_names() -> None:
             assert LETTERS.fullmatch(choice["text"])
         clients.finish()  # every byte is the oracle's
         assert not LETTERS.fullmatch("".join("".join(seen.texts.values()) for seen in clients.seen if seen is not None))
-        refused = httpx.post(f"{made.url}/v1/completions", json={"model": "neither", "prompt": "x"})
+        refused = httpx.post(f"{made.url}/v1/completions", json={"model": "neither", "prompt": "x"}, timeout=60)
         assert refused.status_code == 404
         assert refused.json()["error"]["code"] == "model_not_found"
