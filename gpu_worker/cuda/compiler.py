@@ -67,12 +67,29 @@ def compilers() -> Compilers:
 
 
 def _candidates() -> list[str]:
-    """Where libnvrtc may lie: beside the CUDA libraries that torch's wheels bring, else wherever the loader finds it."""
+    """Where libnvrtc may lie: beside the CUDA libraries that torch's wheels bring, else wherever the loader finds it.
+
+    Of several the newest that is no newer than the driver, which loads no machine code of a later CUDA.
+    """
     found: list[str] = []
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or [] if spec else []:
         found += sorted(str(p) for p in Path(root).glob("*/lib/libnvrtc.so.*") if ".alt." not in p.name)
-    return [*found, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+    known, named = cuda_of_driver(), ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+    return sorted([*found, *named], key=lambda name: bool(known) and _later(name, known))
+
+
+def _later(library: str, cuda: int) -> bool:
+    version = library.rpartition(".so.")[2]
+    return version.isdigit() and int(version) > cuda
+
+
+def cuda_of_driver() -> int:
+    """The newest major version of CUDA that the driver knows; 0 where there is no driver."""
+    version = ctypes.c_int()
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
 
 
 @functools.cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gpu_worker.cuda import driver
+from gpu_worker.cuda import compiler, driver
 from gpu_worker.cuda.compiler import CompileError, Compilers
 from gpu_worker.cuda.driver import Kernel, Module
 
@@ -29,6 +31,21 @@ def test_what_failed_is_told_to_whoever_waits_for_all() -> None:
     compilers.submit(int)
     with pytest.raises(CompileError, match="no such thing"):
         compilers.wait()
+
+
+@pytest.mark.parametrize(("driver_knows", "first"), [(0, "cu13"), (12, "cuda_nvrtc"), (13, "cu13"), (14, "cu13")])
+def test_of_several_compilers_the_driver_must_know_what_it_makes(
+    driver_knows: int, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("cuda_nvrtc", 12), ("cu13", 13)):
+        (tmp_path / folder / "lib").mkdir(parents=True)
+        (tmp_path / folder / "lib" / f"libnvrtc.so.{version}").touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(compiler, "cuda_of_driver", lambda: driver_knows)
+    found = compiler._candidates()
+    assert len(found) == 5
+    assert Path(found[0]).parts[-3] == first
 
 
 class Cuda:
