@@ -10,7 +10,7 @@ from gpu_worker.loading.source import Fp8
 from tests.gpu_worker.cuda.reference import error
 
 if torch.cuda.is_available():
-    from gpu_worker.cuda.linears import LinearKernel, best_cut, cuts, mid_cuts
+    from gpu_worker.cuda.linears import Cut, LinearKernel, best_cut, cuts, mid_cuts
 
 SHAPES = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (6144, 4096), (4096, 14336), (960, 576), (576, 1536)]
 
@@ -88,3 +88,20 @@ def test_e4m3_weights_agree_with_float64(shape: tuple[int, int], role: str, scal
                 want = want + res.double()
             assert error(y[:tokens], want) < (3 if normed else 2) * 1.7e-3, (cut, tokens)  # x times the norm's weight is rounded, too
             assert y[tokens].isnan().all(), cut
+
+
+@pytest.mark.parametrize("kind", [1, 128])
+def test_every_e4m3_number_is_read_exactly(kind: int) -> None:
+    """A row is each number in turn at one column, where x is 1. The smallest are bf16 below the normal numbers when they are multiplied."""
+    numbers = torch.arange(256, dtype=torch.uint8, device="cuda")
+    finite, cut = (numbers & 0x7F) != 0x7F, Cut(256, 128, 1, 2, 1, 4, 1, kind)
+    kernel = LinearKernel(cut, None, "sm_90a", 1e-5)
+    stream, scale = torch.cuda.current_stream().cuda_stream, torch.ones(256, device="cuda")
+    for column in range(4):  # of a word
+        q, x = torch.zeros(256, 128, dtype=torch.uint8, device="cuda"), torch.zeros(1, 128, device="cuda").bfloat16()
+        q[:, column] = torch.where(finite, numbers, 0)
+        x[0, column] = 1.0
+        y = torch.zeros(1, 256, device="cuda").bfloat16()
+        kernel(stream, q.data_ptr(), x.data_ptr(), 0, 0, y.data_ptr(), 1, scale.data_ptr())
+        torch.cuda.synchronize()
+        assert torch.equal(y[0].float(), q[:, column].view(fp8.FP8).float())
