@@ -7,6 +7,7 @@ import atexit
 import concurrent.futures
 import os
 import threading
+import weakref
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -78,6 +79,11 @@ class Background:
         self._thread.join()
         self._loop.close()
 
+    def let_go(self) -> None:
+        """Close, as nobody has the engine any more; in a thread, since the last who had it may have been this one's own."""
+        if not self._closed and os.getpid() == self._process:
+            threading.Thread(target=self.close, name="pagewire-close").start()
+
     async def _leave(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
@@ -91,9 +97,10 @@ class Program:
 
     def __init__(self, model: str = "", **settings: Any) -> None:
         self._background = Background(AsyncLLMEngine(model, **settings))
+        weakref.finalize(self, self._background.let_go).atexit = False  # the background sees to that
 
     def close(self) -> None:
-        """End the services that were started here. Done at the program's end as well."""
+        """End the services that were started here. Done as well when nobody has the engine any more, and at the program's end."""
         self._background.close()
 
     def __enter__(self) -> Any:
