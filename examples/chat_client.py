@@ -27,7 +27,9 @@ def stream(url: str, question: str) -> Iterator[str]:
 
 def main() -> None:
     """Ask one question and print the answer while it is made."""
-    url, question = sys.argv[1], sys.argv[2]
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    url, question = sys.argv[1:]
     for piece in stream(url.rstrip("/"), question):
         print(piece, end="", flush=True)
     print()

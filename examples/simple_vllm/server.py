@@ -69,7 +69,7 @@ class EngineThread:
             prompt, max_tokens, future = arrived
             try:
                 self._pending[self._engine.add_request(prompt, max_tokens)] = future
-            except ValueError as error:
+            except Exception as error:  # whatever is wrong with one request is its asker's alone
                 future.set_exception(error)
         return True
 
@@ -84,8 +84,9 @@ def app(engine: SimpleLLMEngine) -> Starlette:
             prompt, max_tokens = body["prompt"], body.get("max_tokens", 100)
             if not isinstance(prompt, str) or type(max_tokens) is not int:
                 raise ValueError("prompt must be a string and max_tokens a whole number")
+            prompt.encode()  # half of a surrogate pair is no text
             request = await run_in_threadpool(thread.submit(prompt, max_tokens).result)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         except KeyError as error:
             return JSONResponse({"error": f"{error} is missing"}, status_code=400)

@@ -59,6 +59,8 @@ class SimpleLLMEngine:
         context = self.model.config.max_position_embeddings
         if not tokens:
             raise ValueError("prompt: it has no tokens")
+        if not all(0 <= token < self.model.config.vocab_size for token in tokens):
+            raise ValueError(f"prompt: a token id is not between 0 and {self.model.config.vocab_size - 1}")
         if max_tokens < 1:
             raise ValueError(f"max_tokens: {max_tokens} is less than 1")
         if len(tokens) + max_tokens > context:

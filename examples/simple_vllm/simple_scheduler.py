@@ -50,6 +50,11 @@ class SimpleScheduler:
     running: list[Request] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a batch that nobody fits in."""
+        if self.max_batch_size < 1:
+            raise ValueError(f"max_batch_size: {self.max_batch_size} is less than 1")
+
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could never run, not even alone."""
         needed = self.cache.blocks_for(request.prompt_length + request.max_tokens)

@@ -140,6 +140,8 @@ def test_an_end_token_ends_a_request() -> None:
         ([1] * 100, 29, "context of 128"),
         ([1] * 40, 25, "5 blocks"),
         ("text", 5, "token ids"),
+        ([300], 5, "between 0 and 299"),
+        ([-1], 5, "between 0 and 299"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(prompt: Any, max_tokens: int, words: str) -> None:
@@ -165,3 +167,23 @@ def test_the_server_answers_over_http() -> None:
             refused = client.post("/generate", json=body)
             assert refused.status_code == 400
             assert words in refused.json()["error"]
+
+
+def test_a_batch_that_nobody_fits_in_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch_size"):
+        SimpleLLMEngine(tiny_llama(), max_batch_size=0)
+
+
+def test_a_request_that_is_nonsense_harms_no_other() -> None:
+    engine = SimpleLLMEngine(tiny_llama(), tokenizer=byte_tokenizer())
+
+    def raises(*_: Any) -> str:
+        raise RuntimeError("a tokenizer's own trouble")
+
+    with TestClient(app(engine), raise_server_exceptions=False) as client:
+        for content in (b'{"prompt": "\\ud800"}', b"[" * 100_000):
+            assert client.post("/generate", content=content).status_code == 400
+        add, engine.add_request = engine.add_request, raises  # type: ignore[method-assign]
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 500
+        engine.add_request = add  # type: ignore[method-assign]
+        assert client.post("/generate", json={"prompt": "Hello", "max_tokens": 2}).status_code == 200

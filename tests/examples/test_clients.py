@@ -42,3 +42,10 @@ def test_the_async_client_follows_three_streams_of_a_running_stack() -> None:
         lines = example("async_client.py", str(made.run_dir)).splitlines()
     assert len(lines) == 3
     assert all(int(line.rsplit(" in ", 1)[1].split()[0]) > 3 for line in lines)
+
+
+def test_the_chat_client_without_a_question_says_how_it_is_called() -> None:
+    ended = subprocess.run([sys.executable, ROOT / "examples" / "chat_client.py"], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1
+    assert "chat_client.py URL QUESTION" in ended.stderr
+    assert "Traceback" not in ended.stderr
