@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from pagewire import handover
 from pagewire.admin import AdminSettings
 from pagewire.ask import AskError, ask
+from pagewire.finding import API, is_url
 from pagewire.host_guard import HostGuard, host_names
 from pagewire.metrics import Figures
 from pagewire.monitor import Monitor
@@ -34,7 +35,7 @@ from protocol.files import RunDirError
 from protocol.locks import Guard
 from protocol.registration import process_start
 from protocol.rundir import RunDir
-from protocol.service import Service
+from protocol.service import CannotRun, Service
 from protocol.telemetry import Collector, Telemetry
 
 COLLECT_EVERY = 2.0  # seconds, while nobody asks; far below what fills the socket's queue
@@ -51,8 +52,13 @@ PAGE_HEADERS = {
 
 
 def run(settings: AdminSettings) -> None:
-    """Serve until asked to stop. Raises RunDirError if the port or the collector's endpoint is taken, CannotRun for a host that is none."""
+    """Serve until asked to stop.
+
+    Raises RunDirError if the port or the collector's endpoint is taken, CannotRun for a host or an API that is none.
+    """
     names = host_names(settings.admin_hosts)
+    if settings.api and not is_url(settings.api):
+        raise CannotRun(f"--api {settings.api}: no URL such as {API}")
     process = Service("admin", settings.name, settings.run_dir, settings.log_level, drains=True, log_format=settings.log_format)
     with process as service, contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listen(settings))

@@ -15,17 +15,21 @@ API = "http://127.0.0.1:8000"
 ADMIN = "http://127.0.0.1:8001"
 
 
+def is_url(text: str) -> bool:
+    """Whether an HTTP request could be sent there."""
+    try:
+        where = urlsplit(text)
+        return where.scheme in ("http", "https") and bool(where.hostname) and where.port != 0
+    except ValueError:  # a port that is no number
+        return False
+
+
 class Url(click.types.StringParamType):
     """The URL of a server; empty if none is named."""
 
     def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> str:
         """The URL as it is. Raises BadParameter, one line, for what no request could be sent to."""
-        try:
-            where = urlsplit(value)
-            named = where.scheme in ("http", "https") and bool(where.hostname) and where.port != 0
-        except ValueError:  # a port that is no number
-            named = False
-        if value and not named:
+        if value and not is_url(value):
             self.fail(f"{value!r} is no URL such as {API}", param, context)
         return value
 

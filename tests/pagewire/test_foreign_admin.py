@@ -10,8 +10,10 @@ import pytest
 from click.testing import CliRunner
 from starlette.testclient import TestClient
 
-from pagewire.admin_server import app
+from pagewire.admin import AdminSettings
+from pagewire.admin_server import app, run
 from pagewire.cli import main
+from protocol.service import CannotRun
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,8 @@ def test_a_prompt_that_is_nested_without_end_is_refused() -> None:
     served = app(None, None, None, None, None, None, "http://127.0.0.1:1")  # type: ignore[arg-type]  # it needs none of them
     answer = TestClient(served).post("/prompt", content="[" * 100_000, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
+
+
+def test_an_api_that_no_prompt_could_go_to_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(CannotRun, match="--api 127.0.0.1:8000: no URL such as http://"):
+        run(AdminSettings(tmp_path, api="127.0.0.1:8000"))
