@@ -54,5 +54,5 @@ def test_a_prompt_that_is_nested_without_end_is_refused() -> None:
 
 
 def test_an_api_that_no_prompt_could_go_to_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(CannotRun, match="--api 127.0.0.1:8000: no URL such as http://"):
+    with pytest.raises(CannotRun, match=r"--api 127\.0\.0\.1:8000: no URL such as http://"):
         run(AdminSettings(tmp_path, api="127.0.0.1:8000"))
