@@ -126,6 +126,14 @@ def _step(key: str) -> Mapping[str, int]:
     return {"step": int(step)} if step else {}
 
 
+def _refusal(error: urllib.error.HTTPError) -> str:
+    """What the server said; its status if it was nothing of an admin server's."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+        return f"status {error.code} {error.reason}"
+
+
 @click.command(context_settings=CONTEXT)
 @admin_option
 @run_dir_option
@@ -142,7 +150,7 @@ def main(admin: str, run_dir: Path, seconds: float, output: Path) -> None:
             trace = json.load(answer)
         about = trace["otherData"]
     except urllib.error.HTTPError as error:
-        raise click.ClickException(f"{address}: {error.read().decode(errors='replace')}") from None
+        raise click.ClickException(f"{address}: {_refusal(error)}") from None
     except (ValueError, LookupError, TypeError):
         raise click.ClickException(f"{address} gives no trace: is an admin server there?") from None
     except (OSError, http.client.HTTPException) as error:

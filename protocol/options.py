@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import math
 import os
 import sys
@@ -246,6 +247,9 @@ class Usage(click.ClickException):
 
 def start(command: click.Command, program: str) -> None:
     """Run a command as a program."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to end
     if PARENT not in os.environ:  # whoever started this process has said so
         for line in unknown_variables(os.environ):
             click.echo(f"{program}: {line}", err=True)

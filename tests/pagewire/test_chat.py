@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -163,3 +164,16 @@ def test_who_wants_no_colour_gets_none(wish: str, coloured: bool) -> None:
         )
     assert ("\x1b[31m" in said) == coloured
     assert "scripted" in said
+
+
+@pytest.mark.slow
+def test_what_a_terminal_s_encoding_lacks_is_replaced() -> None:
+    answer = b'data: {"choices": [{"delta": {"content": "\\u4e2d!"}}]}\n\ndata: [DONE]\n\n'
+    with answering(b"HTTP/1.1 200 OK\r\n\r\n" + answer) as url:
+        command = [sys.executable, "-P", "-m", "pagewire", "chat", "--url", url, "--model", "m"]
+        env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+        done = subprocess.run(command, input=b"h\xc3\xa9\n", capture_output=True, timeout=60, check=False, env=env)
+        assert (done.returncode, done.stdout) == (0, b"?!\n"), done.stderr
+        env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+        done = subprocess.run(command, input=b"h\xff\n", capture_output=True, timeout=60, check=False, env=env)
+        assert (done.returncode, done.stdout.decode()) == (0, "\u4e2d!\n"), done.stderr

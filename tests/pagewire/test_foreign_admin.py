@@ -24,6 +24,8 @@ from protocol.service import CannotRun
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "gives no trace: is an admin server there?"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "cannot reach"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot reach"),
+        (b'HTTP/1.1 409 X\r\n\r\n{"error": {"message": "busy"}}', "seconds=5: busy"),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n<html>\n<body>", "seconds=5: status 404 Not Found"),
     ],
 )
 def test_a_trace_of_something_else_is_one_line(tmp_path: Path, answer: bytes, words: str) -> None:
