@@ -62,6 +62,12 @@ HANGS = """
         except BaseException: pass
 """
 
+WORKS = """
+    service.stopping.wait()
+    print("stopping", flush=True)
+    for _ in range(20): time.sleep(0.1)
+"""
+
 
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
@@ -111,6 +117,17 @@ def test_a_service_whose_main_thread_hangs_is_killed_by_its_own_timer_and_leaves
     log = (run_dir / "logs" / "worker-0.log").read_text()
     assert "did not stop within 0.5 s" in log
     assert "most recent call first" in log
+
+
+def test_a_time_in_which_the_process_stood_still_does_not_shorten_its_end(run_dir: Path) -> None:
+    with service(run_dir, WORKS, limit=3.0) as process:
+        assert process.stdout is not None
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0
 
 
 def test_sigusr1_writes_all_stacks_to_the_log_and_the_service_goes_on(run_dir: Path) -> None:

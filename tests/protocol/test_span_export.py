@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -182,3 +183,10 @@ def test_a_span_that_cannot_be_made_ends_no_thread(collector: Collector) -> None
     made.span("next", CHOSEN, 1.0, 2.0)
     made.close()
     eventually(lambda: collector.names == ["next"])
+
+
+def test_clocks_between_which_the_thread_stood_still_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    second, epoch = 10**9, 10**18
+    monotonic, clock = iter([0, 3 * second, 3 * second, 3 * second + 10]), iter([epoch, epoch + 3 * second])
+    monkeypatch.setattr(tracing, "time", SimpleNamespace(monotonic_ns=monotonic.__next__, time_ns=clock.__next__))
+    assert tracing.wall(2.0) == epoch + 2 * second
