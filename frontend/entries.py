@@ -91,7 +91,7 @@ class Choice:
         self.stop_reason: str | int | None = None  # the stop string or stop id that ended it
         self.fresh = ""  # text not yet taken by the listener
         self.fresh_logprobs: list[TokenLogprobs] = []
-        self.taken = 0  # tokens whose text the listener has taken
+        self.taken = 0  # tokens that the listener has taken
         self.at = 0.0  # when its last token came
         self._new = new
         self._stop_ids = stop_ids
@@ -112,9 +112,14 @@ class Choice:
         """The listener has so much already, from another frontend."""
         self.fresh, self.taken = self.fresh[characters:], tokens
 
+    def take_tokens(self, count: int) -> None:
+        """Take so many tokens, and none of the text yet."""
+        self.taken += count
+
     def take_logprobs(self) -> list[TokenLogprobs]:
-        """Return the log probabilities of the tokens committed since the last call."""
-        fresh, self.fresh_logprobs = self.fresh_logprobs, []
+        """Return the log probabilities of the tokens taken since the last call."""
+        told = max(len(self.fresh_logprobs) - (len(self.tokens) - self.taken), 0)
+        fresh, self.fresh_logprobs = self.fresh_logprobs[:told], self.fresh_logprobs[told:]
         return fresh
 
     def commit(self, token: int) -> None:

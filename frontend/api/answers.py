@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from frontend.tokenizer import Tokenizer
 from protocol.columns import unpack
 
 _encode = msgspec.json.Encoder().encode
+AT_ONCE = 4096  # log probabilities that a stream writes before others have their turn; each takes 3 µs
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Answer(ABC):
             self._places[entry.handle] = place, first
             first += len(entry.choices)
         self._listed = 1 < first <= RESUMABLE
+        self._room = AT_ONCE  # log probabilities that may still be written in this turn
 
     def resume(self, positions: Mapping[bytes, Mapping[int, Position]]) -> None:
         """Leave out what the client has from another frontend. Raises ApiError for a position beyond what there is."""
@@ -121,16 +124,23 @@ class Answer(ABC):
             if stream.gone:
                 return
             out: list[bytes] = []
+            self._room, left = AT_ONCE, False
             for entry in stream.take():
                 if entry.moved:
                     return
-                self.entry_events(entry, out)
+                if self.entry_events(entry, out):
+                    left = True
+                    stream.touch(entry, stream.woken)
                 if entry.error is not None:
                     stream.error = from_failed(entry.error)
             if stream.error is not None:
                 out += (b"data: ", _encode(stream.error.body()), b"\n\n", DONE)
                 yield b"".join(out)
                 return
+            if left:
+                yield b"".join(out)
+                await asyncio.sleep(0)
+                continue
             if stream.ended:
                 if self._form.include_usage:
                     out += (b"data: ", _encode({**self._about, "choices": [], "usage": self.usage()}), b"\n\n")
@@ -143,14 +153,16 @@ class Answer(ABC):
             if out:
                 yield b"".join(out)
 
-    def entry_events(self, entry: Entry, out: list[bytes]) -> None:
-        """Append the events of what is new about an entry."""
+    def entry_events(self, entry: Entry, out: list[bytes]) -> bool:
+        """Append the events of what is new about an entry. Returns whether there is more of it than fits into this turn."""
         if entry.unscored:  # the prompt's log probabilities come before anything else
-            return
+            return False
         place, first = self._places[entry.handle]
         for choice in entry.choices:
             length = len(choice.tokens)
             if length > choice.taken:
+                if self._room <= 0:
+                    return True
                 if not choice.taken:
                     self._open(entry, place, first, choice, out)
                 if self._plain:
@@ -163,6 +175,8 @@ class Answer(ABC):
                         choice.take()
                 else:
                     self._full_event(place, first, choice, out)
+                    if length > choice.taken:
+                        return True
             reason = choice.finish_reason
             if reason and reason != "error" and (entry.handle, choice.index) not in self._ended:
                 self._ended.add((entry.handle, choice.index))
@@ -172,10 +186,12 @@ class Answer(ABC):
                     self._full_event(place, first, choice, out)
                 end = {"finish_reason": reason, "stop_reason": self.stop_reason(choice)}
                 self._event(place, first, choice, self.delta("") | {"logprobs": None} | end, out, 1)
+        return False
 
     def _open(self, entry: Entry, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
         if (entry.handle, choice.index) not in self._begun:
             self._begun.add((entry.handle, choice.index))
+            self._room -= len(entry.scores) * (self._form.echo_logprobs + 1)
             self.begin(entry, place, first, choice, out)
 
     @abstractmethod
@@ -191,10 +207,20 @@ class Answer(ABC):
         """The log probabilities of the tokens since the last call; None if none were asked for."""
 
     def _full_event(self, place: int, first: int, choice: Choice, out: list[bytes]) -> None:
-        body: dict[str, Any] = {}
+        """Append the event of a choice's new tokens; of more log probabilities than fit into a turn, a part without the text."""
+        start, end = choice.taken, len(choice.tokens)
+        if self._form.logprobs:
+            each = self._stream.entries[place].new.params.logprobs + 1
+            end = min(end, start + max(AT_ONCE // each, 1))
+            self._room -= (end - start) * each
+        text = ""
+        if end < len(choice.tokens):
+            choice.take_tokens(end - start)
+        else:
+            text = choice.take()
+        body = self.delta(text) | {"logprobs": self.logprobs(choice, place), "finish_reason": None}
         if self._form.return_token_ids:
-            body["token_ids"] = choice.tokens[choice.taken :]
-        body = self.delta(choice.take()) | {"logprobs": self.logprobs(choice, place), "finish_reason": None} | body
+            body["token_ids"] = choice.tokens[start:end]
         self._event(place, first, choice, body, out)
 
     def _event(

@@ -204,7 +204,7 @@ def test_logprobs_follow_their_tokens_past_duplicates():
     journal, plain = opened()
     entry = journal.submit(request(2, logprobs=1), 0.0)
     give(journal, entry, "a")
-    entry.choices[0].take_logprobs()
+    entry.choices[0].take()
     message = Tokens(
         handles=pack([plain.handle, entry.handle]),
         choices=pack([0, 0]),
@@ -218,6 +218,7 @@ def test_logprobs_follow_their_tokens_past_duplicates():
     )
     message.check()
     journal.message(message, 1.0)
+    entry.choices[0].take()
     assert entry.choices[0].take_logprobs() == [([98, 66], [-3, -4], 2)]
     assert plain.choices[0].take_logprobs() == []
 
