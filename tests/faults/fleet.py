@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import socket
 import sys
@@ -257,8 +258,15 @@ class Fleet:
 
 
 def _free_ports(count: int) -> tuple[int, ...]:
+    """Ports that nobody listens on, and that the system gives to nobody by itself: a scheduler that is killed wants its own again."""
+    found: list[int] = []
     with contextlib.ExitStack() as held:
-        return tuple(held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count))
+        while len(found) < count:
+            port = random.randrange(20_000, 32_000)
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from tests.faults.test_replace import command
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 HOSTS = ("scheduler", "frontend", "worker-a", "worker-b")
-NET = f"10.{os.getpid() % 200 + 20}.7"  # of this run's bridge
+NET = f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}"  # of this run's bridge
 
 
 def ip(*arguments: str) -> None:
