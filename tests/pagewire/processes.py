@@ -68,6 +68,17 @@ class Program:
             return [top, *top.children(recursive=True)]
         return []
 
+    def orphans(self) -> list[psutil.Process]:
+        """Whom it left behind when it was killed; none once it has been waited for, since its pid may be another's then."""
+        return [process for process in psutil.process_iter() if self.process.returncode is None and _session(process) == self.pid]
+
+
+def _session(process: psutil.Process) -> int:
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return 0
+
 
 @contextlib.contextmanager
 def running(command: list[str], env: dict[str, str] | None = None) -> Iterator[Program]:
@@ -77,7 +88,7 @@ def running(command: list[str], env: dict[str, str] | None = None) -> Iterator[P
     try:
         yield program
     finally:
-        while fresh := set(program.family()) - seen:  # who stands still starts nobody behind this look
+        while fresh := {*program.family(), *program.orphans()} - seen:  # who stands still starts nobody behind this look
             seen |= fresh
             for process in fresh:
                 with contextlib.suppress(psutil.NoSuchProcess):
