@@ -104,7 +104,7 @@ class Guard:
             error = self._refusal(scope)
             if error is not None:
                 scope[ENDING] = error.code
-                await _answer(error, send)
+                await answer(error, send)
                 return
         await self._app(scope, receive, send)
 
@@ -125,7 +125,8 @@ class Guard:
         return None
 
 
-async def _answer(error: ApiError, send: Send) -> None:
+async def answer(error: ApiError, send: Send) -> None:
+    """Answer a request that gets no further, and close its connection."""
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]  # the body is not read
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

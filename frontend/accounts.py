@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Sequence
 
 from starlette.routing import Route
 
-from frontend.access import ENDING, App, Message, Receive, Scope, Send
+from frontend.access import ENDING, App, Message, Receive, Scope, Send, answer
 from frontend.errors import ApiError
 from protocol.series import Histogram, Series
 
@@ -76,9 +76,10 @@ class Counted:
 
         try:
             await self._app(scope, receive, noting)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the only one who does so is a server that waits for nobody any more
             scope.setdefault(ENDING, CANCELLED)
-            raise
+            if not status:
+                await answer(ApiError(503, "the server is shutting down", code="shutting_down"), noting)
         except Exception:  # answered by Starlette's outermost layer
             scope[ENDING], status = "internal_error", status or 500
             raise
