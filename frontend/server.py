@@ -30,7 +30,7 @@ from frontend.settings import FrontendSettings
 from frontend.spans import RequestSpans
 from frontend.tokenizer import TokenizerError
 from protocol.endpoints import http_url
-from protocol.service import CannotRun, Service
+from protocol.service import CannotRun, Service, tell
 from protocol.tap import Tap
 from protocol.telemetry import Publisher
 from protocol.tokenizer_files import BundleError
@@ -221,7 +221,7 @@ async def _serve(settings: FrontendSettings, process: Service) -> None:
             await asyncio.sleep(0.005)
         if server.started:
             process.serves(url)
-            print(f"listening on {url}", flush=True)
+            tell(f"listening on {url}")
         await serving
         beat.cancel()
         _publish(app, publisher)

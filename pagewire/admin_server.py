@@ -35,7 +35,7 @@ from protocol.files import RunDirError
 from protocol.locks import Guard
 from protocol.registration import process_start
 from protocol.rundir import RunDir
-from protocol.service import CannotRun, Service
+from protocol.service import CannotRun, Service, tell
 from protocol.telemetry import Collector, Telemetry
 
 COLLECT_EVERY = 2.0  # seconds, while nobody asks; far below what fills the socket's queue
@@ -89,7 +89,7 @@ def run(settings: AdminSettings) -> None:
             collect()
             now = time.monotonic()
             if service.stopping.is_set():
-                print("summary " + json.dumps({name: round(value, 4) for name, value in monitor.summary(now).items()}), flush=True)
+                tell("summary " + json.dumps({name: round(value, 4) for name, value in monitor.summary(now).items()}))
             else:
                 handover.leave(left, monitor.sums(now))
             service.request_stop()  # from here on it must not take long
@@ -197,7 +197,7 @@ def _listen(settings: AdminSettings) -> socket.socket:
     except OSError as error:
         why = os.strerror(error.errno or 0)  # its own text has the address once more
         raise RunDirError(f"cannot listen on 127.0.0.1:{settings.admin_port}: {why}; name another with --admin-port") from None
-    print(f"admin on {http_url(listening)}", flush=True)
+    tell(f"admin on {http_url(listening)}")
     return listening
 
 

@@ -113,7 +113,8 @@ class Supervisor:
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):  # whoever read the output is gone, the services are not
             self._print(line)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is where a shell has closed it
+                sys.stdout.flush()
 
     # ------------------------------------------------------------ starting
 

@@ -20,7 +20,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -256,15 +256,20 @@ def start(command: click.Command, program: str) -> None:
     try:
         command.main(prog_name=program)
     except BrokenPipeError:
-        _leave_output()
+        sys.exit(EXIT_FAILED)
     except OSError as error:
         if error.errno not in FULL:
             raise
         click.echo(f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", err=True)
-        _leave_output()
+        sys.exit(EXIT_FAILED)
+    finally:
+        _flush()
 
 
-def _leave_output() -> NoReturn:
-    """End a program whose output nobody takes: what it has not written yet would fail again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(EXIT_FAILED)
+def _flush() -> None:
+    """Write what is not written yet. If nobody takes it, it would fail again at the interpreter's end, and make another exit code."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

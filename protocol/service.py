@@ -213,9 +213,17 @@ def die_early(run_dir: Path, name: str, log_format: str, error: Exception) -> No
 def leave() -> NoReturn:
     """End the process after its orderly end, without the interpreter's teardown: on a busy machine it takes a second."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is where a shell has closed it
+            with contextlib.suppress(OSError):
+                stream.flush()
     os._exit(0)
+
+
+def tell(line: str) -> None:
+    """Print a line for people. Whoever read the output may be gone, or its disk full: the service goes on."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def die_with_parent() -> None:
