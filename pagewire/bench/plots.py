@@ -9,9 +9,21 @@ from typing import Any
 from pagewire.bench.exchange import Record
 from pagewire.bench.figures import METRICS, times
 
+MISSING = "plots need matplotlib: install pagewire[bench]"
+
 
 class NoPlots(RuntimeError):
-    """matplotlib is not installed."""
+    """matplotlib is not installed, or draws no pictures of that format."""
+
+
+def check(path: Path) -> None:
+    """Whether a picture of this name can be drawn, which is asked before the work. Raises NoPlots, one line."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise NoPlots(MISSING) from None
+    if path.suffix and path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise NoPlots(f"{path}: no picture has the format {path.suffix}; name it .png, .svg or .pdf")
 
 
 def plot(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
@@ -22,7 +34,7 @@ def plot(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise NoPlots("plots need matplotlib: install pagewire[bench]") from None
+        raise NoPlots(MISSING) from None
     drawing = Figure(figsize=(11, 6.5), layout="constrained")
     panels = drawing.subplot_mosaic([[*METRICS], ["over time"] * len(METRICS)])
     for label, records in runs.items():

@@ -17,7 +17,7 @@ import click
 from pagewire.bench.clients import ClientDied, Target, measure
 from pagewire.bench.exchange import Record
 from pagewire.bench.figures import figures
-from pagewire.bench.plots import NoPlots, plot, records_of
+from pagewire.bench.plots import NoPlots, check, plot, records_of
 from pagewire.bench.report import ReportError, comparison, differences, read_last_run, read_result, table
 from pagewire.bench.workloads import Request, Workload, WorkloadError, make, read_lengths
 from pagewire.finding import find_api
@@ -28,6 +28,11 @@ Runs = list[tuple[list[Record], dict[str, Any]]]  # of each run, what became of 
 
 def prepare(options: dict[str, Any]) -> tuple[Target, Workload]:
     """What is asked, and whom. Raises Usage and ClickException, one line each."""
+    try:
+        if options["plot_path"]:
+            check(options["plot_path"])
+    except NoPlots as error:
+        raise Usage(str(error)) from None
     url = find_api(options["url"], options["run_dir"]).rstrip("/").removesuffix("/v1")
     model = options["model"] or _first_model(url, options["api_key"])
     names = {name for name in Workload.__dataclass_fields__ if name in options}

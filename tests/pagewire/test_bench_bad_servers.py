@@ -139,6 +139,15 @@ def test_lengths_that_none_can_be_are_refused(tmp_path: Path, pairs: str) -> Non
     assert "is no JSON list of [prompt, output] lengths" in result.output
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = Script()
+    with scripted_server(script) as url:
+        result = bench("serve", "--url", url, "--plot", tmp_path / "a.xyz")
+    assert (result.exit_code, script.asked) == (2, [])
+    assert "no picture has the format .xyz" in result.output
+
+
 # ---------------------------------------------------------------- results beside one another
 
 
