@@ -78,7 +78,7 @@ class Card:
         def call(*given: Any) -> int:
             self.calls[name] += 1
             if name == "cuLaunchKernelEx":
-                assert given[0]._obj.stream == self.stream.cuda_stream, "launched on another stream"
+                assert (given[0]._obj.stream or 0) == self.stream.cuda_stream, "launched on another stream"
             assert not (self.capturing and name.startswith("cuModule")), f"{name} within a capture"
             return 0
 
