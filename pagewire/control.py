@@ -5,6 +5,7 @@
 {"do": "start", "name": NAME}     start one again that was drained
 {"do": "restart", "name": NAME}   let it stop, and start it again at once
 {"do": "look", "name": NAME}      nothing; an error if it has been given up
+{"do": "has", "name": NAME}       whether it is the supervisor's at all     → {"has": "yes" or ""}
 """
 
 from __future__ import annotations

@@ -54,7 +54,13 @@ def drain(rundir: RunDir, name: str, timeout: float, say: Callable[[str], None])
         raise RunDirError(f"{name} has nothing to hand over, only a worker or frontend has; `pagewire roll {name}` restarts it")
     if not any(other.role == record.role and other.name != name for other in rundir.services()):
         say(f"{name} is the only {record.role} of this run directory: unless another host has one, requests wait until one comes")
-    if ask(rundir, "retire", name) is None:
+    try:
+        asked = ask(rundir, "retire", name) is not None
+    except RunDirError:
+        if not _by_hand(rundir, name):
+            raise
+        asked = False
+    if not asked:
         _signal(record, DRAIN_SIGNAL)
     if _until(lambda: not record.alive, timeout):
         say(f"{name} (pid {record.pid}) has left")
@@ -91,7 +97,12 @@ def roll(rundir: RunDir, names: Sequence[str], drain_timeout: float, ready_timeo
 
 
 def _roll(rundir: RunDir, named: list[ServiceRecord], drain_timeout: float, ready_timeout: float, say: Callable[[str], None]) -> None:
-    records = named or rundir.services()
+    records = named
+    for record in [] if named else rundir.services():
+        if _by_hand(rundir, record.name):
+            say(f"{record.name} (pid {record.pid}) was not started by `pagewire up`: it stays as it is")
+        else:
+            records.append(record)
     for record in sorted(records, key=lambda record: (ORDER.index(record.role), record.name)):
         began = time.monotonic()
         if record.role not in DRAINS:
@@ -153,6 +164,15 @@ def _find(rundir: RunDir, name: str) -> ServiceRecord:
     if found is None:
         raise RunDirError(f"no service {name!r} runs in {rundir.path}; there are: {', '.join(s.name for s in services) or 'none'}")
     return found
+
+
+def _by_hand(rundir: RunDir, name: str) -> bool:
+    """Whether a service is none of the supervisor's that runs here."""
+    try:
+        reply = ask(rundir, "has", name)
+    except RunDirError:  # a supervisor of an older version, which does not know the question
+        return False
+    return reply is not None and not reply["has"]
 
 
 def _ask(rundir: RunDir, command: str, name: str) -> dict[str, str]:

@@ -146,6 +146,8 @@ class Supervisor:
         """What `pagewire drain`, `start` and `roll` ask for. Raises ValueError."""
         child = next((child for child in self._children if child.spec.name == name), None)
         running = child is not None and child.process is not None
+        if command == "has":
+            return {"has": "yes" if child is not None else ""}
         if child is None or (child.retired and not running and command != "start"):
             raise ValueError(child.failure if child is not None and child.failure else f"this supervisor has no service {name!r}")
         if child.retired and command not in ("start", "retire"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -124,3 +125,20 @@ def test_a_restart_asked_for_between_a_crash_and_the_next_start_is_that_start(ru
             log = (run_dir / "logs" / "worker-0.log").read_text()
             assert log.count("started: pid") == crashes  # none went without its delay
             ask(RunDir(run_dir), "restart", "worker-0")
+
+
+def test_one_that_was_started_by_hand_beside_a_supervisor_is_drained_and_left_out_of_a_roll(run_dir: Path) -> None:
+    said = list[str]()
+    by_hand = command(run_dir, "worker", "--runner", "oracle", "--name", "hand")
+    with supervised(run_dir, "scheduler-0=serve", "worker-0=serve") as program, contextlib.ExitStack() as stack:
+        program.read_until("ready: fakes")
+        hand = stack.enter_context(running(by_hand))
+        eventually(lambda: "hand" in names(run_dir))
+        roll(RunDir(run_dir), [], LONG, LONG, said.append)
+        assert said[0] == f"hand (pid {hand.pid}) was not started by `pagewire up`: it stays as it is"
+        assert [line.split(" (")[0] for line in said[1:]] == ["worker worker-0", "scheduler scheduler-0"]
+        with pytest.raises(RunDirError, match="this supervisor has no service 'hand'"):
+            roll(RunDir(run_dir), ["hand"], LONG, LONG, said.append)
+        assert drain(RunDir(run_dir), "hand", LONG, said.append)
+        assert said[-1] == f"hand (pid {hand.pid}) has left"
+        assert hand.wait() == 0
