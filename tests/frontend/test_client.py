@@ -151,6 +151,7 @@ def test_streams_survive_their_scheduler(folder):
     assert run(folder, scenario) == [text(200)] * 5
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_a_higher_epoch_takes_the_streams_over(folder):
     async def scenario(client: Client) -> str:
         stream = client.submit([request(max_tokens=200)])
@@ -207,6 +208,7 @@ def test_a_client_that_stops_ends_who_waits_for_its_streams(folder):
         assert "closed" in run(folder, scenario)
 
 
+@pytest.mark.slow
 def test_an_idle_client_sleeps_between_its_heartbeats(folder):
     async def scenario(client: Client) -> int:
         await until(lambda: client.journal.is_open)

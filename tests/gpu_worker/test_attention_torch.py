@@ -95,7 +95,9 @@ def test_layers_of_different_windows_take_turns() -> None:
             assert torch.allclose(attention.attend(i, q, kv).double(), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize(("threads", "window"), [(1, 0), (2, 0), (2, 150)])
+@pytest.mark.parametrize(
+    ("threads", "window"), [pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 0, marks=pytest.mark.slow), (2, 150)]
+)
 def test_neither_batch_nor_chunks_nor_blocks_change_a_bit(threads: int, window: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -228,6 +228,7 @@ def test_blocks_are_what_is_left_under_the_utilisation() -> None:
     assert not found.notes
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([LLAMA, QWEN]), st.integers(1, 32768), st.integers(17, 140), st.sampled_from([1, 16, 256]))
 def test_the_largest_batch_fits_and_one_more_does_not(model: Path, context: int, gib: int, block_size: int) -> None:
