@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import os
 import threading
 import weakref
@@ -82,7 +83,9 @@ class Background:
     def let_go(self) -> None:
         """Close, as nobody has the engine any more; in a thread, since the last who had it may have been this one's own."""
         if not self._closed and os.getpid() == self._process:
-            threading.Thread(target=self.close, name="pagewire-close").start()
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                # Begun by the loop: this thread may be a collector's guest, who holds locks that beginning a thread takes.
+                self._loop.call_soon_threadsafe(threading.Thread(target=self.close, name="pagewire-close").start)
 
     async def _leave(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -107,8 +107,10 @@ def main() -> None:
     while watched:
         now = time.monotonic()
         for pid, started in list(watched.items()):
-            ended = not started or process_start(pid) != started
-            if ended or now >= deadline:  # its helpers, if any, end with it
+            lives = process_start(pid)
+            ended = not started or lives != started
+            strangers = lives not in (0, started)  # the number is in use again, so its group was empty
+            if (ended or now >= deadline) and not strangers:  # its helpers, if any, end with it
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
             if ended or now >= deadline + DYING:

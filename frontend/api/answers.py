@@ -179,6 +179,8 @@ class Answer(ABC):
                         return True
             reason = choice.finish_reason
             if reason and reason != "error" and (entry.handle, choice.index) not in self._ended:
+                if self._room <= 0:
+                    return True
                 self._ended.add((entry.handle, choice.index))
                 if not choice.taken:
                     self._open(entry, place, first, choice, out)

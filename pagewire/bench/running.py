@@ -137,7 +137,8 @@ def compared(options: dict[str, Any]) -> bool:
         click.echo(comparison(read_result(a), read_result(b), (a.name, b.name)))
         for line in differences(a, b):
             click.echo(line)
-        _plot(options, {path.name: records_of(read_last_run(path)) for path in (a, b)})
+        if options["plot_path"]:
+            _plot(options, {path.name: records_of(read_last_run(path)) for path in (a, b)})
     except ReportError as error:
         raise Usage(str(error)) from None
     return True

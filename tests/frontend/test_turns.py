@@ -95,3 +95,20 @@ def test_the_id_of_a_part_counts_its_tokens_and_no_text() -> None:
 def test_text_alone_is_written_at_once() -> None:
     turns, _ = asyncio.run(told(CompletionAnswer, ended(2), Form("m", 1)))
     assert len(turns) == 1
+
+
+def test_echoed_prompts_take_turns_though_no_token_follows() -> None:
+    scored = 600
+    new = NewRequest(bytes(16), "m", pack([65] * scored), SamplingParams(0, prompt_logprobs=5), range(8), lambda: TextStream(TOKENIZER))
+    entry = Entry(new, 0, 0.0, Measures())
+    entry.scores = [TokenLogprobs([65] * 6, [-0.5] * 6, 1) for _ in range(scored - 1)]
+    entry.scored = scored
+    for choice in entry.choices:
+        choice.end("length")
+    entry.unfinished = 0
+    turns, _ = asyncio.run(told(CompletionAnswer, entry, Form("m", 1, echoes=["A" * scored], logprobs=True, echo_logprobs=5)))
+    written = [sum(length(choice) for _, choice in events) for events in turns]
+    assert sum(written) == 8 * scored
+    assert max(written) <= 2 * scored
+    ends = [choice["index"] for events in turns for _, choice in events if choice["finish_reason"]]
+    assert ends == list(range(8))

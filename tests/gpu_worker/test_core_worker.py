@@ -309,9 +309,6 @@ def test_another_hash_key_drops_all_hashes_and_the_same_one_none(core):
     assert sealed(core)[0] == {}
 
 
-# ---------------------------------------------------------------- files
-
-
 def test_the_device_is_idle_only_while_a_slot_is_bound(core):
     def idle(plan: Plan, tokens: tuple[int, ...], seconds: float) -> float:
         found = outcome(*tokens)
@@ -327,6 +324,9 @@ def test_the_device_is_idle_only_while_a_slot_is_bound(core):
     assert idle(Plan(5, admits=[admit(3)], **next, **row(0, 5, slot=1, generation=2)), (96,), 0.75) == 0.75
     core.reset()
     assert idle(Plan(1, admits=[admit()], **bound(), **row(0, 5)), (99,), 60.0) == 0.0, "of another session nothing is known"
+
+
+# ---------------------------------------------------------------- files
 
 
 def test_tokenizer_files_are_served_in_pieces(core):

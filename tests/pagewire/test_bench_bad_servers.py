@@ -181,3 +181,10 @@ def test_a_file_that_is_no_result_is_said_once(tmp_path: Path, content: str) -> 
     result = bench("serve", "--compare", tmp_path / "odd.json", tmp_path / "odd.json")
     assert result.exit_code == 2
     assert result.output.count("is no result of a bench") == 1
+
+
+def test_records_are_read_only_where_they_are_drawn(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"settings": {}, "runs": [{"duration": 2.0, "completed": 3, "records": [{"odd": 1}]}]}))
+    result = bench("serve", "--compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert (result.exit_code, result.exception) == (0, None)
+    assert "completed" in result.output

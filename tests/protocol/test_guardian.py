@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol import guardian
 from tests.e2e.stack import eventually
 
 pytestmark = pytest.mark.slow
@@ -64,3 +65,18 @@ def _runs(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return False
+
+
+@pytest.mark.parametrize(("starts", "killed"), [([5, 0], [123]), ([0, 0], [123]), ([5, 7], []), ([0, 7], [])])
+def test_helpers_of_what_has_ended_are_killed_and_no_stranger_who_has_its_number(
+    starts: list[int], killed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    seen = iter(starts)
+    monkeypatch.setattr(guardian, "process_start", lambda pid: next(seen))
+    monkeypatch.setattr(guardian, "_lines", lambda starter: iter(["+123"]))
+    monkeypatch.setattr(guardian.signal, "signal", lambda number, action: None)
+    monkeypatch.setattr(guardian.os, "killpg", lambda group, number: told.append(group))
+    monkeypatch.setattr(sys, "argv", ["guardian", "1", str(tmp_path)])
+    guardian.main()
+    assert told == killed
