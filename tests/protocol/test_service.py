@@ -20,9 +20,10 @@ from protocol.rundir import RunDir
 pytestmark = pytest.mark.slow
 
 OPENING = """
-import ctypes, os, sys, threading, time, zmq
+import ctypes, os, signal, sys, threading, time, zmq
 from pathlib import Path
 from protocol.service import CannotRun, Service, die_with_parent
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 with Service("worker", "worker-0", Path(sys.argv[1]), stop_limit=float(sys.argv[2])) as service:
     service.state("ready")
     print("ready", flush=True)
