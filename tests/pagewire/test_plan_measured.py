@@ -47,7 +47,8 @@ def test_what_attention_takes_at_a_long_context_is_in_the_plan(heads: tuple[int,
     memory = estimate_memory(tmp_path, Setup(device="cpu", dtype="float32", max_num_seqs=1))
     planned = memory.total(256)
     assert memory.activations > planned / 3
-    assert abs(planned / measured - 1) < 0.2, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
+    # A process grows by 20 to 40 MiB of its libraries' own, much beside a small model; without what attention takes, the plan were half.
+    assert abs(planned / measured - 1) < 0.3, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
 
 
 @pytest.mark.slow
